@@ -1,1 +1,59 @@
-"""Fourfold."""
+"""Fourfold: QLoRA of Mixture-of-Experts models, with nothing silently wrong.
+
+Importing it imports nothing heavy. What transformers and PEFT have to know is put into their registries when (and
+only when) those libraries are imported; names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from fourfold import errors
+
+if TYPE_CHECKING:
+    from fourfold.experts.layout import expert_targets
+    from fourfold.loading.config import MoeBitsAndBytesConfig
+    from fourfold.loading.prepare import dequantize, prepare
+    from fourfold.planning.report import Report, verify
+
+__version__ = "0.1.0.dev0"
+__all__ = ["MoeBitsAndBytesConfig", "Report", "dequantize", "errors", "expert_targets", "prepare", "verify"]
+
+_WHERE = {
+    "MoeBitsAndBytesConfig": "fourfold.loading.config",
+    "Report": "fourfold.planning.report",
+    "dequantize": "fourfold.loading.prepare",
+    "expert_targets": "fourfold.experts.layout",
+    "prepare": "fourfold.loading.prepare",
+    "verify": "fourfold.planning.report",
+}
+
+
+# (not `transformers.quantizers.auto`: that is imported half-way through `modeling_utils`, which the quantizer needs)
+@wrapt.when_imported("transformers.modeling_utils")
+def _register_with_transformers(_: Any) -> None:
+    from fourfold.loading.register import register
+
+    register()
+
+
+@wrapt.when_imported("peft.tuners.lora.model")
+def _register_with_peft(_: Any) -> None:
+    from fourfold.adapters.patch import install
+
+    install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fourfold' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

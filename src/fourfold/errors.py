@@ -1,8 +1,8 @@
 """Every exception a user of Fourfold can meet.
 
-One base class, so that ``except fourfold.errors.FourfoldError`` catches them all. A message says what is wrong, where
-(module, tensor, key or file), and what to do about it. ``exit_status`` is what the command line returns for it:
-1 a check says no, 2 the input is wrong, 3 it broke on the way.
+One base class, so that ``except fourfold.errors.FourfoldError`` catches them all. A message says what is
+wrong, where (module, tensor, key or file), and what to do about it. ``exit_status`` is what the command line
+returns for it: 1 a check says no, 2 the input is wrong, 3 it broke on the way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class ConfigurationError(FourfoldError, ValueError):
 
 
 class UnsupportedExpertsError(FourfoldError):
-    """An experts module has a layout that cannot be packed (yet); the message names the setting that leaves it alone."""
+    """An experts module has a layout that cannot be packed (yet); the message names the setting that leaves
+    it alone.
+    """
 
 
 class NoExpertsError(FourfoldError):

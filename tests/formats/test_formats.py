@@ -40,7 +40,10 @@ def test_four_bit_equals_bitsandbytes(
         for p, matrix in enumerate(w[e].chunk(parts)):
             rows = slice(p * 40 // parts, (p + 1) * 40 // parts)
             data, state = bnb.quantize_4bit(
-                matrix.contiguous(), blocksize=blocksize, quant_type=quant_type, compress_statistics=double_quant
+                matrix.contiguous(),
+                blocksize=blocksize,
+                quant_type=quant_type,
+                compress_statistics=double_quant,
             )
             assert torch.equal(stack.data[e, rows].reshape(-1, 1), data)
             if double_quant:
@@ -70,7 +73,9 @@ def test_int8_equals_bitsandbytes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("columns", [63, 65, 100, 1407])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_rows_are_padded_to_whole_blocks(columns: int, double_quant: bool) -> None:
-    """Bytes of a padded row are those of the row with zeros appended; the padding does not show in the result."""
+    """Bytes of a padded row are those of the row with zeros appended; the padding does not show in the
+    result.
+    """
     w = torch.randn(E, 6, columns)
     fmt = PackFormat("nf4", 64, double_quant)
     padded = torch.nn.functional.pad(w, (0, -columns % 64))
@@ -82,7 +87,9 @@ def test_rows_are_padded_to_whole_blocks(columns: int, double_quant: bool) -> No
     assert torch.equal(decoded, decode_stack(whole, torch.float32)[..., :columns])
 
 
-@pytest.mark.parametrize("fmt", [PackFormat("nf4"), PackFormat("nf4", 64, True), PackFormat("fp4"), PackFormat("int8")])
+@pytest.mark.parametrize(
+    "fmt", [PackFormat("nf4"), PackFormat("nf4", 64, True), PackFormat("fp4"), PackFormat("int8")]
+)
 def test_slices_of_experts_decode_alone(fmt: PackFormat) -> None:
     stack = pack(torch.randn(E, 16, 128), fmt, parts=2)
     whole = decode_stack(stack, torch.float32)
@@ -125,7 +132,9 @@ def test_weights_beyond_fp16_are_refused_for_int8_only() -> None:
 def test_wrong_shape_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"\(8, 32\).*\(8, 64\)"):
         pack_stack(
-            PackedStack.empty(PackFormat("nf4"), StackShape(E, 8, 64), CPU), torch.randn(E, 8, 32), "experts.w"
+            PackedStack.empty(PackFormat("nf4"), StackShape(E, 8, 64), CPU),
+            torch.randn(E, 8, 32),
+            "experts.w",
         )
 
 

@@ -1,10 +1,10 @@
 """The values behind the codes.
 
-NF4: the 16 quantiles of a standard normal distribution, normalised to [-1, 1] (Dettmers et al., "QLoRA", 2023,
-appendix E). FP4: sign, two exponent bits, one mantissa bit, in bitsandbytes' order of codes. The 8-bit map encodes the
-absmax of double-quantized blocks: dynamic tree quantization (Dettmers, "8-Bit Approximations for Parallelism in Deep
-Learning", 2016). All three equal bitsandbytes' tables bit by bit (a test says so): a checkpoint must mean the same
-number wherever it is read.
+NF4: the 16 quantiles of a standard normal distribution, normalised to [-1, 1] (Dettmers et al., "QLoRA",
+2023, appendix E). FP4: sign, two exponent bits, one mantissa bit, in bitsandbytes' order of codes. The 8-bit
+map encodes the absmax of double-quantized blocks: dynamic tree quantization (Dettmers, "8-Bit Approximations
+for Parallelism in Deep Learning", 2016). All three equal bitsandbytes' tables bit by bit (a test says so): a
+checkpoint must mean the same number wherever it is read.
 """
 
 from __future__ import annotations
@@ -41,13 +41,15 @@ def four_bit_codes(quant_type: str, device: torch.device) -> torch.Tensor:
 def byte_pairs(quant_type: str, device: torch.device) -> torch.Tensor:
     """Both values of each possible byte, as one float64 whose 8 bytes are two fp32 numbers, ``[256]``.
 
-    Looking up bytes instead of half-bytes makes decoding on a CPU five times faster than indexing a ``[256, 2]`` table
-    (3.7 ms against 18.5 ms for 7 million values): one 8-byte gather a byte, and no unpacking of half-bytes. The high
-    half-byte comes first, as bitsandbytes has it.
+    Looking up bytes instead of half-bytes makes decoding on a CPU five times faster than indexing a ``[256,
+    2]`` table (3.7 ms against 18.5 ms for 7 million values): one 8-byte gather a byte, and no unpacking of
+    half-bytes. The high half-byte comes first, as bitsandbytes has it.
     """
     codes = four_bit_codes(quant_type, device)
     byte = torch.arange(256, device=device)
-    return torch.stack([codes[byte >> 4], codes[byte & 15]], dim=-1).contiguous().view(torch.float64).view(256)
+    return (
+        torch.stack([codes[byte >> 4], codes[byte & 15]], dim=-1).contiguous().view(torch.float64).view(256)
+    )
 
 
 @functools.cache

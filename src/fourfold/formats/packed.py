@@ -1,7 +1,8 @@
 """A stack of packed matrices, and how to read one.
 
-Shape suffixes: E experts (matrices of the stack), N rows (out), K columns (in), Kp columns rounded up to whole blocks,
-B blocks in a row, P parts of a matrix that are quantized separately, G groups of 256 absmax values in a part.
+Shape suffixes: E experts (matrices of the stack), N rows (out), K columns (in), Kp columns rounded up to
+whole blocks, B blocks in a row, P parts of a matrix that are quantized separately, G groups of 256 absmax
+values in a part.
 
 Storage, per stack of E matrices ``[N, K]``:
 
@@ -14,17 +15,17 @@ format       data                          absmax and companions
 INT8         int8 ``[E, N, K, 1]``         ``absmax`` int32 ``[E, N, 1]``: the bits of fp32
 ===========  ============================  ==========================================================
 
-Blocks run along K and never straddle rows: a row whose length is no multiple of the block size is padded with zeros to
-one. Hence a slice of experts is a slice of every tensor, and the bytes of expert e are those that bitsandbytes makes of
-its (padded) matrix alone.
+Blocks run along K and never straddle rows: a row whose length is no multiple of the block size is padded with
+zeros to one. Hence a slice of experts is a slice of every tensor, and the bytes of expert e are those that
+bitsandbytes makes of its (padded) matrix alone.
 
 Scales are fp32 numbers held as int32: a cast of the module to bf16, FSDP2's mixed precision or a stray
-``requires_grad_()`` would otherwise round or train them. The trailing axis of INT8 makes loaders that do not know the
-format fail on the shape instead of reading the integers as weights.
+``requires_grad_()`` would otherwise round or train them. The trailing axis of INT8 makes loaders that do not
+know the format fail on the shape instead of reading the integers as weights.
 
-A decoded weight is ``fp32 code * fp32 absmax``, rounded once to the asked-for dtype, on every backend. Double-quantized
-absmax is ``code map[absmax] * absmax_scale + absmax_offset``, each operation rounded to fp32 (no fused multiply-add).
-INT8 is ``(q * absmax) * (1/127)``, bitsandbytes' order of operations.
+A decoded weight is ``fp32 code * fp32 absmax``, rounded once to the asked-for dtype, on every backend.
+Double-quantized absmax is ``code map[absmax] * absmax_scale + absmax_offset``, each operation rounded to fp32
+(no fused multiply-add). INT8 is ``(q * absmax) * (1/127)``, bitsandbytes' order of operations.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class PackFormat:
                 f"{', '.join(map(str, BLOCKSIZES))}"
             )
         if self.double_quant and self.quant_type == "int8":
-            raise ConfigurationError("double quantization belongs to 4-bit formats; INT8 has one absmax per row")
+            raise ConfigurationError(
+                "double quantization belongs to 4-bit formats; INT8 has one absmax per row"
+            )
 
     @property
     def is_4bit(self) -> bool:
@@ -82,7 +85,9 @@ class PackFormat:
     def __str__(self) -> str:
         if not self.is_4bit:
             return "INT8"
-        return f"{self.quant_type.upper()} /{self.blocksize}" + (" double-quantized" if self.double_quant else "")
+        return f"{self.quant_type.upper()} /{self.blocksize}" + (
+            " double-quantized" if self.double_quant else ""
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_type": self.quant_type, "blocksize": self.blocksize, "double_quant": self.double_quant}
@@ -90,7 +95,9 @@ class PackFormat:
 
 @dataclass(frozen=True)
 class StackShape:
-    """Logical shape of a stack: E matrices of N rows (out) and K columns (in), each of P parts along its rows."""
+    """Logical shape of a stack: E matrices of N rows (out) and K columns (in), each of P parts along its
+    rows.
+    """
 
     experts: int
     rows: int
@@ -143,7 +150,9 @@ class PackedStack:
         return cls.from_tensors(fmt, shape, made)
 
     @classmethod
-    def from_tensors(cls, fmt: PackFormat, shape: StackShape, by_suffix: Mapping[str, torch.Tensor]) -> PackedStack:
+    def from_tensors(
+        cls, fmt: PackFormat, shape: StackShape, by_suffix: Mapping[str, torch.Tensor]
+    ) -> PackedStack:
         return cls(
             fmt,
             shape,

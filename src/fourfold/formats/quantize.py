@@ -1,9 +1,10 @@
 """Packing one matrix into its slot of a stack, with bitsandbytes' quantizers.
 
-bitsandbytes quantizes one tensor at a time and counts its elements in signed 32 bit: a fused stack of experts can exceed
-that (DeepSeek-V3: 7.5e9 in one projection), a single expert cannot. It also fixes the statistics of double
-quantization over the whole tensor, where per-expert checkpoints have them per matrix. So experts are packed one by one,
-gate and up apart, and the bytes are those bitsandbytes would make of each matrix on the same device.
+bitsandbytes quantizes one tensor at a time and counts its elements in signed 32 bit: a fused stack of experts
+can exceed that (DeepSeek-V3: 7.5e9 in one projection), a single expert cannot. It also fixes the statistics
+of double quantization over the whole tensor, where per-expert checkpoints have them per matrix. So experts
+are packed one by one, gate and up apart, and the bytes are those bitsandbytes would make of each matrix on
+the same device.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def _pack_4bit_(stack: PackedStack, expert: int, part: int, rows: slice, w_NK: t
 
 def _pack_int8_(stack: PackedStack, expert: int, rows: slice, w_NK: torch.Tensor) -> None:
     # bitsandbytes' 8-bit path goes through fp16 on every device; the range was checked by the caller.
-    codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(w_NK.to(torch.float16).contiguous())
+    codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(
+        w_NK.to(torch.float16).contiguous()
+    )
     stack.data[expert, rows].copy_(codes.unsqueeze(-1))
     stack.absmax[expert, rows].copy_(_as_bits(absmax).unsqueeze(-1))
 
@@ -56,8 +59,8 @@ def _pack_int8_(stack: PackedStack, expert: int, rows: slice, w_NK: torch.Tensor
 class Packer:
     """Fills a `PackedStack` matrix by matrix and checks, once at the end, that every weight was finite.
 
-    The check is collected on the device and read once by `finish`: reading it per expert would synchronise with the
-    GPU 128 times a projection.
+    The check is collected on the device and read once by `finish`: reading it per expert would synchronise
+    with the GPU 128 times a projection.
 
     Args:
         stack: storage to fill.
@@ -103,7 +106,11 @@ class Packer:
         """
         bad = self._bad_E.nonzero().flatten().tolist()
         if bad:
-            beyond = " or beyond the range of fp16 that INT8 quantization goes through" if self._limit == FP16_MAX else ""
+            beyond = (
+                " or beyond the range of fp16 that INT8 quantization goes through"
+                if self._limit == FP16_MAX
+                else ""
+            )
             raise CheckpointError(
                 f"{self.name}: weights of expert(s) {', '.join(map(str, bad[:8]))}{'...' if len(bad) > 8 else ''} are NaN "
                 f"or infinite{beyond}; the checkpoint is damaged, or this model needs "

@@ -1,0 +1,1 @@
+"""PEFT: the parameter wrapper, adding and loading adapters. The only place that imports peft."""

@@ -1,0 +1,97 @@
+"""LoRA on packed experts, as PEFT's own parameter wrapper in low-rank form.
+
+PEFT targets a parameter by wrapping its module in a `ParamWrapper`; two targets on one module nest (the parameter
+registered first innermost). Stock forms ``W + BA`` of every expert at each forward, which cannot work on packed
+bytes, costs a bf16 copy of the layer, and rounds small updates away. This subclass keeps PEFT's parameters, shapes,
+names and configuration (so a saved adapter is what stock saves on the unquantized model) and changes the
+computation: the outermost wrapper collects the factors of the whole nest and hands them to the experts' routed
+forward.
+
+PEFT's shapes of the factors: A ``[E*r, K]`` with the expert slowest, B ``[N, r*E]`` with the expert FASTEST.
+E experts, r rank, K in, N out of the projection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
+from torch import nn
+
+from fourfold.errors import AdapterError
+from fourfold.experts import PackedExperts, Projection
+from fourfold.kernels import LowRank
+
+
+# PEFT finds existing wrappers by comparing class NAMES, so this class must be called ParamWrapper too.
+class ParamWrapper(StockParamWrapper):
+    """Adapts one packed parameter of an experts module."""
+
+    def _experts(self) -> PackedExperts:
+        experts = self.get_base_layer()
+        assert isinstance(experts, PackedExperts)
+        return experts
+
+    def _projection(self) -> Projection:
+        projection = self._experts().fourfold_layout.projection(self.parameter_name)
+        if projection is None:
+            names = ", ".join(p.name for p in self._experts().fourfold_layout.projections)
+            raise AdapterError(
+                f"{self.parameter_name!r} is no projection of {type(self._experts()).__name__}; LoRA on packed "
+                f"experts can target {names}"
+            )
+        return projection
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """Sizes as stock reads them off the unquantized parameter (packed ones have other shapes)."""
+        layout = self._experts().fourfold_layout
+        self.num_experts, first, second = layout.model_shape(self._projection())
+        self._param_ndim = 3
+        return first, second
+
+    def get_param(self) -> torch.Tensor:
+        """The unquantized parameter as far as PEFT looks at it: shape, dtype and device, no numbers."""
+        experts = self._experts()
+        packed = getattr(experts, self.parameter_name)
+        shape = experts.fourfold_layout.model_shape(self._projection())
+        return torch.empty(1, dtype=experts.fourfold_dtype, device=packed.device).expand(shape)
+
+    def _low_rank(self) -> LowRank | None:
+        """Factors of all active adapters, joined along the rank; the scaling goes into B."""
+        a_parts, b_parts = [], []
+        for name in self.active_adapters:
+            if name not in self.lora_A:
+                continue
+            a_weight, b_weight = self.lora_A[name].weight, self.lora_B[name].weight
+            a_parts.append(a_weight.view(self.num_experts, -1, a_weight.shape[1]))
+            b_NrE = b_weight.view(b_weight.shape[0], -1, self.num_experts)
+            b_parts.append(b_NrE.permute(2, 0, 1) * self.scaling[name])
+        if not a_parts:
+            return None
+        if len(a_parts) == 1:
+            return LowRank(a_parts[0], b_parts[0])
+        return LowRank(torch.cat(a_parts, dim=1), torch.cat(b_parts, dim=2))
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Called on the outermost wrapper of a nest; the inner ones only lend their factors."""
+        self._check_forward_args(x, *args, **kwargs)
+        if kwargs.pop("adapter_names", None) is not None:
+            raise AdapterError("batches with a different adapter per row are not supported on packed experts")
+        low_rank: dict[str, LowRank] = {}
+        layer: nn.Module = self
+        while isinstance(layer, ParamWrapper):
+            factors = None if layer.disable_adapters else layer._low_rank()
+            if factors is not None:
+                low_rank[layer.parameter_name] = factors
+            layer = layer.base_layer
+        return layer(x, *args, low_rank=low_rank, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise AdapterError(
+            "an adapter cannot be merged into packed weights: the sum would have to be quantized again. Load the base "
+            "in high precision, or call `dequantize()` on it first, and merge there"
+        )
+
+    def unmerge(self) -> None:
+        raise AdapterError("nothing is ever merged into packed weights, so there is nothing to unmerge")

@@ -1,0 +1,73 @@
+"""The one routed forward of packed experts.
+
+    sort routed rows by expert on the device                 rows [S], offsets [E]
+    first product over packed weights + low-rank product     [S, 2I]
+    bias, the module's own gate                              [S, I]
+    second product, bias, norm after the expert              [S, H]
+    routing weight, sum over a token's experts               [T, H]
+
+The same for every layout and format; what differs is read off `ExpertsLayout`. T tokens, k experts a token, S = T*k,
+E experts, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from fourfold.errors import UnsupportedExpertsError
+from fourfold.experts.layout import Projection
+from fourfold.kernels import LowRank, Routing, combine, dispatch, packed_linear, route
+
+if TYPE_CHECKING:
+    from fourfold.experts.packed import PackedExperts
+
+
+def compute_dtype(module: PackedExperts, hidden_states: torch.Tensor) -> torch.dtype:
+    """The configured dtype, else autocast's, else that of the input."""
+    if module.compute_dtype is not None:
+        return module.compute_dtype
+    kind = hidden_states.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return hidden_states.dtype
+
+
+def _project(
+    module: PackedExperts, projection: Projection, x_SK: torch.Tensor, routing: Routing, low_rank: LowRank | None
+) -> torch.Tensor:
+    y_SN = packed_linear(
+        x_SK, module.stack(projection), routing.offsets_E, low_rank, workspace_bytes=module.workspace_bytes
+    )
+    if projection.bias is not None:
+        bias_EN = getattr(module, projection.bias)
+        y_SN = y_SN + bias_EN[routing.expert_S].to(y_SN.dtype)
+    return y_SN
+
+
+def routed_forward(
+    module: PackedExperts,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    low_rank: Mapping[str, LowRank],
+) -> torch.Tensor:
+    """See `PackedExperts.forward`."""
+    if getattr(module, "_is_expert_parallel", False):
+        raise UnsupportedExpertsError(
+            "expert parallelism over packed experts is not supported; load the model without `ep_plan`"
+        )
+    layout = module.fourfold_layout
+    if hidden_states.shape[0] == 0:
+        return torch.zeros_like(hidden_states)
+    dtype = compute_dtype(module, hidden_states)
+    routing = route(top_k_index, layout.num_experts)
+    x_SH = dispatch(hidden_states.to(dtype), routing)
+    up_SN = _project(module, layout.up, x_SH, routing, low_rank.get(layout.up.name))
+    act_SI = module._apply_gate(up_SN) if layout.has_gate else module.act_fn(up_SN)
+    down_SH = _project(module, layout.down, act_SI.to(dtype), routing, low_rank.get(layout.down.name))
+    if layout.has_post_expert_norm:
+        down_SH = module.post_expert_norm(down_SH)
+    return combine(down_SH, top_k_weights, routing, hidden_states.dtype)

@@ -1,0 +1,169 @@
+"""The module that holds packed experts.
+
+An experts module keeps its class: a dynamic subclass puts `PackedExperts` in front of it, so that `isinstance`, the
+activation, `_apply_gate`, biases and norms stay what they were, and only `forward` changes. Each fused parameter
+becomes a plain integer parameter of the same name in the same place of the registration order, with companions
+``<name>_absmax`` and, double-quantized, ``<name>_absmax_scale`` and ``<name>_absmax_offset`` behind. Plain
+parameters with the expert as first axis: state_dict, safetensors, sharding and slicing need no hook.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fourfold.experts.forward import routed_forward
+from fourfold.experts.layout import ExpertsLayout, Projection, read_layout
+from fourfold.formats import PackedStack, PackFormat, decode_stack
+from fourfold.formats.quantize import pack_stack
+from fourfold.kernels import LowRank
+
+
+class PackedExperts(nn.Module):
+    """Mixin of packed experts modules.
+
+    Attributes:
+        fourfold_layout: how the experts were laid out before packing.
+        fourfold_format: how they are packed.
+        fourfold_dtype: dtype of the unquantized parameters.
+        compute_dtype: dtype of the products; None follows autocast and the input.
+        workspace_bytes: limit of the decoding workspace; None is one projection of the layer.
+    """
+
+    fourfold_layout: ExpertsLayout
+    fourfold_format: PackFormat
+    fourfold_dtype: torch.dtype
+    compute_dtype: torch.dtype | None
+    workspace_bytes: int | None
+
+    def stack(self, projection: Projection) -> PackedStack:
+        """The packed weights of one projection."""
+        suffixes = projection.shape.tensors(self.fourfold_format)
+        tensors = {suffix: getattr(self, projection.name + suffix) for suffix in suffixes}
+        return PackedStack.from_tensors(self.fourfold_format, projection.shape, tensors)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        *,
+        low_rank: Mapping[str, LowRank] | None = None,
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts' outputs.
+
+        Args:
+            hidden_states: ``[T, H]``.
+            top_k_index: expert of each token and slot, ``[T, k]``.
+            top_k_weights: routing weights, ``[T, k]``.
+            low_rank: LoRA factors by projection name; adapters pass them, models do not.
+
+        Returns:
+            ``[T, H]`` in the dtype of ``hidden_states``.
+        """
+        return routed_forward(self, hidden_states, top_k_index, top_k_weights, low_rank or {})
+
+    def extra_repr(self) -> str:
+        layout = self.fourfold_layout
+        sizes = ", ".join(f"{p.name}={layout.model_shape(p)}" for p in layout.projections)
+        return f"{sizes}, {self.fourfold_format}"
+
+
+@functools.cache
+def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of an experts class that holds packed parameters; one per class."""
+    return type(f"Packed{cls.__name__}", (PackedExperts, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _packed_names(module: PackedExperts) -> list[str]:
+    return [
+        p.name + suffix
+        for p in module.fourfold_layout.projections
+        for suffix in p.shape.tensors(module.fourfold_format)
+    ]
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def prepare_module_(
+    module: nn.Module,
+    fmt: PackFormat,
+    *,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype | None = None,
+    packed_on_disk: bool = False,
+) -> PackedExperts:
+    """Make a module on the meta device ready to receive packed weights, in place.
+
+    Companions are registered with their final shapes. The fused parameters themselves stay floating point where
+    the checkpoint is in high precision (loaders read shape and dtype off them) and take their packed shape where
+    it is packed already.
+    """
+    found = read_layout(module)
+    if found is None or found[0] is None:
+        raise TypeError(f"{type(module).__name__} is no experts module that can be packed")
+    layout = found[0]
+    module.__class__ = packed_class(type(module))
+    assert isinstance(module, PackedExperts)
+    module.fourfold_layout, module.fourfold_format = layout, fmt
+    module.fourfold_dtype, module.compute_dtype, module.workspace_bytes = dtype, compute_dtype, None
+    for projection in layout.projections:
+        for suffix, tensor in PackedStack.empty(fmt, projection.shape, "meta").tensors():
+            if suffix or packed_on_disk:
+                module._parameters[projection.name + suffix] = _frozen(tensor)
+    return module
+
+
+def model_to_stack(weight: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
+    """A fused parameter in the model's orientation -> out-by-in (a view)."""
+    return weight.transpose(1, 2) if layout.is_transposed else weight
+
+
+def pack_module_(module: nn.Module, fmt: PackFormat, name: str = "experts") -> PackedExperts:
+    """Pack a loaded experts module in place, one matrix at a time; returns the same module.
+
+    Loading packs while it reads and does not come by here; this is for modules built in memory.
+
+    Raises:
+        CheckpointError: a weight is not finite.
+    """
+    weights = {n: p.data for n, p in module.named_parameters(recurse=False)}
+    found = read_layout(module)
+    dtype = weights[found[0].up.name].dtype if found and found[0] else torch.float32
+    packed = prepare_module_(module, fmt, dtype=dtype)
+    for projection in packed.fourfold_layout.projections:
+        weight = weights[projection.name]
+        stack = PackedStack.empty(fmt, projection.shape, weight.device)
+        pack_stack(stack, model_to_stack(weight, packed.fourfold_layout), f"{name}.{projection.name}")
+        set_stack_(packed, projection, stack)
+    return packed
+
+
+def set_stack_(module: PackedExperts, projection: Projection, stack: PackedStack) -> None:
+    """Register the tensors of a stack as the frozen parameters of a projection."""
+    for suffix, tensor in stack.tensors():
+        module._parameters[projection.name + suffix] = _frozen(tensor)
+
+
+def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
+    """Back to the module's own class with the same numbers in ``dtype``, in place; one projection at a time."""
+    layout = module.fourfold_layout
+    decoded: dict[str, nn.Parameter] = {}
+    for projection in layout.projections:
+        weight = decode_stack(module.stack(projection), dtype)
+        decoded[projection.name] = _frozen(model_to_stack(weight, layout).contiguous())
+        for suffix in projection.shape.tensors(module.fourfold_format):
+            if suffix:
+                del module._parameters[projection.name + suffix]
+        module._parameters[projection.name] = decoded[projection.name]
+    for attribute in ("fourfold_layout", "fourfold_format", "fourfold_dtype", "compute_dtype", "workspace_bytes"):
+        delattr(module, attribute)
+    plain: Any = type(module).__mro__[2]
+    module.__class__ = plain
+    return module

@@ -1,0 +1,14 @@
+"""Grouped products over packed experts. Knows neither transformers nor PEFT; sees tensors only.
+
+- `routing`: rows sorted by expert, gathered, and summed back; deterministic, no host synchronisation.
+- `decode`: a packed stack into a workspace (Triton on CUDA, plain torch elsewhere).
+- `grouped`: grouped matrix products on decoded weights.
+- `linear`: the product over packed weights with its low-rank addition, forward and backward.
+- `reference`: the same in a plain loop over experts, as oracle.
+"""
+
+from fourfold.kernels.linear import LowRank, packed_linear
+from fourfold.kernels.reference import reference_linear
+from fourfold.kernels.routing import Routing, combine, dispatch, route
+
+__all__ = ["LowRank", "Routing", "combine", "dispatch", "packed_linear", "reference_linear", "route"]

@@ -1,0 +1,164 @@
+"""The product over packed experts with its low-rank addition, forward and backward.
+
+For the rows of expert e:   ``y = x W_e^T + (x A_e^T) B_e^T``
+
+W is frozen and packed. It is decoded into a workspace that lives only as long as the product and decoded
+again in backward, so no bf16 stack is kept for it (stock PEFT keeps ``W + BA`` of a whole layer: 1.2 GB in
+Qwen3-30B). LoRA stays in low-rank form: nothing of the size of W or BA is formed for it, and a small update
+is not rounded away by adding it to a large weight. What is saved for backward: x (only where A needs a
+gradient), ``x A^T`` and the factors.
+
+    dx = dy W + (dy B) A        dA = (dy B)^T x        dB = dy^T (x A^T)        per expert
+
+Workspace: by default one projection of the whole layer on CUDA, one launch and no host synchronisation; on a
+CPU one expert at a time. A smaller ``workspace_bytes`` on CUDA works through the experts in chunks and reads
+the offsets on the host (one synchronisation a product).
+
+S rows sorted by expert, K in, N out, R rank, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fourfold.formats import PackedStack
+from fourfold.kernels.decode import decode
+from fourfold.kernels.grouped import RANK_MULTIPLE, grouped_outer, grouped_rows
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """LoRA factors of one projection of all experts; the scaling is already in ``b_ENR``.
+
+    Attributes:
+        a_ERK: ``[E, R, K]``.
+        b_ENR: ``[E, N, R]``.
+    """
+
+    a_ERK: torch.Tensor
+    b_ENR: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Experts ``start`` to ``stop`` and their rows; ``rows`` None means all of them."""
+
+    start: int
+    stop: int
+    rows: slice | None
+
+
+def _chunks(
+    stack: PackedStack, dtype: torch.dtype, offsets_E: torch.Tensor, limit: int | None
+) -> Iterator[_Chunk]:
+    E, N, K = stack.shape.experts, stack.shape.rows, stack.shape.columns
+    per_expert = N * K * dtype.itemsize
+    if limit is None:
+        limit = E * per_expert if offsets_E.is_cuda else per_expert
+    step = max(1, limit // per_expert)
+    if step >= E:
+        yield _Chunk(0, E, None)
+        return
+    ends = [0, *offsets_E.tolist()]
+    for start in range(0, E, step):
+        stop = min(start + step, E)
+        if ends[stop] > ends[start]:
+            yield _Chunk(start, stop, slice(ends[start], ends[stop]))
+
+
+def _base_product(
+    x_SK: torch.Tensor, stack: PackedStack, offsets_E: torch.Tensor, limit: int | None, *, transposed: bool
+) -> torch.Tensor:
+    """``x W^T`` (forward) or, transposed, ``dy W`` (gradient of the input)."""
+    out: torch.Tensor | None = None
+    for chunk in _chunks(stack, x_SK.dtype, offsets_E, limit):
+        w_ENK = decode(stack.experts(chunk.start, chunk.stop) if chunk.rows else stack, x_SK.dtype)
+        w = w_ENK if transposed else w_ENK.transpose(1, 2)
+        if chunk.rows is None:
+            return grouped_rows(x_SK, w, offsets_E)
+        if out is None:
+            out = x_SK.new_empty(x_SK.shape[0], w.shape[2])
+        ends = offsets_E[chunk.start : chunk.stop] - chunk.rows.start
+        out[chunk.rows] = grouped_rows(x_SK[chunk.rows], w, ends)
+    if out is None:  # no rows at all
+        width = stack.shape.columns if transposed else stack.shape.rows
+        return x_SK.new_empty(x_SK.shape[0], width)
+    return out
+
+
+class _PackedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_SK: torch.Tensor,
+        a_ERK: torch.Tensor | None,
+        b_ENR: torch.Tensor | None,
+        stack: PackedStack,
+        offsets_E: torch.Tensor,
+        limit: int | None,
+    ) -> torch.Tensor:
+        ctx.stack, ctx.limit = stack, limit
+        with torch.autocast(x_SK.device.type, enabled=False):
+            y_SN = _base_product(x_SK, stack, offsets_E, limit, transposed=False)
+            h_SR = None
+            if a_ERK is not None and b_ENR is not None:
+                h_SR = grouped_rows(x_SK, a_ERK.transpose(1, 2), offsets_E)
+                y_SN.add_(grouped_rows(h_SR, b_ENR.transpose(1, 2), offsets_E))
+        keep_x = ctx.needs_input_grad[1]
+        keep_h = ctx.needs_input_grad[2]
+        ctx.save_for_backward(x_SK if keep_x else None, h_SR if keep_h else None, a_ERK, b_ENR, offsets_E)
+        return y_SN
+
+    @staticmethod
+    def backward(ctx: Any, grad_SN: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_SK, h_SR, a_ERK, b_ENR, offsets_E = ctx.saved_tensors
+        grad_SN = grad_SN.contiguous()  # grouped_mm rejects expanded gradients
+        needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
+        grad_x = grad_a = grad_b = grad_h_SR = None
+        with torch.autocast(grad_SN.device.type, enabled=False):
+            if b_ENR is not None and (needs_x or needs_a):
+                grad_h_SR = grouped_rows(grad_SN, b_ENR, offsets_E)
+            if needs_x:
+                grad_x = _base_product(grad_SN, ctx.stack, offsets_E, ctx.limit, transposed=True)
+                if grad_h_SR is not None:
+                    grad_x.add_(grouped_rows(grad_h_SR, a_ERK, offsets_E))
+            if needs_a:
+                grad_a = grouped_outer(grad_h_SR, x_SK, offsets_E)
+            if needs_b:
+                grad_b = grouped_outer(grad_SN, h_SR, offsets_E)
+        return grad_x, grad_a, grad_b, None, None, None
+
+
+def packed_linear(
+    x_SK: torch.Tensor,
+    stack: PackedStack,
+    offsets_E: torch.Tensor,
+    low_rank: LowRank | None = None,
+    *,
+    workspace_bytes: int | None = None,
+) -> torch.Tensor:
+    """Grouped product of sorted rows with packed weights and low-rank factors.
+
+    Args:
+        x_SK: rows sorted by expert, in the compute dtype.
+        stack: packed weights ``[E, N, K]``.
+        offsets_E: end of each expert's rows, int32; the last one must be S.
+        low_rank: LoRA factors, differentiable; cast here to the dtype of ``x_SK``.
+        workspace_bytes: at most this much decoded weight at a time (but never less than one expert).
+
+    Returns:
+        ``[S, N]`` in the dtype of ``x_SK``.
+    """
+    a_ERK = b_ENR = None
+    if low_rank is not None:
+        a_ERK, b_ENR = low_rank.a_ERK.to(x_SK.dtype), low_rank.b_ENR.to(x_SK.dtype)
+        padding = -a_ERK.shape[1] % RANK_MULTIPLE if x_SK.is_cuda else 0
+        if padding:
+            a_ERK = torch.nn.functional.pad(a_ERK, (0, 0, 0, padding))
+            b_ENR = torch.nn.functional.pad(b_ENR, (0, padding))
+        a_ERK, b_ENR = a_ERK.contiguous(), b_ENR.contiguous()
+    return _PackedLinear.apply(x_SK, a_ERK, b_ENR, stack, offsets_E, workspace_bytes)

@@ -1,0 +1,1 @@
+"""Loading with transformers: configuration, quantizer, streaming converters, all through its own registries."""

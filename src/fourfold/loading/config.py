@@ -1,0 +1,184 @@
+"""`MoeBitsAndBytesConfig`: every setting of bitsandbytes, for experts as for Linears."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from fourfold.errors import CheckpointError, ConfigurationError
+from fourfold.formats import PackFormat
+
+QUANT_METHOD = "fourfold"
+FORMAT_VERSION = 1
+_EXPERTS_TYPES = (None, "nf4", "fp4", "int8", "none")
+# The arguments of BitsAndBytesConfig that concern Linears alone; the report says so.
+LINEARS_ONLY = (
+    "bnb_4bit_quant_storage",
+    "llm_int8_threshold",
+    "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight",
+)
+
+
+class MoeBitsAndBytesConfig(BitsAndBytesConfig):
+    """Quantization of Linears by bitsandbytes, and of fused experts in the same formats.
+
+    Takes every argument of transformers' `BitsAndBytesConfig` with its meaning and default, except that
+    ``bnb_4bit_compute_dtype`` left unset means the model's dtype (bitsandbytes' own default multiplies in fp32).
+
+    Args:
+        experts_quant_type: ``None`` follows the Linears (``load_in_4bit``: ``bnb_4bit_quant_type``;
+            ``load_in_8bit``: INT8); ``"nf4"``, ``"fp4"``, ``"int8"`` set another format for experts (also with
+            neither ``load_in_4bit`` nor ``load_in_8bit``: then experts alone are quantized); ``"none"`` leaves
+            experts in high precision.
+        experts_blocksize: values that share one absmax in 4-bit experts; 64 is bitsandbytes' own for Linears.
+
+    Raises:
+        ConfigurationError: unknown settings, or settings that contradict each other.
+        CheckpointError: the settings come from a checkpoint of a newer format.
+    """
+
+    def __init__(
+        self,
+        load_in_8bit: bool = False,
+        load_in_4bit: bool = False,
+        llm_int8_threshold: float = 6.0,
+        llm_int8_skip_modules: list[str] | None = None,
+        llm_int8_enable_fp32_cpu_offload: bool = False,
+        llm_int8_has_fp16_weight: bool = False,
+        bnb_4bit_compute_dtype: torch.dtype | str | None = None,
+        bnb_4bit_quant_type: str = "fp4",
+        bnb_4bit_use_double_quant: bool = False,
+        bnb_4bit_quant_storage: torch.dtype | str | None = None,
+        experts_quant_type: str | None = None,
+        experts_blocksize: int = 64,
+        **kwargs: Any,
+    ) -> None:
+        if (stored := kwargs.pop("linears", None)) is not None:  # how a checkpoint says what `to_dict` wrote
+            load_in_4bit, load_in_8bit = stored == "4bit", stored == "8bit"
+        version = kwargs.pop("format_version", FORMAT_VERSION)
+        for known in ("quant_method", "fourfold_version", "_load_in_4bit", "_load_in_8bit"):
+            kwargs.pop(known, None)
+        if kwargs:
+            raise ConfigurationError(f"unknown quantization setting(s): {', '.join(sorted(kwargs))}")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"this checkpoint has Fourfold's format version {version}, and this release reads up to "
+                f"{FORMAT_VERSION}; install a newer fourfold"
+            )
+        if load_in_4bit and load_in_8bit:
+            raise ConfigurationError("load_in_4bit and load_in_8bit are both set; choose one")
+        super().__init__(
+            load_in_8bit=load_in_8bit,
+            load_in_4bit=load_in_4bit,
+            llm_int8_threshold=llm_int8_threshold,
+            llm_int8_skip_modules=llm_int8_skip_modules,
+            llm_int8_enable_fp32_cpu_offload=llm_int8_enable_fp32_cpu_offload,
+            llm_int8_has_fp16_weight=llm_int8_has_fp16_weight,
+            bnb_4bit_compute_dtype=bnb_4bit_compute_dtype,
+            bnb_4bit_quant_type=bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
+            bnb_4bit_quant_storage=bnb_4bit_quant_storage,
+        )
+        self.quant_method = QUANT_METHOD
+        self.compute_dtype_is_set = bnb_4bit_compute_dtype is not None
+        self.experts_quant_type = experts_quant_type
+        self.experts_blocksize = experts_blocksize
+        self._check()
+
+    def _check(self) -> None:
+        if self.bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise ConfigurationError(f"bnb_4bit_quant_type={self.bnb_4bit_quant_type!r}; valid are nf4, fp4")
+        if self.experts_quant_type not in _EXPERTS_TYPES:
+            raise ConfigurationError(
+                f"experts_quant_type={self.experts_quant_type!r}; valid are None (as the Linears), nf4, fp4, "
+                "int8, none"
+            )
+        fmt = self.experts_format()
+        if fmt is None and not self.is_linear_quantized:
+            raise ConfigurationError(
+                "nothing is to be quantized: set load_in_4bit or load_in_8bit, or an experts_quant_type"
+            )
+        if self.experts_blocksize != 64 and (fmt is None or not fmt.is_4bit):
+            raise ConfigurationError(
+                f"experts_blocksize={self.experts_blocksize} has no meaning for experts in "
+                f"{'high precision' if fmt is None else 'INT8 (one absmax per row)'}; leave it out"
+            )
+        if self.bnb_4bit_use_double_quant and not self.load_in_4bit and not (fmt and fmt.is_4bit):
+            raise ConfigurationError("bnb_4bit_use_double_quant is set but nothing is quantized to 4 bit")
+
+    @property
+    def is_linear_quantized(self) -> bool:
+        return self.load_in_4bit or self.load_in_8bit
+
+    def experts_format(self) -> PackFormat | None:
+        """How experts are packed; None leaves them in high precision."""
+        quant_type = self.experts_quant_type
+        if quant_type is None:
+            if self.load_in_8bit:
+                quant_type = "int8"
+            elif self.load_in_4bit:
+                quant_type = self.bnb_4bit_quant_type
+        if quant_type in (None, "none"):
+            return None
+        if quant_type == "int8":
+            return PackFormat("int8")
+        return PackFormat(quant_type, self.experts_blocksize, self.bnb_4bit_use_double_quant)
+
+    def is_quantizable(self) -> bool:
+        return True
+
+    def quantization_method(self) -> str | None:
+        return super().quantization_method() or QUANT_METHOD
+
+    def linears_config(self, dtype: torch.dtype) -> BitsAndBytesConfig:
+        """The plain configuration that Linears are quantized with; ``dtype`` is the model's."""
+        return BitsAndBytesConfig(
+            load_in_8bit=self.load_in_8bit,
+            load_in_4bit=self.load_in_4bit,
+            llm_int8_threshold=self.llm_int8_threshold,
+            llm_int8_skip_modules=self.llm_int8_skip_modules,
+            llm_int8_enable_fp32_cpu_offload=self.llm_int8_enable_fp32_cpu_offload,
+            llm_int8_has_fp16_weight=self.llm_int8_has_fp16_weight,
+            bnb_4bit_compute_dtype=self.bnb_4bit_compute_dtype if self.compute_dtype_is_set else dtype,
+            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
+            bnb_4bit_quant_storage=self.bnb_4bit_quant_storage,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written into ``config.json``.
+
+        Without ``load_in_4bit``: transformers looks at that key before ``quant_method``, and would take a packed
+        checkpoint for one of plain bitsandbytes.
+        """
+        import fourfold
+
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "fourfold_version": fourfold.__version__,
+            "linears": "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else "none",
+            "llm_int8_threshold": self.llm_int8_threshold,
+            "llm_int8_skip_modules": self.llm_int8_skip_modules,
+            "llm_int8_enable_fp32_cpu_offload": self.llm_int8_enable_fp32_cpu_offload,
+            "llm_int8_has_fp16_weight": self.llm_int8_has_fp16_weight,
+            "bnb_4bit_compute_dtype": (
+                str(self.bnb_4bit_compute_dtype).removeprefix("torch.") if self.compute_dtype_is_set else None
+            ),
+            "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant,
+            "bnb_4bit_quant_storage": str(self.bnb_4bit_quant_storage).removeprefix("torch."),
+            "experts_quant_type": self.experts_quant_type,
+            "experts_blocksize": self.experts_blocksize,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def linears_only_settings(self) -> list[str]:
+        """Settings that differ from their default and concern Linears alone, for the report."""
+        default = {"llm_int8_threshold": 6.0, "bnb_4bit_quant_storage": torch.uint8}
+        return [n for n in LINEARS_ONLY if getattr(self, n) != default.get(n, False)]

@@ -1,0 +1,140 @@
+"""Packing while the checkpoint is read.
+
+transformers maps checkpoint keys to model parameters with converters: for a per-expert checkpoint it collects the
+slices of all experts, stacks gate and up, concatenates them, and hands the fused bf16 tensor to the quantizer, so
+that twice that tensor is in memory (Qwen3-30B 1.5 GiB, DeepSeek-V3 28 GiB). `PackingConverter` takes the collected
+slices one expert at a time, packs each into preallocated storage and lets go of it. Files that hold experts fused
+already come through `QuantizeOperation`, one projection of one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+
+from fourfold.errors import CheckpointError
+from fourfold.experts import PackedExperts, Projection
+from fourfold.experts.packed import model_to_stack
+from fourfold.formats import PackedStack
+from fourfold.formats.quantize import Packer, pack_stack
+
+if TYPE_CHECKING:
+    from fourfold.loading.quantizer import FourfoldQuantizer
+
+Slice = torch.Tensor | Future | Callable[[], torch.Tensor]
+
+
+def _read(source: Slice) -> torch.Tensor | None:
+    """Materialise one checkpoint slice: from disk to its device, in the loading dtype."""
+    if isinstance(source, Future):
+        return source.result()
+    return source if isinstance(source, torch.Tensor) else source()
+
+
+def packed_parameters(full_name: str, stack: PackedStack) -> dict[str, nn.Parameter]:
+    """The stored tensors of a projection under their full names, frozen.
+
+    (A plain tensor that is returned to the loader becomes a trainable parameter if it is floating point.)
+    """
+    return {full_name + suffix: nn.Parameter(t, requires_grad=False) for suffix, t in stack.tensors()}
+
+
+class PackingConverter(WeightConverter):
+    """A per-expert merge of the model's own mapping that packs instead of merging where the target is packed.
+
+    Patterns hold for the whole model, packing is decided per module: targets that are not packed (skipped modules)
+    and chains of operations that are not a plain merge go through the original operations.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def wrap(cls, converter: WeightConverter) -> PackingConverter:
+        """A copy of ``converter`` that packs. Pattern by pattern, so scopes and prefixes are the same."""
+        copy = cls(
+            source_patterns=list(converter._original_source_patterns),
+            target_patterns=list(converter._original_target_patterns),
+            operations=converter.operations,
+        )
+        copy.scope_prefix, copy.base_model_prefix = converter.scope_prefix, converter.base_model_prefix
+        if hasattr(converter, "force_cpu"):
+            copy.force_cpu = converter.force_cpu
+        return copy
+
+    def _is_plain_merge(self) -> bool:
+        kinds = [type(op) for op in self.operations]
+        merge = kinds in ([MergeModulelist], [MergeModulelist, Concatenate]) and self.operations[0].dim == 0
+        return merge and (len(kinds) == 1 or self.operations[1].dim == 1)
+
+    def convert(
+        self,
+        layer_name: str,
+        model: Any = None,
+        config: Any = None,
+        hf_quantizer: Any = None,
+        loading_info: Any = None,
+    ) -> dict[str, Any]:
+        found = hf_quantizer.packing_target(model, layer_name) if self.quantization_operation is not None else None
+        if found is not None and self._is_plain_merge() and not found[0].fourfold_layout.is_transposed:
+            return self._convert_streaming(layer_name, *found)
+        return super().convert(layer_name, model, config, hf_quantizer, loading_info)
+
+    def _convert_streaming(
+        self, layer_name: str, module: PackedExperts, projection: Projection
+    ) -> dict[str, nn.Parameter]:
+        shape = projection.shape
+        sources: list[list[Slice]] = []
+        for pattern in self.source_patterns:
+            slices = list(self.collected_tensors.pop(pattern, []))
+            if len(slices) != shape.experts:
+                raise CheckpointError(
+                    f"{layer_name}: the checkpoint holds {len(slices)} of {shape.experts} tensors `{pattern}`; "
+                    "files are missing, or the configuration names another number of experts"
+                )
+            sources.append(slices)
+        packer: Packer | None = None
+        for expert in range(shape.experts):
+            # One matrix of one expert is in memory at a time, unless the file cuts gate and up otherwise.
+            matrices = (_read(slices[expert]) for slices in sources)
+            if len(sources) != shape.parts:
+                whole = torch.cat([m for m in matrices if m is not None])
+                matrices = iter(whole.chunk(shape.parts))
+            for part, matrix in enumerate(matrices):
+                if matrix is None:
+                    raise CheckpointError(f"{layer_name}: expert {expert} was not read; sharded loading is not supported")
+                if packer is None:
+                    stack = PackedStack.empty(module.fourfold_format, shape, matrix.device)
+                    packer = Packer(stack, layer_name)
+                packer.pack_(expert, part, matrix)
+            for slices in sources:
+                slices[expert] = torch.empty(0)  # lets go of the reader
+        assert packer is not None
+        return packed_parameters(layer_name, packer.finish())
+
+
+class QuantizeOperation(ConversionOps):
+    """What the loader calls with each merged tensor: packs experts, leaves Linears to bitsandbytes."""
+
+    def __init__(self, quantizer: FourfoldQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizeOperation:
+        return self  # the loader copies operations for every checkpoint key
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            found = self.quantizer.packing_target(model, name)
+            if found is None:
+                result |= self.quantizer.quantize_linear({name: value}, model=model, **kwargs)
+                continue
+            module, projection = found
+            weight = value[0] if isinstance(value, list) else value
+            stack = PackedStack.empty(module.fourfold_format, projection.shape, weight.device)
+            result |= packed_parameters(name, pack_stack(stack, model_to_stack(weight, module.fourfold_layout), name))
+        return result

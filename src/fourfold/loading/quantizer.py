@@ -1,0 +1,274 @@
+"""The quantizer: Linears go to transformers' own bitsandbytes quantizer, experts are packed.
+
+It is reached through `register_quantizer`; nothing in transformers is patched.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.utils.quantization_config import QuantizationMethod
+
+from fourfold.errors import CheckpointError, NoExpertsError, UnsupportedExpertsError
+from fourfold.experts import FoundExperts, PackedExperts, Projection, find_experts, prepare_module_, unpack_module_
+from fourfold.loading.config import MoeBitsAndBytesConfig
+from fourfold.loading.converters import PackingConverter, QuantizeOperation
+from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
+
+
+class FourfoldQuantizer(HfQuantizer):
+    """Quantizes a model with a `MoeBitsAndBytesConfig`.
+
+    Attributes:
+        linears: transformers' bitsandbytes quantizer for Linears, or None where experts alone are quantized.
+        packed: names of the packed experts modules.
+        left_on_request: names of experts modules in high precision because the configuration says so.
+    """
+
+    requires_calibration = False
+    quantization_config: MoeBitsAndBytesConfig
+
+    def __init__(self, quantization_config: MoeBitsAndBytesConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.config = quantization_config
+        self.linears: HfQuantizer | None = None
+        if quantization_config.is_linear_quantized:
+            kind = Bnb8BitHfQuantizer if quantization_config.load_in_8bit else Bnb4BitHfQuantizer
+            plain = quantization_config.linears_config(torch.float32)
+            self.linears = kind(plain, pre_quantized=self.pre_quantized)
+        self.packed: list[str] = []
+        self.left_on_request: list[str] = []
+        self._experts_conversions: list[Any] = []
+
+    # --- before loading -------------------------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        import bitsandbytes  # noqa: F401  (a dependency; registers the quantization operators)
+
+        if self.linears is not None:
+            self.linears.validate_environment(*args, **kwargs)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return Bnb4BitHfQuantizer.update_device_map(self, device_map)
+
+    def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
+        return {key: value * 0.90 for key, value in max_memory.items()}
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        requested = self.config.llm_int8_skip_modules
+        experts = list(find_experts(model))
+        self._refuse_unsupported(experts, requested)
+        dtype = model_dtype(model)
+        if self.linears is not None:
+            plain = self.config.linears_config(dtype)
+            plain.llm_int8_skip_modules = modules_to_skip(model, requested, experts)
+            self.linears.quantization_config = plain
+            self.linears._process_model_before_weight_loading(model, **kwargs)
+        fmt = self.config.experts_format()
+        for found in experts:
+            if fmt is None or is_skipped(found.name, requested):
+                self.left_on_request.append(found.name)
+                continue
+            prepare_module_(
+                found.module,
+                fmt,
+                dtype=dtype,
+                compute_dtype=self.config.bnb_4bit_compute_dtype if self.config.compute_dtype_is_set else None,
+                packed_on_disk=self.pre_quantized,
+            )
+            self.packed.append(found.name)
+        if self.packed:
+            return
+        if self.linears is None:
+            raise NoExpertsError(
+                f"{type(model).__name__} has no fused experts to pack and neither load_in_4bit nor load_in_8bit is "
+                "set for its Linears"
+            )
+        # Nothing here is ours: what is saved from this model is a plain bitsandbytes checkpoint.
+        self.quantization_config = self.linears.quantization_config
+
+    def _refuse_unsupported(self, experts: list[FoundExperts], requested: list[str] | None) -> None:
+        if self.config.experts_format() is None:
+            return
+        refused = [f for f in experts if f.layout is None and not is_skipped(f.name, requested)]
+        if refused:
+            first = refused[0]
+            pattern = re.sub(r"^.*\.\d+\.", "", first.name)
+            raise UnsupportedExpertsError(
+                f"{first.name} ({type(first.module).__name__}, and {len(refused) - 1} more) cannot be packed: "
+                f"{first.reason}. To leave such experts in high precision on purpose, pass "
+                f"llm_int8_skip_modules=[{pattern!r}] or experts_quant_type='none'"
+            )
+
+    # --- while loading --------------------------------------------------------------------------------------------
+
+    def packing_target(self, model: PreTrainedModel, name: str) -> tuple[PackedExperts, Projection] | None:
+        """The packed module and projection that parameter ``name`` belongs to; None for everything else."""
+        path, _, leaf = name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            return None
+        if not isinstance(module, PackedExperts):
+            return None
+        projection = module.fourfold_layout.projection(leaf)
+        return None if projection is None else (module, projection)
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        if self.packing_target(model, param_name) is not None:
+            return not self.pre_quantized
+        return self.linears is not None and self.linears.param_needs_quantization(model, param_name, **kwargs)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per element, for device maps and the allocator's warm-up."""
+        found = self.packing_target(model, param_name)
+        if found is not None:
+            module, projection = found
+            shape, dtype = projection.shape.tensors(module.fourfold_format)[""]
+            return torch.Size(shape).numel() * dtype.itemsize / param.numel()
+        if self.linears is not None:
+            return self.linears.param_element_size(model, param_name, param)
+        return param.element_size()
+
+    def get_quantize_ops(self) -> QuantizeOperation:
+        return QuantizeOperation(self)
+
+    def quantize_linear(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        assert self.linears is not None
+        return self.linears.get_quantize_ops().convert(input_dict, **kwargs)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Per-expert merges become streaming packers; bitsandbytes' own reading of packed Linears is added."""
+        conversions = list(weight_conversions)
+        if not self.pre_quantized:
+            conversions = [
+                PackingConverter.wrap(c) if isinstance(c, WeightConverter) else c for c in conversions
+            ]
+        if self.linears is not None:
+            conversions += self.linears.get_weight_conversions()
+        return conversions
+
+    # --- after loading --------------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._check_complete(model)
+        if self.linears is not None:
+            model = self.linears._process_model_after_weight_loading(model, **kwargs)
+            _keep_linears_trainable_on_cpu(model)
+        fmt = self.config.experts_format() if self.packed else None
+        if fmt is not None and self.linears is None:
+            setattr(model, "is_loaded_in_4bit" if fmt.is_4bit else "is_loaded_in_8bit", True)
+        # transformers, Trainer and Accelerate guard quantized models (no `.to(dtype)`, adapters required) by this.
+        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+        self._set_conversions_for_saving(model)
+        return model
+
+    def _check_complete(self, model: PreTrainedModel) -> None:
+        """Every packed tensor must have come from the checkpoint.
+
+        A missing one is only reported by transformers, filled with whatever memory holds, and would load as noise.
+        """
+        missing = []
+        for name in self.packed:
+            module = model.get_submodule(name)
+            assert isinstance(module, PackedExperts)
+            for projection in module.fourfold_layout.projections:
+                for suffix, (shape, dtype) in projection.shape.tensors(module.fourfold_format).items():
+                    tensor = module._parameters[projection.name + suffix]
+                    assert tensor is not None
+                    loaded = getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta
+                    if not loaded or tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                        missing.append(f"{name}.{projection.name}{suffix}")
+                    tensor.requires_grad_(False) if not tensor.is_floating_point() else None
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise CheckpointError(
+                f"the checkpoint lacks {', '.join(missing[:5])}{more}, or holds them in another format than its "
+                "config.json says; experts cannot be read without them. Save or download the checkpoint again"
+            )
+
+    def _set_conversions_for_saving(self, model: PreTrainedModel) -> None:
+        """Packed tensors are saved under the model's own names, one per projection.
+
+        The reverse of a per-expert merge would split packed bytes. bitsandbytes' reading of Linears has no reverse at
+        all (saving a reloaded model raises NotImplementedError in stock transformers). Both are taken out; the
+        former is kept for `dequantize`.
+        """
+        conversions = getattr(model, "_weight_conversions", None) or []
+        keep = []
+        for conversion in conversions:
+            if not isinstance(conversion, WeightConverter):
+                keep.append(conversion)
+            elif any(getattr(op, "hf_quantizer", None) is not None for op in conversion.operations):
+                continue
+            elif self.packed and self._targets_experts(conversion):
+                self._experts_conversions.append(conversion)
+            else:
+                keep.append(conversion)
+        model._weight_conversions = keep
+
+    def _targets_experts(self, conversion: WeightConverter) -> bool:
+        leaves = {"gate_up_proj", "up_proj", "down_proj"}
+        return any(t.rpartition(".")[2] in leaves and "experts" in t for t in conversion.target_patterns)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    # --- back -----------------------------------------------------------------------------------------------------
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The same numbers in high precision, in the model's own classes.
+
+        (Handles ``config.dtype`` as a string, which `save_pretrained` makes of it and stock code then trips over.)
+        """
+        if dtype is None:
+            dtype = model.config.dtype or torch.float32
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        return super().dequantize(model, dtype=dtype)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for module in list(model.modules()):
+            if isinstance(module, PackedExperts):
+                unpack_module_(module, dtype or module.fourfold_dtype)
+        if self.linears is not None:
+            model = self.linears._dequantize(model, dtype=dtype)
+        model._weight_conversions = getattr(model, "_weight_conversions", []) + self._original_merges(model)
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            if hasattr(model, flag):
+                delattr(model, flag)
+        return model
+
+    def _original_merges(self, model: PreTrainedModel) -> list[Any]:
+        """The per-expert merges to reverse when saving, so that the original keys come back."""
+        if self._experts_conversions or not self.pre_quantized:
+            return self._experts_conversions
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        return [c for c in mapping if isinstance(c, WeightConverter) and self._targets_experts(c)]
+
+
+def _keep_linears_trainable_on_cpu(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit Linears on CPUs with AVX512-BF16.
+
+    Its evaluation there rewrites the weight in another layout with bf16 scales, after which the layer has no backward
+    (training after an evaluation learns nothing below it, without an error) and dequantizes to garbage. The layer
+    asks an attribute of its own, so no code is patched.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,80 @@
+"""A model without weights: its modules on the meta device, prepared as loading would prepare them.
+
+Everything that can be wrong with a model and its settings is found on the skeleton in a second, before a weight is
+read or downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from fourfold.errors import CheckpointError
+from fourfold.loading.config import QUANT_METHOD, MoeBitsAndBytesConfig
+from fourfold.loading.register import register
+
+register()
+
+
+def read_config(model: str | Path) -> PretrainedConfig:
+    """The configuration of a local folder, a bare ``config.json`` or a hub id; never runs code from there.
+
+    Raises:
+        CheckpointError: there is no such folder or file, or no configuration in it.
+    """
+    path = Path(model)
+    looks_local = path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} holds no config.json, so it is no model folder")
+    if looks_local and not path.exists():
+        raise CheckpointError(f"there is no model folder or config.json at {path}")
+    try:
+        return AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"cannot read the configuration of {model}: {reason}") from error
+
+
+def _model_class(config: PretrainedConfig) -> type:
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+
+
+def build_skeleton(
+    model: str | Path | PretrainedConfig, quantization_config: MoeBitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """The model on the meta device.
+
+    Args:
+        model: local folder, bare ``config.json``, hub id, or a configuration.
+        quantization_config: how it would be loaded; a checkpoint that is packed already says so itself.
+
+    Returns:
+        A model whose parameters have their shapes and dtypes as after loading, without storage.
+
+    Raises:
+        CheckpointError: nothing readable is there.
+        UnsupportedExpertsError: its experts are of a kind that cannot be packed, and are not skipped on request.
+    """
+    config = model if isinstance(model, PretrainedConfig) else read_config(model)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    cls = _model_class(config)
+    stored = getattr(config, "quantization_config", None)
+    packed = isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
+    with torch.device("meta"):
+        built = cls._from_config(config, dtype=dtype) if hasattr(cls, "_from_config") else cls.from_config(config)
+    settings = stored if packed else quantization_config
+    if settings is not None:
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+        # As if already packed: shapes and dtypes are then those that storage will have.
+        quantizer.preprocess_model(model=built, device_map={"": "meta"}, checkpoint_files=None)
+        built.hf_quantizer = quantizer
+    return built

@@ -1,0 +1,38 @@
+"""The Triton decoder against its plain-torch twin: equal bits (on the CPU through Triton's interpreter)."""
+
+import pytest
+import torch
+
+from fourfold.formats import PackedStack, PackFormat, StackShape, decode_stack
+from fourfold.formats.quantize import pack_stack
+
+triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+FORMATS = [
+    PackFormat("nf4"),
+    PackFormat("nf4", 64, True),
+    PackFormat("nf4", 32, True),
+    PackFormat("fp4", 128),
+    PackFormat("fp4", 64, True),
+    PackFormat("int8"),
+]
+
+
+def rounded(w_fp32: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the kernel should store. Triton's interpreter cuts bf16 off where a GPU rounds to nearest."""
+    if dtype == torch.bfloat16 and not torch.cuda.is_available():
+        w_fp32 = (w_fp32.contiguous().view(torch.int32) & ~0xFFFF).view(torch.float32)
+    return w_fp32.to(dtype)
+
+
+@pytest.mark.usefixtures("poison_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("columns", [128, 200])
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_equals_the_torch_decoder(fmt: PackFormat, columns: int, dtype: torch.dtype) -> None:
+    from fourfold.kernels.decode_triton import decode_triton
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    stack = PackedStack.empty(fmt, StackShape(3, 40, columns, parts=2), device)
+    pack_stack(stack, torch.randn(3, 40, columns, device=device), "w")
+    assert torch.equal(decode_triton(stack, dtype), rounded(decode_stack(stack, torch.float32), dtype))
