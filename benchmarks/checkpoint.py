@@ -46,7 +46,7 @@ def write_checkpoint(folder: Path, layers: int, device: str) -> int:
     def normal(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, device=device) * 0.02).bfloat16().cpu()
 
-    H, I, D = config.hidden_size, config.moe_intermediate_size, config.head_dim
+    H, N, D = config.hidden_size, config.moe_intermediate_size, config.head_dim
     files: list[dict[str, torch.Tensor]] = []
     ones = torch.ones(H, dtype=torch.bfloat16)
     files.append(
@@ -81,9 +81,9 @@ def write_checkpoint(folder: Path, layers: int, device: str) -> int:
         }
         for expert in range(config.num_experts):
             e = f"{p}.mlp.experts.{expert}"
-            tensors[f"{e}.gate_proj.weight"] = normal(I, H)
-            tensors[f"{e}.up_proj.weight"] = normal(I, H)
-            tensors[f"{e}.down_proj.weight"] = normal(H, I)
+            tensors[f"{e}.gate_proj.weight"] = normal(N, H)
+            tensors[f"{e}.up_proj.weight"] = normal(N, H)
+            tensors[f"{e}.down_proj.weight"] = normal(H, N)
         total += write(tensors, layer + 2)
     config.save_pretrained(folder)
     index_file.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))

@@ -71,7 +71,7 @@ def load(variant: str, folder: str) -> Any:
 
 
 def expected_resident(model: Any, bits: float) -> dict[str, int]:
-    """The target of resident memory: what stays in high precision plus ``bits`` a packed weight."""
+    """The target of resident memory: what is not packed, plus ``bits`` a packed weight."""
     from fourfold.planning.report import make_report
 
     rows = make_report(model).rows
@@ -240,7 +240,8 @@ def versions() -> dict[str, str]:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| system | load s | resident GiB | peak loading GiB | step ms | peak training GiB | factors with gradient |",
+        "| system | load s | resident GiB | peak loading GiB | step ms | peak training GiB | factors with "
+        "gradient |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:

@@ -1,7 +1,7 @@
 """Fourfold: QLoRA of Mixture-of-Experts models, with nothing silently wrong.
 
-Importing it imports nothing heavy. What transformers and PEFT have to know is put into their registries when (and
-only when) those libraries are imported; names are resolved on first use.
+Importing it imports nothing heavy. What transformers and PEFT have to know is put into their registries when
+(and only when) those libraries are imported; names are resolved on first use.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from fourfold import errors
+from fourfold.version import __version__
 
 if TYPE_CHECKING:
     from fourfold.experts.layout import expert_targets
@@ -19,8 +20,16 @@ if TYPE_CHECKING:
     from fourfold.loading.prepare import dequantize, prepare
     from fourfold.planning.report import Report, verify
 
-__version__ = "0.1.0.dev0"
-__all__ = ["MoeBitsAndBytesConfig", "Report", "dequantize", "errors", "expert_targets", "prepare", "verify"]
+__all__ = [
+    "MoeBitsAndBytesConfig",
+    "Report",
+    "__version__",
+    "dequantize",
+    "errors",
+    "expert_targets",
+    "prepare",
+    "verify",
+]
 
 _WHERE = {
     "MoeBitsAndBytesConfig": "fourfold.loading.config",
@@ -32,7 +41,8 @@ _WHERE = {
 }
 
 
-# (not `transformers.quantizers.auto`: that is imported half-way through `modeling_utils`, which the quantizer needs)
+# (not `transformers.quantizers.auto`: that is imported half-way through `modeling_utils`, which the quantizer
+# needs)
 @wrapt.when_imported("transformers.modeling_utils")
 def _register_with_transformers(_: Any) -> None:
     from fourfold.loading.register import register
@@ -49,7 +59,9 @@ def _register_with_peft(_: Any) -> None:
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
-        raise AttributeError(f"module 'fourfold' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
+        raise AttributeError(
+            f"module 'fourfold' has no attribute {name!r}; it has {', '.join(sorted(__all__))}"
+        )
     value = getattr(importlib.import_module(_WHERE[name]), name)
     globals()[name] = value
     return value

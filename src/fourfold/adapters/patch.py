@@ -1,10 +1,11 @@
 """The one patch: how PEFT chooses the class of a parameter wrapper.
 
 `LoraModel._create_new_module` tries a fixed list of dispatchers and has no registry (`LoraConfig.
-_register_custom_module` is not saved with the adapter, so reloading would not know it). On a packed parameter stock
-raises nothing and builds factors for the width of the packed bytes, half of the real one. The wrapper below answers
-for packed experts only and passes everything else on. To be dropped when PEFT can register wrappers:
-https://github.com/huggingface/peft/issues (custom modules that survive saving), not there up to 0.21.
+_register_custom_module` is not saved with the adapter, so reloading would not know it). On a packed parameter
+stock raises nothing and builds factors for the width of the packed bytes, half of the real one. The wrapper
+below answers for packed experts only and passes everything else on. To be dropped when PEFT can register
+wrappers: https://github.com/huggingface/peft/issues (custom modules that survive saving), not there up to
+0.21.
 """
 
 from __future__ import annotations

@@ -56,10 +56,13 @@ def check_targets(
             suffixes = list(dict.fromkeys(re.sub(r"^.*\.\d+\.", "", t) for t in packable))
             if not suffixes:
                 raise AdapterError(
-                    f"target_parameters: {target!r} matches nothing, for {type(model).__name__} is dense: it has no "
+                    f"target_parameters: {target!r} matches nothing, for {type(model).__name__} is dense: "
+                    "it has no "
                     "fused experts. Leave target_parameters out"
                 )
-            raise AdapterError(f"target_parameters: {target!r} matches no parameter; {_nearest(target, suffixes)}")
+            raise AdapterError(
+                f"target_parameters: {target!r} matches no parameter; {_nearest(target, suffixes)}"
+            )
 
 
 def add_lora(
@@ -88,7 +91,9 @@ def add_lora(
     """
     check_targets(model, target_modules, target_parameters)
     if dropout and target_parameters:
-        raise AdapterError("lora_dropout is not offered on expert parameters; set it to 0 or target modules only")
+        raise AdapterError(
+            "lora_dropout is not offered on expert parameters; set it to 0 or target modules only"
+        )
     if not target_modules and not target_parameters:
         raise AdapterError("neither target_modules nor target_parameters is set, so LoRA would train nothing")
     config = LoraConfig(

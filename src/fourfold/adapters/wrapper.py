@@ -1,11 +1,11 @@
 """LoRA on packed experts, as PEFT's own parameter wrapper in low-rank form.
 
-PEFT targets a parameter by wrapping its module in a `ParamWrapper`; two targets on one module nest (the parameter
-registered first innermost). Stock forms ``W + BA`` of every expert at each forward, which cannot work on packed
-bytes, costs a bf16 copy of the layer, and rounds small updates away. This subclass keeps PEFT's parameters, shapes,
-names and configuration (so a saved adapter is what stock saves on the unquantized model) and changes the
-computation: the outermost wrapper collects the factors of the whole nest and hands them to the experts' routed
-forward.
+PEFT targets a parameter by wrapping its module in a `ParamWrapper`; two targets on one module nest (the
+parameter registered first innermost). Stock forms ``W + BA`` of every expert at each forward, which cannot
+work on packed bytes, costs a bf16 copy of the layer, and rounds small updates away. This subclass keeps
+PEFT's parameters, shapes, names and configuration (so a saved adapter is what stock saves on the unquantized
+model) and changes the computation: the outermost wrapper collects the factors of the whole nest and hands
+them to the experts' routed forward.
 
 PEFT's shapes of the factors: A ``[E*r, K]`` with the expert slowest, B ``[N, r*E]`` with the expert FASTEST.
 E experts, r rank, K in, N out of the projection.
@@ -38,7 +38,8 @@ class ParamWrapper(StockParamWrapper):
         if projection is None:
             names = ", ".join(p.name for p in self._experts().fourfold_layout.projections)
             raise AdapterError(
-                f"{self.parameter_name!r} is no projection of {type(self._experts()).__name__}; LoRA on packed "
+                f"{self.parameter_name!r} is no projection of {type(self._experts()).__name__}; LoRA on "
+                "packed "
                 f"experts can target {names}"
             )
         return projection
@@ -89,7 +90,8 @@ class ParamWrapper(StockParamWrapper):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise AdapterError(
-            "an adapter cannot be merged into packed weights: the sum would have to be quantized again. Load the base "
+            "an adapter cannot be merged into packed weights: the sum would have to be quantized again. "
+            "Load the base "
             "in high precision, or call `dequantize()` on it first, and merge there"
         )
 

@@ -6,8 +6,8 @@
     second product, bias, norm after the expert              [S, H]
     routing weight, sum over a token's experts               [T, H]
 
-The same for every layout and format; what differs is read off `ExpertsLayout`. T tokens, k experts a token, S = T*k,
-E experts, H hidden, I intermediate.
+The same for every layout and format; what differs is read off `ExpertsLayout`. T tokens, k experts a token, S
+= T*k, E experts, H hidden, I intermediate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ def compute_dtype(module: PackedExperts, hidden_states: torch.Tensor) -> torch.d
 
 
 def _project(
-    module: PackedExperts, projection: Projection, x_SK: torch.Tensor, routing: Routing, low_rank: LowRank | None
+    module: PackedExperts,
+    projection: Projection,
+    x_SK: torch.Tensor,
+    routing: Routing,
+    low_rank: LowRank | None,
 ) -> torch.Tensor:
     y_SN = packed_linear(
         x_SK, module.stack(projection), routing.offsets_E, low_rank, workspace_bytes=module.workspace_bytes

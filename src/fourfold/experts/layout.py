@@ -1,9 +1,9 @@
 """What an experts module is, read off the module itself.
 
 Transformers v5 keeps the routed experts of a layer as fused 3-D parameters of one module, and its decorator
-`use_experts_implementation` says on the module how they are laid out: `has_gate`, `has_bias`, `is_transposed`,
-`is_concatenated`, `has_post_expert_norm` (from 5.20 on), and an `_apply_gate` method. These attributes and the
-shapes are all that is used here, so a model published tomorrow is recognised as well.
+`use_experts_implementation` says on the module how they are laid out: `has_gate`, `has_bias`,
+`is_transposed`, `is_concatenated`, `has_post_expert_norm` (from 5.20 on), and an `_apply_gate` method. These
+attributes and the shapes are all that is used here, so a model published tomorrow is recognised as well.
 
 Modules that look like fused experts but are not decorated (llama4, dbrx, jetmoe and others) are found too, so
 that they can be refused by name instead of staying in high precision in silence.
@@ -136,7 +136,9 @@ def _read_decorated(module: nn.Module) -> ExpertsLayout | str:
     if isinstance(down, str):
         return down
     if has_gate and up.shape.rows != 2 * down.shape.columns:
-        return f"{up_name} has {up.shape.rows} rows where gate and up of {down.shape.columns} each are expected"
+        return (
+            f"{up_name} has {up.shape.rows} rows where gate and up of {down.shape.columns} each are expected"
+        )
     return ExpertsLayout(
         num_experts=up.shape.experts,
         up=up,
@@ -162,8 +164,9 @@ def _expert_counts(module: nn.Module) -> set[int]:
 def _looks_like_experts(module: nn.Module) -> bool:
     """Undecorated modules whose parameters are stacks over experts, 3-D or flattened to 2-D.
 
-    Either an attribute counts experts and a stack has as many entries, or the class calls itself experts. (Block-wise
-    recurrences, relative attention and some Mamba mixers hold stacks of matrices too and are none.)
+    Either an attribute counts experts and a stack has as many entries, or the class calls itself experts.
+    (Block-wise recurrences, relative attention and some Mamba mixers hold stacks of matrices too and are
+    none.)
     """
     if type(module).__module__.startswith(_BUILTIN):
         return False
@@ -174,12 +177,14 @@ def _looks_like_experts(module: nn.Module) -> bool:
         return True
     if len(stacks) >= 2 and "expert" in type(module).__name__.lower():
         return True
-    flattened = [p for p in parameters if p.ndim == 2 and any(p.shape[0] > c and p.shape[0] % c == 0 for c in counts)]
+    flattened = [
+        p for p in parameters if p.ndim == 2 and any(p.shape[0] > c and p.shape[0] % c == 0 for c in counts)
+    ]
     return len(flattened) >= 2
 
 
 def read_layout(module: nn.Module) -> tuple[ExpertsLayout | None, str] | None:
-    """``(layout, "")`` of an experts module, ``(None, reason)`` where it cannot be packed, None for others."""
+    """``(layout, "")`` of an experts module, ``(None, reason)`` of one that cannot be packed, else None."""
     packed = getattr(module, "fourfold_layout", None)
     if packed is not None:
         return packed, ""
@@ -223,13 +228,18 @@ def expert_targets(model: nn.Module) -> list[str]:
         model: quantized, unquantized or on the meta device, with or without adapters.
 
     Returns:
-        For example ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``, in registration order, the order
-        in which PEFT nests its wrappers.
+        For example ``["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]``, in registration order, the
+        order in which PEFT nests its wrappers.
 
     Raises:
         NoExpertsError: the model has no fused experts; target parameters that match nothing train nothing.
     """
-    found = [_suffix(tensor) for experts in find_experts(model) if experts.layout for tensor in _registered(experts)]
+    found = [
+        _suffix(tensor)
+        for experts in find_experts(model)
+        if experts.layout
+        for tensor in _registered(experts)
+    ]
     if not found:
         raise NoExpertsError(
             f"{type(model).__name__} has no fused experts that LoRA could target; "
@@ -248,4 +258,8 @@ def _registered(experts: FoundExperts) -> list[str]:
 def high_precision_tensors(experts: FoundExperts) -> list[str]:
     """Full names of this module's fused parameters that are floating point, i.e. not packed."""
     parameters = {f"{experts.name}.{n}": p for n, p in experts.module.named_parameters(recurse=False)}
-    return [n for n in experts.tensors() if isinstance(parameters.get(n), torch.Tensor) and parameters[n].is_floating_point()]
+    return [
+        n
+        for n in experts.tensors()
+        if isinstance(parameters.get(n), torch.Tensor) and parameters[n].is_floating_point()
+    ]

@@ -1,10 +1,11 @@
 """The module that holds packed experts.
 
-An experts module keeps its class: a dynamic subclass puts `PackedExperts` in front of it, so that `isinstance`, the
-activation, `_apply_gate`, biases and norms stay what they were, and only `forward` changes. Each fused parameter
-becomes a plain integer parameter of the same name in the same place of the registration order, with companions
-``<name>_absmax`` and, double-quantized, ``<name>_absmax_scale`` and ``<name>_absmax_offset`` behind. Plain
-parameters with the expert as first axis: state_dict, safetensors, sharding and slicing need no hook.
+An experts module keeps its class: a dynamic subclass puts `PackedExperts` in front of it, so that
+`isinstance`, the activation, `_apply_gate`, biases and norms stay what they were, and only `forward` changes.
+Each fused parameter becomes a plain integer parameter of the same name in the same place of the registration
+order, with companions ``<name>_absmax`` and, double-quantized, ``<name>_absmax_scale`` and
+``<name>_absmax_offset`` behind. Plain parameters with the expert as first axis: state_dict, safetensors,
+sharding and slicing need no hook.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ class PackedExperts(nn.Module):
 @functools.cache
 def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of an experts class that holds packed parameters; one per class."""
-    return type(f"Packed{cls.__name__}", (PackedExperts, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    return type(
+        f"Packed{cls.__name__}", (PackedExperts, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    )
 
 
 def _packed_names(module: PackedExperts) -> list[str]:
@@ -101,18 +104,22 @@ def prepare_module_(
 ) -> PackedExperts:
     """Make a module on the meta device ready to receive packed weights, in place.
 
-    Companions are registered with their final shapes. The fused parameters themselves stay floating point where
-    the checkpoint is in high precision (loaders read shape and dtype off them) and take their packed shape where
-    it is packed already.
+    Companions are registered with their final shapes. The fused parameters themselves stay floating point
+    where the checkpoint is in high precision (loaders read shape and dtype off them) and take their packed
+    shape where it is packed already.
     """
     found = read_layout(module)
     if found is None or found[0] is None:
         raise TypeError(f"{type(module).__name__} is no experts module that can be packed")
     layout = found[0]
-    module.__class__ = packed_class(type(module))
+    own_class: Any = type(module)
+    module.__class__ = packed_class(own_class)
     assert isinstance(module, PackedExperts)
     module.fourfold_layout, module.fourfold_format = layout, fmt
     module.fourfold_dtype, module.compute_dtype, module.workspace_bytes = dtype, compute_dtype, None
+    # transformers initialises what a checkpoint lacks, with normal numbers; on packed bytes that is an error
+    # from the inside of torch. The loader's own check names what is missing.
+    module._is_hf_initialized = True
     for projection in layout.projections:
         for suffix, tensor in PackedStack.empty(fmt, projection.shape, "meta").tensors():
             if suffix or packed_on_disk:
@@ -152,7 +159,7 @@ def set_stack_(module: PackedExperts, projection: Projection, stack: PackedStack
 
 
 def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
-    """Back to the module's own class with the same numbers in ``dtype``, in place; one projection at a time."""
+    """Back to the module's own class with the same numbers in ``dtype``, in place, projection by projection."""
     layout = module.fourfold_layout
     decoded: dict[str, nn.Parameter] = {}
     for projection in layout.projections:
@@ -162,7 +169,13 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
             if suffix:
                 del module._parameters[projection.name + suffix]
         module._parameters[projection.name] = decoded[projection.name]
-    for attribute in ("fourfold_layout", "fourfold_format", "fourfold_dtype", "compute_dtype", "workspace_bytes"):
+    for attribute in (
+        "fourfold_layout",
+        "fourfold_format",
+        "fourfold_dtype",
+        "compute_dtype",
+        "workspace_bytes",
+    ):
         delattr(module, attribute)
     plain: Any = type(module).__mro__[2]
     module.__class__ = plain

@@ -66,7 +66,8 @@ class PackFormat:
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:
             raise ConfigurationError(
-                f"unknown quantization type {self.quant_type!r} for experts; valid are {', '.join(QUANT_TYPES)}"
+                f"unknown quantization type {self.quant_type!r} for experts; valid are "
+                f"{', '.join(QUANT_TYPES)}"
             )
         if self.blocksize not in BLOCKSIZES:
             raise ConfigurationError(

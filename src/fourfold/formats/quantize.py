@@ -111,10 +111,11 @@ class Packer:
                 if self._limit == FP16_MAX
                 else ""
             )
+            shown = ", ".join(map(str, bad[:8])) + ("..." if len(bad) > 8 else "")
+            remedy = "use experts_quant_type='nf4'" if beyond else "get another copy of the files"
             raise CheckpointError(
-                f"{self.name}: weights of expert(s) {', '.join(map(str, bad[:8]))}{'...' if len(bad) > 8 else ''} are NaN "
-                f"or infinite{beyond}; the checkpoint is damaged, or this model needs "
-                f"{'experts_quant_type=' + repr('nf4') if beyond else 'another copy of its files'}"
+                f"{self.name}: weights of expert(s) {shown} are NaN or infinite{beyond}; "
+                f"the checkpoint is damaged, or {remedy}"
             )
         return self.stack
 

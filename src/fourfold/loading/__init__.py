@@ -1,1 +1,1 @@
-"""Loading with transformers: configuration, quantizer, streaming converters, all through its own registries."""
+"""Loading with transformers: configuration, quantizer, streaming converters; all by its own registries."""

@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig
 
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.formats import PackFormat
+from fourfold.version import __version__
 
 QUANT_METHOD = "fourfold"
 FORMAT_VERSION = 1
@@ -26,13 +27,14 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
     """Quantization of Linears by bitsandbytes, and of fused experts in the same formats.
 
     Takes every argument of transformers' `BitsAndBytesConfig` with its meaning and default, except that
-    ``bnb_4bit_compute_dtype`` left unset means the model's dtype (bitsandbytes' own default multiplies in fp32).
+    ``bnb_4bit_compute_dtype`` left unset means the model's dtype (bitsandbytes' own default multiplies in
+    fp32).
 
     Args:
         experts_quant_type: ``None`` follows the Linears (``load_in_4bit``: ``bnb_4bit_quant_type``;
-            ``load_in_8bit``: INT8); ``"nf4"``, ``"fp4"``, ``"int8"`` set another format for experts (also with
-            neither ``load_in_4bit`` nor ``load_in_8bit``: then experts alone are quantized); ``"none"`` leaves
-            experts in high precision.
+            ``load_in_8bit``: INT8); ``"nf4"``, ``"fp4"``, ``"int8"`` set another format for experts (also
+            with neither ``load_in_4bit`` nor ``load_in_8bit``: then experts alone are quantized); ``"none"``
+            leaves experts in high precision.
         experts_blocksize: values that share one absmax in 4-bit experts; 64 is bitsandbytes' own for Linears.
 
     Raises:
@@ -151,15 +153,13 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
     def to_dict(self) -> dict[str, Any]:
         """What is written into ``config.json``.
 
-        Without ``load_in_4bit``: transformers looks at that key before ``quant_method``, and would take a packed
-        checkpoint for one of plain bitsandbytes.
+        Without ``load_in_4bit``: transformers looks at that key before ``quant_method``, and would take a
+        packed checkpoint for one of plain bitsandbytes.
         """
-        import fourfold
-
         return {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
-            "fourfold_version": fourfold.__version__,
+            "fourfold_version": __version__,
             "linears": "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else "none",
             "llm_int8_threshold": self.llm_int8_threshold,
             "llm_int8_skip_modules": self.llm_int8_skip_modules,

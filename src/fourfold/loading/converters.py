@@ -1,17 +1,17 @@
 """Packing while the checkpoint is read.
 
-transformers maps checkpoint keys to model parameters with converters: for a per-expert checkpoint it collects the
-slices of all experts, stacks gate and up, concatenates them, and hands the fused bf16 tensor to the quantizer, so
-that twice that tensor is in memory (Qwen3-30B 1.5 GiB, DeepSeek-V3 28 GiB). `PackingConverter` takes the collected
-slices one expert at a time, packs each into preallocated storage and lets go of it. Files that hold experts fused
-already come through `QuantizeOperation`, one projection of one layer at a time.
+transformers maps checkpoint keys to model parameters with converters: for a per-expert checkpoint it collects
+the slices of all experts, stacks gate and up, concatenates them, and hands the fused bf16 tensor to the
+quantizer, so that twice that tensor is in memory (Qwen3-30B 1.5 GiB, DeepSeek-V3 28 GiB). `PackingConverter`
+takes the collected slices one expert at a time, packs each into preallocated storage and lets go of it. Files
+that hold experts fused already come through `QuantizeOperation`, one projection of one layer at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from fourfold.formats.quantize import Packer, pack_stack
 if TYPE_CHECKING:
     from fourfold.loading.quantizer import FourfoldQuantizer
 
-Slice = torch.Tensor | Future | Callable[[], torch.Tensor]
+Slice: TypeAlias = "torch.Tensor | Future[torch.Tensor] | Callable[[], torch.Tensor]"
 
 
 def _read(source: Slice) -> torch.Tensor | None:
@@ -47,8 +47,8 @@ def packed_parameters(full_name: str, stack: PackedStack) -> dict[str, nn.Parame
 class PackingConverter(WeightConverter):
     """A per-expert merge of the model's own mapping that packs instead of merging where the target is packed.
 
-    Patterns hold for the whole model, packing is decided per module: targets that are not packed (skipped modules)
-    and chains of operations that are not a plain merge go through the original operations.
+    Patterns hold for the whole model, packing is decided per module: targets that are not packed (skipped
+    modules) and chains of operations that are not a plain merge go through the original operations.
     """
 
     __slots__ = ()
@@ -79,7 +79,11 @@ class PackingConverter(WeightConverter):
         hf_quantizer: Any = None,
         loading_info: Any = None,
     ) -> dict[str, Any]:
-        found = hf_quantizer.packing_target(model, layer_name) if self.quantization_operation is not None else None
+        found = (
+            hf_quantizer.packing_target(model, layer_name)
+            if self.quantization_operation is not None
+            else None
+        )
         if found is not None and self._is_plain_merge() and not found[0].fourfold_layout.is_transposed:
             return self._convert_streaming(layer_name, *found)
         return super().convert(layer_name, model, config, hf_quantizer, loading_info)
@@ -93,7 +97,8 @@ class PackingConverter(WeightConverter):
             slices = list(self.collected_tensors.pop(pattern, []))
             if len(slices) != shape.experts:
                 raise CheckpointError(
-                    f"{layer_name}: the checkpoint holds {len(slices)} of {shape.experts} tensors `{pattern}`; "
+                    f"{layer_name}: the checkpoint holds {len(slices)} of {shape.experts} tensors "
+                    f"`{pattern}`; "
                     "files are missing, or the configuration names another number of experts"
                 )
             sources.append(slices)
@@ -106,7 +111,9 @@ class PackingConverter(WeightConverter):
                 matrices = iter(whole.chunk(shape.parts))
             for part, matrix in enumerate(matrices):
                 if matrix is None:
-                    raise CheckpointError(f"{layer_name}: expert {expert} was not read; sharded loading is not supported")
+                    raise CheckpointError(
+                        f"{layer_name}: expert {expert} was not read; sharded loading is not supported"
+                    )
                 if packer is None:
                     stack = PackedStack.empty(module.fourfold_format, shape, matrix.device)
                     packer = Packer(stack, layer_name)
@@ -136,5 +143,7 @@ class QuantizeOperation(ConversionOps):
             module, projection = found
             weight = value[0] if isinstance(value, list) else value
             stack = PackedStack.empty(module.fourfold_format, projection.shape, weight.device)
-            result |= packed_parameters(name, pack_stack(stack, model_to_stack(weight, module.fourfold_layout), name))
+            result |= packed_parameters(
+                name, pack_stack(stack, model_to_stack(weight, module.fourfold_layout), name)
+            )
         return result

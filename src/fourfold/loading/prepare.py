@@ -18,8 +18,8 @@ def prepare(
 ) -> PreTrainedModel:
     """Ready for LoRA training: base frozen, inputs with gradients, checkpointing on.
 
-    Use it instead of PEFT's `prepare_model_for_kbit_training`, which also casts router, embeddings and head to fp32
-    and so costs gigabytes that nothing gains from.
+    Use it instead of PEFT's `prepare_model_for_kbit_training`, which also casts router, embeddings and head
+    to fp32 and so costs gigabytes that nothing gains from.
 
     Args:
         model: before adapters are added.
@@ -45,10 +45,10 @@ def prepare(
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The same numbers in high precision (bf16 unless the model was loaded otherwise), in the model's own class.
+    """The same numbers in the dtype that the model was loaded in, in the model's own class.
 
-    The same as ``model.dequantize()``. Packs nothing again: the result is an ordinary model, saved under its original
-    keys.
+    The same as ``model.dequantize()``. Packs nothing again: the result is an ordinary model, saved under its
+    original keys.
 
     Raises:
         ConfigurationError: the model is not quantized, or has adapters on it.
@@ -56,5 +56,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> PreTrained
     if getattr(model, "hf_quantizer", None) is None:
         raise ConfigurationError(f"{type(model).__name__} is not quantized; there is nothing to dequantize")
     if hasattr(model, "peft_config"):
-        raise ConfigurationError("take the adapter off first (`model.unload()`), then dequantize the base model")
+        raise ConfigurationError(
+            "take the adapter off first (`model.unload()`), then dequantize the base model"
+        )
     return model.dequantize(dtype=dtype)

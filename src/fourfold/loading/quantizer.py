@@ -17,7 +17,14 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from fourfold.errors import CheckpointError, NoExpertsError, UnsupportedExpertsError
-from fourfold.experts import FoundExperts, PackedExperts, Projection, find_experts, prepare_module_, unpack_module_
+from fourfold.experts import (
+    FoundExperts,
+    PackedExperts,
+    Projection,
+    find_experts,
+    prepare_module_,
+    unpack_module_,
+)
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
@@ -47,7 +54,8 @@ class FourfoldQuantizer(HfQuantizer):
         self.left_on_request: list[str] = []
         self._experts_conversions: list[Any] = []
 
-    # --- before loading -------------------------------------------------------------------------------------------
+    # --- before loading
+    # -------------------------------------------------------------------------------------------
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         import bitsandbytes  # noqa: F401  (a dependency; registers the quantization operators)
@@ -80,7 +88,9 @@ class FourfoldQuantizer(HfQuantizer):
                 found.module,
                 fmt,
                 dtype=dtype,
-                compute_dtype=self.config.bnb_4bit_compute_dtype if self.config.compute_dtype_is_set else None,
+                compute_dtype=self.config.bnb_4bit_compute_dtype
+                if self.config.compute_dtype_is_set
+                else None,
                 packed_on_disk=self.pre_quantized,
             )
             self.packed.append(found.name)
@@ -88,7 +98,8 @@ class FourfoldQuantizer(HfQuantizer):
             return
         if self.linears is None:
             raise NoExpertsError(
-                f"{type(model).__name__} has no fused experts to pack and neither load_in_4bit nor load_in_8bit is "
+                f"{type(model).__name__} has no fused experts to pack and neither load_in_4bit nor "
+                "load_in_8bit is "
                 "set for its Linears"
             )
         # Nothing here is ours: what is saved from this model is a plain bitsandbytes checkpoint.
@@ -102,12 +113,14 @@ class FourfoldQuantizer(HfQuantizer):
             first = refused[0]
             pattern = re.sub(r"^.*\.\d+\.", "", first.name)
             raise UnsupportedExpertsError(
-                f"{first.name} ({type(first.module).__name__}, and {len(refused) - 1} more) cannot be packed: "
+                f"{first.name} ({type(first.module).__name__}, and {len(refused) - 1} more) cannot be "
+                "packed: "
                 f"{first.reason}. To leave such experts in high precision on purpose, pass "
                 f"llm_int8_skip_modules=[{pattern!r}] or experts_quant_type='none'"
             )
 
-    # --- while loading --------------------------------------------------------------------------------------------
+    # --- while loading
+    # --------------------------------------------------------------------------------------------
 
     def packing_target(self, model: PreTrainedModel, name: str) -> tuple[PackedExperts, Projection] | None:
         """The packed module and projection that parameter ``name`` belongs to; None for everything else."""
@@ -145,7 +158,7 @@ class FourfoldQuantizer(HfQuantizer):
         return self.linears.get_quantize_ops().convert(input_dict, **kwargs)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """Per-expert merges become streaming packers; bitsandbytes' own reading of packed Linears is added."""
+        """Per-expert merges become streaming packers; bitsandbytes' reading of packed Linears is added."""
         conversions = list(weight_conversions)
         if not self.pre_quantized:
             conversions = [
@@ -155,7 +168,8 @@ class FourfoldQuantizer(HfQuantizer):
             conversions += self.linears.get_weight_conversions()
         return conversions
 
-    # --- after loading --------------------------------------------------------------------------------------------
+    # --- after loading
+    # --------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self._check_complete(model)
@@ -165,7 +179,8 @@ class FourfoldQuantizer(HfQuantizer):
         fmt = self.config.experts_format() if self.packed else None
         if fmt is not None and self.linears is None:
             setattr(model, "is_loaded_in_4bit" if fmt.is_4bit else "is_loaded_in_8bit", True)
-        # transformers, Trainer and Accelerate guard quantized models (no `.to(dtype)`, adapters required) by this.
+        # transformers, Trainer and Accelerate guard quantized models (no `.to(dtype)`, adapters required) by
+        # this.
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         self._set_conversions_for_saving(model)
         return model
@@ -173,7 +188,8 @@ class FourfoldQuantizer(HfQuantizer):
     def _check_complete(self, model: PreTrainedModel) -> None:
         """Every packed tensor must have come from the checkpoint.
 
-        A missing one is only reported by transformers, filled with whatever memory holds, and would load as noise.
+        A missing one is only reported by transformers, filled with whatever memory holds, and would load as
+        noise.
         """
         missing = []
         for name in self.packed:
@@ -186,20 +202,26 @@ class FourfoldQuantizer(HfQuantizer):
                     loaded = getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta
                     if not loaded or tensor.dtype != dtype or tuple(tensor.shape) != shape:
                         missing.append(f"{name}.{projection.name}{suffix}")
-                    tensor.requires_grad_(False) if not tensor.is_floating_point() else None
+            biases = [p.bias for p in module.fourfold_layout.projections if p.bias is not None]
+            missing += [
+                f"{name}.{bias}"
+                for bias in biases
+                if not getattr(getattr(module, bias), "_is_hf_initialized", False)
+            ]
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise CheckpointError(
-                f"the checkpoint lacks {', '.join(missing[:5])}{more}, or holds them in another format than its "
+                f"the checkpoint lacks {', '.join(missing[:5])}{more}, or holds them in another format "
+                "than its "
                 "config.json says; experts cannot be read without them. Save or download the checkpoint again"
             )
 
     def _set_conversions_for_saving(self, model: PreTrainedModel) -> None:
         """Packed tensors are saved under the model's own names, one per projection.
 
-        The reverse of a per-expert merge would split packed bytes. bitsandbytes' reading of Linears has no reverse at
-        all (saving a reloaded model raises NotImplementedError in stock transformers). Both are taken out; the
-        former is kept for `dequantize`.
+        The reverse of a per-expert merge would split packed bytes. bitsandbytes' reading of Linears has no
+        reverse at all (saving a reloaded model raises NotImplementedError in stock transformers). Both are
+        taken out; the former is kept for `dequantize`.
         """
         conversions = getattr(model, "_weight_conversions", None) or []
         keep = []
@@ -225,12 +247,14 @@ class FourfoldQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
-    # --- back -----------------------------------------------------------------------------------------------------
+    # --- back
+    # -----------------------------------------------------------------------------------------------------
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The same numbers in high precision, in the model's own classes.
 
-        (Handles ``config.dtype`` as a string, which `save_pretrained` makes of it and stock code then trips over.)
+        (Handles ``config.dtype`` as a string, which `save_pretrained` makes of it and stock code then trips
+        over.)
         """
         if dtype is None:
             dtype = model.config.dtype or torch.float32
@@ -263,9 +287,9 @@ class FourfoldQuantizer(HfQuantizer):
 def _keep_linears_trainable_on_cpu(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking 4-bit Linears on CPUs with AVX512-BF16.
 
-    Its evaluation there rewrites the weight in another layout with bf16 scales, after which the layer has no backward
-    (training after an evaluation learns nothing below it, without an error) and dequantizes to garbage. The layer
-    asks an attribute of its own, so no code is patched.
+    Its evaluation there rewrites the weight in another layout with bf16 scales, after which the layer has no
+    backward (training after an evaluation learns nothing below it, without an error) and dequantizes to
+    garbage. The layer asks an attribute of its own, so no code is patched.
     """
     from bitsandbytes.nn import Linear4bit
 

@@ -1,13 +1,14 @@
 """A model without weights: its modules on the meta device, prepared as loading would prepare them.
 
-Everything that can be wrong with a model and its settings is found on the skeleton in a second, before a weight is
-read or downloaded.
+Everything that can be wrong with a model and its settings is found on the skeleton in a second, before a
+weight is read or downloaded.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -40,7 +41,7 @@ def read_config(model: str | Path) -> PretrainedConfig:
         raise CheckpointError(f"cannot read the configuration of {model}: {reason}") from error
 
 
-def _model_class(config: PretrainedConfig) -> type:
+def _model_class(config: PretrainedConfig) -> Any:
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if found is not None:
@@ -62,7 +63,8 @@ def build_skeleton(
 
     Raises:
         CheckpointError: nothing readable is there.
-        UnsupportedExpertsError: its experts are of a kind that cannot be packed, and are not skipped on request.
+        UnsupportedExpertsError: its experts are of a kind that cannot be packed, and are not skipped on
+            request.
     """
     config = model if isinstance(model, PretrainedConfig) else read_config(model)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
@@ -70,7 +72,9 @@ def build_skeleton(
     stored = getattr(config, "quantization_config", None)
     packed = isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
     with torch.device("meta"):
-        built = cls._from_config(config, dtype=dtype) if hasattr(cls, "_from_config") else cls.from_config(config)
+        built = (
+            cls._from_config(config, dtype=dtype) if hasattr(cls, "_from_config") else cls.from_config(config)
+        )
     settings = stored if packed else quantization_config
     if settings is not None:
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)

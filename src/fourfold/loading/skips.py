@@ -1,8 +1,9 @@
 """What stays in high precision.
 
-transformers' default keeps the output head and tied weights out of quantization, but drops that default as soon as
-somebody passes ``llm_int8_skip_modules`` and so quantizes ``lm_head``; routers that are ``nn.Linear`` it quantizes
-always, although they are tiny and everything depends on them. Here both stay in high precision in every case.
+transformers' default keeps the output head and tied weights out of quantization, but drops that default as
+soon as somebody passes ``llm_int8_skip_modules`` and so quantizes ``lm_head``; routers that are ``nn.Linear``
+it quantizes always, although they are tiny and everything depends on them. Here both stay in high precision
+in every case.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from fourfold.experts import FoundExperts
 def router_names(model: nn.Module, experts: list[FoundExperts]) -> list[str]:
     """Names of the Linears that choose experts.
 
-    A router is a Linear in the block that holds an experts module (but not inside the experts), with one output
-    per expert. That is a matter of shapes, so it needs no names.
+    A router is a Linear in the block that holds an experts module (but not inside the experts), with one
+    output per expert. That is a matter of shapes, so it needs no names.
     """
     routers: list[str] = []
     for found in experts:
@@ -40,7 +41,9 @@ def router_names(model: nn.Module, experts: list[FoundExperts]) -> list[str]:
 def modules_to_skip(
     model: PreTrainedModel, requested: list[str] | None, experts: list[FoundExperts]
 ) -> list[str]:
-    """Patterns of modules that are not quantized: transformers' defaults, routers, and what the user asked for."""
+    """Patterns of modules that are not quantized: transformers' defaults, routers, and what the user asked
+    for.
+    """
     kept_in_fp32 = getattr(model, "_keep_in_fp32_modules", None)
     defaults = HfQuantizer.get_modules_to_not_convert(model, None, kept_in_fp32)
     return sorted({*defaults, *router_names(model, experts), *(requested or [])})

@@ -1,7 +1,7 @@
 """`verify` and the report: what lies in which format, counted in logical parameters and stored bytes.
 
-PEFT's own total counts stored elements, which for packed weights is half or less of what they stand for; here a
-packed tensor counts the weights it encodes.
+PEFT's own total counts stored elements, which for packed weights is half or less of what they stand for; here
+a packed tensor counts the weights it encodes.
 """
 
 from __future__ import annotations
@@ -72,7 +72,11 @@ class Report:
         return sum(row.bytes_before for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        totals = {"logical_params": self.logical_params, "bytes": self.bytes, "bytes_before": self.bytes_before}
+        totals = {
+            "logical_params": self.logical_params,
+            "bytes": self.bytes,
+            "bytes_before": self.bytes_before,
+        }
         return asdict(self) | totals
 
     def __str__(self) -> str:
@@ -80,9 +84,12 @@ class Report:
         for row in self.rows:
             lines.append(
                 f"{row.role:<12}{row.dtype:<28}{row.logical_params:>16,}{row.bytes:>16,}{row.bytes_before:>16,}"
+                f"{row.role:<12}{row.dtype:<28}{row.logical_params:>16,}{row.bytes:>16,}{row.bytes_before:>16,}"
             )
         lines.append(f"{'total':<40}{self.logical_params:>16,}{self.bytes:>16,}{self.bytes_before:>16,}")
-        lines.append(f"{len(self.experts)} experts modules, {len(self.unquantized)} expert tensors unquantized")
+        lines.append(
+            f"{len(self.experts)} experts modules, {len(self.unquantized)} expert tensors unquantized"
+        )
         if self.left_on_request:
             lines.append(f"left in high precision on request: {', '.join(self.left_on_request)}")
         if self.linears_only_settings:
@@ -134,7 +141,12 @@ def _routers(model: nn.Module) -> set[str]:
             clean = clean_name(name)
             weight = getattr(module, "weight", None)
             inside = clean.startswith(f"{block}.") and not clean.startswith(f"{found.name}.")
-            if inside and isinstance(weight, torch.Tensor) and weight.ndim == 2 and not hasattr(module, "lora_A"):
+            if (
+                inside
+                and isinstance(weight, torch.Tensor)
+                and weight.ndim == 2
+                and not hasattr(module, "lora_A")
+            ):
                 rows = getattr(module, "out_features", weight.shape[0])
                 if rows == found.layout.num_experts:
                     names.add(clean)
@@ -202,8 +214,10 @@ def make_report(model: nn.Module) -> Report:
             nbytes = parameter.numel() * parameter.element_size()
             add(role, str(parameter.dtype).removeprefix("torch."), parameter.numel(), nbytes, nbytes)
     report.rows = sorted(rows.values(), key=lambda row: (ROLES.index(row.role), row.dtype))
-    config = getattr(quantizer, "config", None)
-    report.linears_only_settings = list(getattr(config, "linears_only_settings", lambda: [])())
+    config: Any = getattr(quantizer, "config", None)
+    report.linears_only_settings = (
+        config.linears_only_settings() if hasattr(config, "linears_only_settings") else []
+    )
     return report
 
 
@@ -223,8 +237,10 @@ def verify(model: nn.Module) -> Report:
     if report.unquantized:
         shown = "\n  ".join(report.unquantized)
         raise UnquantizedExpertsError(
-            f"{len(report.unquantized)} expert tensors of {type(model).__name__} are in high precision:\n  {shown}\n"
-            "Load the model with quantization_config=fourfold.MoeBitsAndBytesConfig(load_in_4bit=True, ...), or say "
+            f"{len(report.unquantized)} expert tensors of {type(model).__name__} are in high precision:\n  "
+            f"{shown}\n"
+            "Load the model with quantization_config=fourfold.MoeBitsAndBytesConfig(load_in_4bit=True, "
+            "...), or say "
             "llm_int8_skip_modules / experts_quant_type='none' if that is on purpose",
             report.unquantized,
         )

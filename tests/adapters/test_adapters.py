@@ -1,0 +1,229 @@
+"""LoRA on packed experts: stock keys, shapes and numbers, both ways."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import fourfold
+import tiny
+from fourfold.adapters.peft_lora import add_lora, check_targets, load_adapter
+from fourfold.errors import AdapterError
+
+IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 8, 9, 7], [31, 41, 59, 26, 53, 58, 9, 79, 3]])
+
+
+@pytest.fixture(params=tiny.KINDS)
+def pair(request, tmp_path: Path):
+    """A packed model, and stock's on the same numbers in high precision."""
+    folder = tmp_path / "model"
+    tiny.save(tiny.KINDS[request.param](), folder)
+
+    def load():
+        config = fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+    return load, lambda: fourfold.dequantize(load())
+
+
+def lora(model, **changes) -> LoraConfig:
+    arguments = {
+        "r": 5,
+        "lora_alpha": 7,
+        "target_modules": ["q_proj", "v_proj"],
+        "target_parameters": fourfold.expert_targets(model),
+        "init_lora_weights": False,
+    }
+    return LoraConfig(**(arguments | changes))
+
+
+def logits(model) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def gradients(model, checkpointing: bool = False) -> dict[str, torch.Tensor]:
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    model(IDS, labels=IDS).loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
+
+
+def test_saved_adapter_is_what_stock_saves(pair, tmp_path: Path) -> None:
+    load_packed, load_plain = pair
+    models = {"ours": load_packed(), "stock": load_plain()}
+    for name, model in models.items():
+        torch.manual_seed(1)
+        get_peft_model(model, lora(model)).save_pretrained(tmp_path / name)
+    ours, stock = (load_file(tmp_path / name / "adapter_model.safetensors") for name in models)
+    assert list(ours) == list(stock)
+    assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {
+        k: (v.shape, v.dtype) for k, v in stock.items()
+    }
+    assert all(torch.equal(ours[k], stock[k]) for k in ours)
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in models]
+    for config in configs:
+        config["target_modules"] = sorted(config["target_modules"])
+    assert configs[0] == configs[1]
+
+
+def test_ours_loads_in_stock_and_stocks_in_ours(pair, tmp_path: Path) -> None:
+    load_packed, load_plain = pair
+    ours, stock = load_packed(), load_plain()
+    get_peft_model(ours, lora(ours)).save_pretrained(tmp_path / "ours")
+    torch.manual_seed(7)
+    get_peft_model(stock, lora(stock)).save_pretrained(tmp_path / "stock")
+    for name in ("ours", "stock"):
+        here = PeftModel.from_pretrained(load_packed(), str(tmp_path / name))
+        there = PeftModel.from_pretrained(load_plain(), str(tmp_path / name))
+        torch.testing.assert_close(logits(here), logits(there), rtol=1e-5, atol=1e-5)
+        with here.disable_adapter():
+            base = logits(here)
+        assert (logits(here) - base).norm() > 0.05 * base.norm()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_factor_gets_stocks_gradient(pair, checkpointing: bool) -> None:
+    load_packed, load_plain = pair
+    found = {}
+    for name, load in (("ours", load_packed), ("stock", load_plain)):
+        model = load()
+        torch.manual_seed(1)
+        found[name] = gradients(get_peft_model(model, lora(model)), checkpointing)
+    assert found["ours"].keys() == found["stock"].keys()
+    assert any("experts" in name for name in found["ours"])
+    for name, wanted in found["stock"].items():
+        ours = found["ours"][name]
+        assert ours is not None, name
+        assert wanted.norm() > 0, name
+        assert (ours - wanted).norm() <= 1e-5 * wanted.norm(), name
+
+
+@pytest.fixture
+def packed(tmp_path: Path):
+    tiny.save(tiny.mixtral(), tmp_path)
+    config = fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4")
+    return AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_two_adapters_switch_and_add(packed) -> None:
+    model = get_peft_model(packed, lora(packed))
+    first = logits(model)
+    torch.manual_seed(9)
+    model.add_adapter("second", lora(packed, r=3, lora_alpha=5, use_rslora=True))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    second = logits(model)
+    assert not torch.allclose(first, second, atol=1e-3)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    with model.disable_adapter():
+        base = logits(model)
+    # Additive inside each projection, so to first order in the logits of a model this shallow.
+    assert not torch.allclose(both, first, atol=1e-3)
+    assert not torch.allclose(both, second, atol=1e-3)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), first)
+    assert torch.equal(logits(model.unload()), base)
+
+
+def test_one_projection_alone(packed) -> None:
+    model = get_peft_model(
+        packed, lora(packed, target_parameters=["mlp.experts.down_proj"], target_modules=None)
+    )
+    names = list(gradients(model))
+    assert len(names) == 2 * 2
+    assert all(gradient is not None for gradient in gradients(model).values())
+
+
+def test_merging_into_packed_weights_is_refused(packed) -> None:
+    model = get_peft_model(packed, lora(packed))
+    with pytest.raises(AdapterError, match="dequantize"):
+        model.merge_and_unload()
+
+
+@pytest.mark.parametrize("setting", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
+def test_what_has_no_meaning_on_experts_is_refused(packed, setting) -> None:
+    with pytest.raises(ValueError, match="does not work with"):
+        get_peft_model(packed, lora(packed, target_modules=None, init_lora_weights=True, **setting))
+
+
+def test_no_factor_is_as_wide_as_packed_bytes(packed) -> None:
+    """What stock PEFT silently builds on a packed parameter: factors of half the width."""
+    model = get_peft_model(packed, lora(packed))
+    shapes = {
+        n.split("mlp.")[1]: tuple(p.shape)
+        for n, p in model.named_parameters()
+        if "layers.0.mlp" in n and "lora" in n
+    }
+    assert shapes == {
+        "experts.base_layer.lora_A.default.weight": (4 * 5, 64),
+        "experts.base_layer.lora_B.default.weight": (2 * 96, 4 * 5),
+        "experts.lora_A.default.weight": (4 * 5, 96),
+        "experts.lora_B.default.weight": (64, 4 * 5),
+    }
+
+
+def test_other_models_are_left_to_stock(tmp_path: Path) -> None:
+    """The one patch passes on everything that is not packed."""
+    from peft.tuners.lora.layer import ParamWrapper as Stock
+
+    model = tiny.build(tiny.mixtral())
+    wrapped = get_peft_model(model, lora(model))
+    assert type(wrapped.base_model.model.model.layers[0].mlp.experts) is Stock
+
+
+@pytest.mark.parametrize(
+    ("modules", "parameters", "message"),
+    [
+        (["q_prj"], None, r"'q_prj' matches no module; nearest are q_proj"),
+        (
+            ["q_proj"],
+            ["mlp.experts.gate_proj"],
+            r"matches no parameter; nearest are mlp\.experts\.(gate_)?up",
+        ),
+        (r".*self_atn.*", None, "regular expression"),
+    ],
+)
+def test_targets_that_match_nothing_are_named(packed, modules, parameters, message: str) -> None:
+    message = message.replace("(gate_)?up", "gate_up_proj")
+    with pytest.raises(AdapterError, match=message):
+        check_targets(packed, modules, parameters)
+
+
+def test_expert_targets_on_a_dense_model_are_refused() -> None:
+    with pytest.raises(AdapterError, match="dense"):
+        check_targets(tiny.build(tiny.dense()), ["q_proj"], ["mlp.experts.gate_up_proj"])
+
+
+def test_helpers_add_save_and_load(packed, tmp_path: Path) -> None:
+    arguments = {
+        "r": 4,
+        "alpha": 8,
+        "target_modules": ["q_proj"],
+        "target_parameters": fourfold.expert_targets(packed),
+    }
+    fourfold.prepare(packed)
+    model = add_lora(packed, init_lora_weights=False, **arguments)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    before = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_adapter(model.unload(), tmp_path / "adapter")
+    assert torch.equal(logits(again), before)
+    with pytest.raises(AdapterError, match="no adapter"):
+        load_adapter(packed, tmp_path / "nothing")
+    with pytest.raises(AdapterError, match="dropout"):
+        add_lora(packed, dropout=0.1, **arguments)
+    with pytest.raises(AdapterError, match="train nothing"):
+        add_lora(packed, r=4, alpha=8, target_modules=None, target_parameters=None)

@@ -1,0 +1,356 @@
+"""Packing while loading, saving, reloading, dequantizing: through transformers' ordinary calls."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils.quantization_config import QuantizationMethod
+
+import fourfold
+import tiny
+from fourfold.errors import CheckpointError, ConfigurationError, NoExpertsError, UnsupportedExpertsError
+from fourfold.experts import PackedExperts, find_experts
+from fourfold.formats import PackFormat
+
+Config = fourfold.MoeBitsAndBytesConfig
+IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 8, 9, 7], [31, 41, 59, 26, 53, 58, 9, 79, 3]])
+SETTINGS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4 double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True},
+    "int8": {"load_in_8bit": True},
+    "experts alone, nf4": {"experts_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "experts alone, int8": {"experts_quant_type": "int8"},
+    "linears 8 bit, experts 4 bit, blocks of 32": {
+        "load_in_8bit": True,
+        "experts_quant_type": "nf4",
+        "experts_blocksize": 32,
+    },
+}
+
+
+def load(folder: Path, **settings):
+    arguments = {"quantization_config": Config(**settings)} if settings else {}
+    return AutoModelForCausalLM.from_pretrained(folder, **arguments)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.fixture(scope="module", params=tiny.KINDS)
+def checkpoint(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    tiny.save(tiny.KINDS[request.param](), folder)
+    return request.param, folder
+
+
+@pytest.fixture
+def mixtral(tmp_path) -> Path:
+    tiny.save(tiny.mixtral(), tmp_path / "model", max_shard_size="100KB")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_experts_alone_equal_bitsandbytes_round_trip(checkpoint, quant_type: str) -> None:
+    """The sharp test: the whole model against itself with each expert passed through bitsandbytes."""
+    kind, folder = checkpoint
+    ours = load(folder, experts_quant_type=quant_type)
+    theirs = tiny.round_trip_(load(folder), PackFormat(quant_type))
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(ours), logits(load(folder)), atol=1e-4), kind
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_save_and_reload_are_bit_exact(mixtral: Path, tmp_path: Path, settings) -> None:
+    model = load(mixtral, **settings)
+    fourfold.verify(model)
+    model.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    assert torch.equal(logits(model), logits(again))
+    assert not any(p.requires_grad for n, p in again.named_parameters() if "experts" in n)
+    again.save_pretrained(tmp_path / "again")  # stock transformers cannot save a reloaded 4-bit model
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+    stored = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "fourfold"
+    assert stored["format_version"] == 1
+    assert "load_in_4bit" not in stored
+
+
+def test_every_kind_saves_and_reloads(checkpoint, tmp_path: Path) -> None:
+    _, folder = checkpoint
+    model = load(folder, experts_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(load(tmp_path / "packed")), logits(model))
+
+
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_dequantize_gives_the_models_own_class_numbers_and_keys(
+    checkpoint, tmp_path: Path, reloaded: bool
+) -> None:
+    kind, folder = checkpoint
+    model = load(folder, experts_quant_type="nf4")
+    before = logits(model)
+    if reloaded:
+        model.save_pretrained(tmp_path / "packed")  # makes a string of config.dtype, too
+        model = load(tmp_path / "packed")
+    plain = fourfold.dequantize(model)
+    assert not any(isinstance(m, PackedExperts) for m in plain.modules())
+    torch.testing.assert_close(logits(plain), before, rtol=1e-5, atol=1e-5)
+    plain.save_pretrained(tmp_path / "plain")
+    ours = load_file(tmp_path / "plain" / "model.safetensors")
+    assert set(ours) == set(load_file(folder / "model.safetensors")), kind
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    torch.testing.assert_close(logits(load(tmp_path / "plain")), before, rtol=1e-5, atol=1e-5)
+
+
+def test_linears_are_those_of_plain_bitsandbytes(mixtral: Path) -> None:
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    ours = load(mixtral, experts_quant_type="none", bnb_4bit_compute_dtype=torch.float32, **settings)
+    plain = BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **settings)
+    stock = AutoModelForCausalLM.from_pretrained(mixtral, quantization_config=plain)
+    named = dict(stock.named_modules())
+    compared = 0
+    for name, module in ours.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            wanted = named[name].weight
+            assert torch.equal(module.weight, wanted), name
+            assert torch.equal(state.absmax, wanted.quant_state.absmax), name
+            assert torch.equal(state.offset, wanted.quant_state.offset), name
+            compared += 1
+    assert compared == 2 * 4
+
+
+def test_peak_while_loading_is_one_expert_above_the_result(mixtral: Path, monkeypatch) -> None:
+    """No fused tensor of a projection is ever made from a per-expert checkpoint."""
+    import fourfold.formats.quantize as quantize
+
+    merged: list[int] = []
+    stack, pack = torch.stack, quantize._pack_4bit_
+    packed: list[torch.Size] = []
+
+    def spy(stacked, expert, part, rows, w_NK):
+        packed.append(w_NK.shape)
+        return pack(stacked, expert, part, rows, w_NK)
+
+    monkeypatch.setattr(torch, "stack", lambda t, *a, **k: merged.append(len(t)) or stack(t, *a, **k))
+    monkeypatch.setattr(quantize, "_pack_4bit_", spy)
+    load(mixtral, experts_quant_type="nf4")
+    assert merged == []
+    assert packed.count(torch.Size((96, 64))) == 2 * 2 * 4  # gate and up, layers, experts
+    assert packed.count(torch.Size((64, 96))) == 2 * 4
+    load(mixtral, load_in_8bit=True, experts_quant_type="none")
+    assert merged  # what the spy would have seen
+
+
+def test_head_and_routers_stay_in_high_precision_whatever_is_skipped(tmp_path: Path) -> None:
+    import bitsandbytes
+
+    tiny.save(tiny.qwen3_moe(tie_word_embeddings=False), tmp_path)
+    model = load(tmp_path, load_in_4bit=True, llm_int8_skip_modules=["q_proj"])
+    kinds = {n.rpartition(".")[2]: type(m) for n, m in model.named_modules()}
+    assert kinds["lm_head"] is torch.nn.Linear
+    assert kinds["q_proj"] is torch.nn.Linear
+    assert kinds["k_proj"] is bitsandbytes.nn.Linear4bit
+    assert model.model.layers[0].mlp.gate.weight.dtype == torch.float32
+
+
+def test_linear_routers_are_found_by_shape() -> None:
+    from fourfold.loading.skips import router_names
+
+    model = tiny.build(tiny.mixtral())
+    block = model.model.layers[0].mlp
+    block.gate = torch.nn.Linear(64, 4)
+    block.shared = torch.nn.Linear(64, 96)
+    assert router_names(model, list(find_experts(model))) == ["model.layers.0.mlp.gate"]
+
+
+def test_skipped_experts_stay_as_they_are_and_survive_saving(mixtral: Path, tmp_path: Path) -> None:
+    model = load(mixtral, load_in_4bit=True, llm_int8_skip_modules=["model.layers.0.mlp.experts"])
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    assert not isinstance(first, PackedExperts)
+    assert isinstance(second, PackedExperts)
+    report = fourfold.verify(model)
+    assert report.left_on_request == ["model.layers.0.mlp.experts"]
+    model.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    assert torch.equal(logits(again), logits(model))
+    assert fourfold.verify(again).left_on_request == ["model.layers.0.mlp.experts"]
+
+
+def test_a_dense_model_is_plain_bitsandbytes(tmp_path: Path) -> None:
+    tiny.save(tiny.dense(), tmp_path / "dense")
+    model = load(tmp_path / "dense", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    assert fourfold.verify(model).experts == []
+    model.save_pretrained(tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "bitsandbytes"
+    with pytest.raises(NoExpertsError):
+        load(tmp_path / "dense", experts_quant_type="nf4")
+
+
+def test_guards_of_quantized_models_are_kept(mixtral: Path) -> None:
+    model = load(mixtral, load_in_4bit=True)
+    assert model.is_loaded_in_4bit
+    assert model.quantization_method == QuantizationMethod.BITS_AND_BYTES
+    with pytest.raises(ValueError, match="dtype"):
+        model.to(torch.bfloat16)
+
+
+def test_compute_dtype_is_the_models_unless_set(tmp_path: Path) -> None:
+    tiny.save(tiny.mixtral(), tmp_path)
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=Config(**settings)
+    )
+    assert model.model.layers[0].self_attn.q_proj.compute_dtype == torch.bfloat16
+    assert model.model.layers[0].mlp.experts.compute_dtype is None
+    model = load(tmp_path, bnb_4bit_compute_dtype="bfloat16", **settings)
+    assert model.model.layers[0].self_attn.q_proj.compute_dtype == torch.bfloat16
+    assert model.model.layers[0].mlp.experts.compute_dtype == torch.bfloat16
+
+
+def test_training_after_evaluation_still_reaches_lower_layers(mixtral: Path) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes' evaluation makes 4-bit Linears that have no backward."""
+    model = load(mixtral, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model.eval()
+    before = logits(model)
+    assert torch.equal(before, logits(model))
+    model.train()
+    embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    model(inputs_embeds=embedded).logits.square().mean().backward()
+    assert embedded.grad.abs().sum() > 0
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            assert not getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+
+
+# --- what must not load
+# -----------------------------------------------------------------------------------------
+
+
+def packed_folder(mixtral: Path, folder: Path, **settings) -> Path:
+    load(mixtral, **(settings or {"experts_quant_type": "nf4"})).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("settings", [{"experts_quant_type": "nf4"}, {"experts_quant_type": "int8"}])
+def test_without_fourfold_a_packed_checkpoint_fails(mixtral: Path, tmp_path: Path, settings) -> None:
+    folder = packed_folder(mixtral, tmp_path / "packed", **settings)
+    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert re.search("size mismatch|mismatch|ignore_mismatched_sizes", done.stderr)
+
+
+@pytest.mark.parametrize("suffix", ["gate_up_proj_absmax", "down_proj"])
+def test_a_missing_packed_tensor_is_an_error_with_its_name(
+    mixtral: Path, tmp_path: Path, suffix: str
+) -> None:
+    folder = packed_folder(mixtral, tmp_path / "packed")
+    tensors = load_file(folder / "model.safetensors")
+    (gone,) = (k for k in tensors if re.search(rf"layers\.1\..*experts\.{suffix}$", k))
+    del tensors[gone]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"layers\.1\.mlp\.experts\.{suffix}[,\s]"):
+        load(folder)
+
+
+def test_a_missing_expert_is_an_error_with_its_name(mixtral: Path, tmp_path: Path) -> None:
+    tiny.save(tiny.mixtral(), tmp_path / "one")
+    tensors = load_file(tmp_path / "one" / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(tensors, tmp_path / "one" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.gate_up_proj.*3 of 4"):
+        load(tmp_path / "one", experts_quant_type="nf4")
+
+
+def test_a_newer_format_is_refused(mixtral: Path, tmp_path: Path) -> None:
+    folder = packed_folder(mixtral, tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="newer fourfold"):
+        load(folder)
+
+
+def test_not_finite_weights_are_refused_with_their_name(tmp_path: Path) -> None:
+    model = tiny.build(tiny.mixtral())
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[3, 0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.experts\.down_proj: weights of expert\(s\) 3"
+    ):
+        load(tmp_path, experts_quant_type="nf4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "nothing is to be quantized"),
+        ({"experts_quant_type": "none"}, "nothing is to be quantized"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "choose one"),
+        ({"load_in_4bit": True, "experts_quant_type": "int4"}, "valid are"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "nf5"),
+        ({"load_in_8bit": True, "experts_blocksize": 32}, "experts_blocksize"),
+        ({"load_in_8bit": True, "bnb_4bit_use_double_quant": True}, "double"),
+        ({"load_in_4bit": True, "bnb_4bit_qant_type": "nf4"}, "bnb_4bit_qant_type"),
+    ],
+)
+def test_contradictory_settings_are_refused(settings, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Config(**settings)
+
+
+UNDECORATED = {
+    "jetmoe": {"model_type": "jetmoe", "architectures": ["JetMoeForCausalLM"], "num_local_experts": 4},
+    "llama4": {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("kind", UNDECORATED)
+def test_experts_of_another_kind_are_refused_before_weights_are_read(tmp_path: Path, kind: str) -> None:
+    from fourfold.loading.skeleton import build_skeleton
+
+    small = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "vocab_size": 96,
+        "pad_token_id": 0,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(UNDECORATED[kind] | small))
+    with pytest.raises(UnsupportedExpertsError, match="llm_int8_skip_modules") as raised:
+        build_skeleton(tmp_path, Config(load_in_4bit=True))
+    pattern = re.search(r"skip_modules=\['(.+?)'\]", str(raised.value)).group(1)
+    build_skeleton(tmp_path, Config(load_in_4bit=True, experts_quant_type="none"))
+    assert pattern
+
+
+def test_importing_fourfold_is_light_and_changes_nothing() -> None:
+    code = (
+        "import sys, time; t = time.perf_counter(); import fourfold; t = time.perf_counter() - t;"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules and 'peft' not in "
+        "sys.modules;"
+        "print(t)"
+    )
+    done = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
+    assert min(float(d.stdout) for d in done) < 0.1
