@@ -85,7 +85,7 @@ def expected_resident(model: Any, bits: float) -> dict[str, int]:
 
 
 def check_layer(model: Any) -> dict[str, float]:
-    """One experts module against an fp32 computation on its decoded weights; and bf16 grouped_mm on the same."""
+    """One experts module, and plain bf16 products, against fp32 on the decoded weights."""
     from fourfold.kernels import dispatch, reference_linear, route
 
     experts = model.model.layers[0].mlp.experts

@@ -159,7 +159,7 @@ def set_stack_(module: PackedExperts, projection: Projection, stack: PackedStack
 
 
 def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
-    """Back to the module's own class with the same numbers in ``dtype``, in place, projection by projection."""
+    """Back to the module's own class with the same numbers in ``dtype``, in place."""
     layout = module.fourfold_layout
     decoded: dict[str, nn.Parameter] = {}
     for projection in layout.projections:

@@ -1,0 +1,64 @@
+"""``fourfold inspect MODEL``: experts modules, their sizes in bf16, 4 and 8 bit, and their LoRA targets."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fourfold.cli.outcome import Outcome
+from fourfold.errors import ConfigurationError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument(
+        "model", help="a folder, a config.json, or a model's id on the hub; no weight is read"
+    )
+
+
+def execute(args: argparse.Namespace, console: Console) -> Outcome:
+    """Read the configuration, build the skeleton, list the experts."""
+    if Path(args.model).suffix in (".yaml", ".yml"):
+        raise ConfigurationError(
+            f"{args.model} configures a run, not a model. Inspect the folder or id that its base_model names."
+        )
+
+    from fourfold.cli.libraries import quiet
+
+    quiet(args.debug)
+
+    from fourfold.planning.inspect import Inspection, inspect_model
+    from fourfold.training.callbacks import format_bytes
+
+    def table(found: Inspection) -> Table:
+        columns = list(dict.fromkeys(name for group in found.groups for name in group.bytes))
+        columns.sort(key=lambda name: (name != "bf16", name))
+        result = Table(title="experts", title_justify="left")
+        for heading in ("where", "kind", "shapes"):
+            result.add_column(heading, overflow="fold")
+        for heading in columns:
+            result.add_column(heading.replace("_", " "), justify="right")
+        for group in found.groups:
+            shapes = "\n".join(f"{name} {shape}" for name, shape in group.shapes.items())
+            sizes = [format_bytes(group.bytes[name]) if name in group.bytes else "-" for name in columns]
+            kind = group.kind if group.can_be_packed else f"cannot be packed: {group.kind}"
+            result.add_row(f"{group.count} x {group.pattern}", kind, shapes, *sizes)
+        return result
+
+    found = inspect_model(args.model)
+    share = found.expert_params / found.total_params
+    console.print(
+        f"{found.architecture}: {found.total_params:,} parameters, {share:.0%} of them in experts",
+        soft_wrap=True,
+        highlight=False,
+    )
+    if found.groups:
+        console.print(table(found))
+        targets = ", ".join(found.targets) or "none"
+        console.print(f"lora_target_parameters: {targets}", soft_wrap=True, markup=False, highlight=False)
+    else:
+        console.print("no experts: a dense model")
+    return Outcome(data=found.to_dict())

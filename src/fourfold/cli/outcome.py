@@ -1,0 +1,20 @@
+"""What a verb gives back, and the exit statuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+DONE = 0
+SAYS_NO = 1
+WRONG_INPUT = 2
+BROKEN = 3
+INTERRUPTED = 130
+
+
+@dataclass
+class Outcome:
+    """Exit status, and what ``--json`` prints."""
+
+    status: int = DONE
+    data: dict[str, Any] = field(default_factory=dict)

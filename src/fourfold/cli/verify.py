@@ -1,0 +1,46 @@
+"""``fourfold verify DIR``: bytes by role and dtype of a checkpoint, and whether every expert is packed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from fourfold.cli.outcome import DONE, SAYS_NO, Outcome
+from fourfold.errors import ConfigurationError, UnquantizedExpertsError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("directory", help="the folder of a checkpoint")
+
+
+def execute(args: argparse.Namespace, console: Console) -> Outcome:
+    """Exit status 0 where all experts are packed (or skipped on request), 1 where any is not."""
+    if not (Path(args.directory) / "config.json").is_file():
+        raise ConfigurationError(
+            f"{args.directory}: no such folder, or no config.json in it. Name a checkpoint's folder."
+        )
+
+    import fourfold
+    from fourfold.cli.libraries import quiet
+    from fourfold.loading.skeleton import build_skeleton
+    from fourfold.planning.report import make_report
+    from fourfold.training.summary import packed_table
+
+    quiet(args.debug)
+    model = build_skeleton(args.directory)
+    report = make_report(model).to_dict()
+    status, unpacked, message = DONE, [], "every expert is packed"
+    try:
+        fourfold.verify(model)
+    except UnquantizedExpertsError as error:
+        status, unpacked, message = SAYS_NO, error.tensors, str(error)
+    if not report["experts"]:
+        message = "no experts: a dense model"
+    console.print(packed_table(report))
+    console.print(message, soft_wrap=True, markup=False, highlight=False)
+    return Outcome(
+        status, {"ok": status == DONE, "message": message, "unquantized": unpacked, "report": report}
+    )

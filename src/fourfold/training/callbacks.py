@@ -1,0 +1,219 @@
+"""What watches a run: live progress, the loss curve, memory, held-out evaluations, the first gradients."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fourfold.errors import TrainingError
+from fourfold.training.evaluate import AnswerLosses
+
+SHOWN_NAMES = 8
+
+
+def peak_memory() -> int:
+    """The most bytes held so far: on the GPU by torch, without one by the whole process (resident set)."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    high_water = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return high_water if sys.platform == "darwin" else high_water * 1024
+
+
+def format_bytes(count: float) -> str:
+    """``1.2 GB``, in powers of ten."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+@dataclass
+class Curve:
+    """What is measured along the run.
+
+    Attributes:
+        train: (step, loss) at each logging step, in nats per trained token.
+        held_out: (step, loss) of each evaluation.
+        training_seconds: time spent in training steps; loading, evaluations and checkpoints are not in it.
+        tokens: tokens of the training batches in that time.
+    """
+
+    train: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    training_seconds: float = 0.0
+    tokens: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Training speed."""
+        return self.tokens / self.training_seconds if self.training_seconds else 0.0
+
+
+class Metrics(TrainerCallback):
+    """Fills a ``Curve``: the loss from the trainer's log, the clock from the start of a step to its end."""
+
+    def __init__(self, curve: Curve, tokens_seen: Callable[[], int]) -> None:
+        self.curve = curve
+        self.tokens_seen = tokens_seen
+        self.started = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Start the clock anew: what lay between two steps was no training."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self.curve.training_seconds += time.perf_counter() - self.started
+        self.curve.tokens = self.tokens_seen()
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Note the training loss."""
+        if logs and "loss" in logs:
+            self.curve.train.append((state.global_step, float(logs["loss"])))
+
+
+class FirstStepGradients(TrainerCallback):
+    """Stops the run where a trainable parameter has no gradient at the first optimizer step.
+
+    Such a parameter is never trained (an adapter beside the path of the data), and nothing else would say so.
+    """
+
+    def __init__(self) -> None:
+        self.checked = False
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Look at each gradient once.
+
+        Raises:
+            TrainingError: names the parameters without one.
+        """
+        if self.checked:
+            return
+        self.checked = True
+        trainable = [(name, p) for name, p in kwargs["model"].named_parameters() if p.requires_grad]
+        without = [name for name, parameter in trainable if parameter.grad is None]
+        if without:
+            more = f" and {len(without) - SHOWN_NAMES} more" if len(without) > SHOWN_NAMES else ""
+            raise TrainingError(
+                f"{len(without)} of {len(trainable)} trainable parameters have no gradient after the first "
+                f"step, so they would never be trained: {', '.join(without[:SHOWN_NAMES])}{more}. "
+                "Take their targets out of lora_target_modules or lora_target_parameters, or report this "
+                "model."
+            )
+
+
+class HeldOut(TrainerCallback):
+    """Evaluates at the steps asked for, with the same measure as before and after the run.
+
+    Args:
+        evaluate: the loss on the held-out answers as they stand.
+        curve: where the losses go.
+        every: a number of steps, a fraction of the run, 0 for never, None for each epoch.
+    """
+
+    def __init__(self, evaluate: Callable[[], AnswerLosses], curve: Curve, every: float | None) -> None:
+        self.evaluate = evaluate
+        self.curve = curve
+        self.every = every
+
+    def _run(self, state: TrainerState) -> None:
+        # The last step is followed by the final evaluation: not twice.
+        if state.global_step < state.max_steps:
+            self.curve.held_out.append((state.global_step, self.evaluate().mean))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Evaluate where the step is one of those asked for."""
+        if not self.every:
+            return
+        steps = math.ceil(state.max_steps * self.every) if self.every < 1 else int(self.every)
+        if state.global_step % steps == 0:
+            self._run(state)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Evaluate where each epoch was asked for."""
+        if self.every is None:
+            self._run(state)
+
+
+class Progressing(TrainerCallback):
+    """A bar on a terminal, lines elsewhere: step, loss, tokens a second, memory, time left."""
+
+    def __init__(self, console: Console, curve: Curve) -> None:
+        self.console = console
+        self.curve = curve
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.first_step = 0
+        self.printed = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar."""
+        self.first_step = state.global_step
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task(
+                "train", total=state.max_steps, completed=state.global_step, status=""
+            )
+            self.bar.start()
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Move the bar, or print a line: each step at first, then at most one in five seconds."""
+        if not logs or "loss" not in logs:
+            return
+        curve = self.curve
+        status = (
+            f"loss {logs['loss']:.3f}  {curve.tokens_per_second:.0f} tokens/s  {format_bytes(peak_memory())}"
+        )
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=state.global_step, status=status)
+            return
+        now = time.perf_counter()
+        if now - self.printed < 5 and state.global_step < state.max_steps:
+            return
+        self.printed = now
+        done = max(1, state.global_step - self.first_step)
+        left = curve.training_seconds / done * (state.max_steps - state.global_step)
+        minutes, seconds = divmod(round(left), 60)
+        self.console.print(
+            f"step {state.global_step}/{state.max_steps}  {status}  {minutes}:{seconds:02d} left",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+    def close(self) -> None:
+        """Take the bar down; also after an exception."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Take the bar down."""
+        self.close()

@@ -1,0 +1,131 @@
+"""Settings that contradict each other: one message each, with the way out. Never resolved in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fourfold.training.yaml_file import Problem, nearest
+
+if TYPE_CHECKING:
+    from fourfold.training.schema import TrainConfig
+
+# What `bnb_config_kwargs` may hold: MoeBitsAndBytesConfig's arguments less those with a key of their own. (A
+# test compares these lists with its signature; the class itself cannot be imported here without
+# transformers.)
+BNB_4BIT = (
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_storage",
+)
+DOUBLE_QUANT = "bnb_4bit_use_double_quant"
+BNB_8BIT = ("llm_int8_threshold", "llm_int8_has_fp16_weight")
+BNB_BOTH = (
+    "llm_int8_skip_modules",
+    "llm_int8_enable_fp32_cpu_offload",
+    "experts_quant_type",
+    "experts_blocksize",
+)
+
+
+class ContradictionError(ValueError):
+    """Settings that contradict each other; carries one ``Problem`` for each, and the keys it concerns."""
+
+    def __init__(self, found: list[tuple[tuple[str, ...], Problem]]) -> None:
+        super().__init__("; ".join(str(problem) for _, problem in found))
+        self.found = found
+
+
+def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    """Every contradiction: the keys it concerns (the first is where it is reported) and the problem."""
+
+    def found(keys: tuple[str, ...], what: str, remedy: str) -> tuple[tuple[str, ...], Problem]:
+        return keys, Problem(keys[0], what, remedy)
+
+    if config.load_in_4bit and config.load_in_8bit:
+        yield found(
+            ("load_in_8bit", "load_in_4bit"), "contradicts load_in_4bit: true", "Set one of the two to false."
+        )
+    elif config.adapter == "qlora" and not config.load_in_4bit:
+        remedy = "Set load_in_4bit: true, or adapter: lora for a base model in 8 bit or high precision."
+        yield found(("adapter", "load_in_4bit"), "qlora needs a base model in 4 bit", remedy)
+    elif config.adapter == "lora" and config.load_in_4bit:
+        remedy = "Write adapter: qlora, or set load_in_4bit: false."
+        yield found(("adapter", "load_in_4bit"), "lora contradicts load_in_4bit: true", remedy)
+    if config.quantize_moe_experts and not config.quantized:
+        what = "true, but the model is not quantized at all"
+        keys = ("quantize_moe_experts", "load_in_4bit", "load_in_8bit")
+        yield found(keys, what, "Set load_in_4bit: true or load_in_8bit: true, or drop this key.")
+    yield from _bnb_contradictions(config)
+    if config.val_set_size and config.test_datasets:
+        remedy = "Set val_set_size: 0 to evaluate on test_datasets, or drop test_datasets."
+        yield found(("val_set_size", "test_datasets"), "contradicts test_datasets", remedy)
+    if config.val_set_size >= 1 and config.val_set_size != int(config.val_set_size):
+        yield found(
+            ("val_set_size",),
+            f"{config.val_set_size} is no number of examples",
+            "Give a fraction or a count.",
+        )
+    for key in ("eval_steps", "save_steps"):
+        value = getattr(config, key)
+        if value is not None and value >= 1 and value != int(value):
+            yield found(
+                (key,), f"{value} is no number of steps", "Give a whole number, or a fraction below 1."
+            )
+    if config.eval_steps and not config.val_set_size and not config.test_datasets:
+        remedy = "Set val_set_size or test_datasets, or drop eval_steps."
+        yield found(
+            ("eval_steps", "val_set_size", "test_datasets"), "there is nothing to evaluate on", remedy
+        )
+    shared = {entry.path for entry in config.datasets} & {entry.path for entry in config.test_datasets or ()}
+    if shared:
+        what = f"{', '.join(sorted(shared))} is trained on as well, so its loss would say nothing"
+        yield found(("test_datasets", "datasets"), what, "Hold out another file, or use val_set_size.")
+    if config.lr_scheduler == "constant" and config.warmup_steps:
+        remedy = "Write lr_scheduler: constant_with_warmup, or warmup_steps: 0."
+        yield found(("warmup_steps", "lr_scheduler"), "lr_scheduler: constant has no warm-up", remedy)
+    if config.lora_target_modules == [] and config.lora_target_parameters == []:
+        both = ("lora_target_modules", "lora_target_parameters")
+        yield found(
+            both, "both lists are empty: nothing would be trained", "Name a target, or drop one of the keys."
+        )
+
+
+def _bnb_contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    keys: tuple[str, ...] = ("bnb_config_kwargs", "load_in_4bit", "load_in_8bit")
+    known = (*BNB_4BIT, *BNB_8BIT, *BNB_BOTH)
+    # With the Linears in 8 bit, experts may still be packed to 4.
+    experts_in_4bit = config.bnb_config_kwargs.get("experts_quant_type") in ("nf4", "fp4")
+    for name in config.bnb_config_kwargs:
+        key = f"bnb_config_kwargs.{name}"
+        if name not in known:
+            remedy = nearest(name, known)
+            if name in type(config).model_fields:
+                remedy = f"`{name}` is a key of its own: write it at the top level."
+            yield (keys[0],), Problem(key, "unknown setting", remedy)
+        elif not config.quantized:
+            yield (
+                keys,
+                Problem(key, "the model is not quantized", "Set load_in_4bit or load_in_8bit, or drop it."),
+            )
+        elif name in BNB_8BIT and not config.load_in_8bit:
+            yield (
+                keys,
+                Problem(
+                    key, "has no effect in 4 bit", "Drop it, or use load_in_8bit: true with adapter: lora."
+                ),
+            )
+        elif name in BNB_4BIT and not (config.load_in_4bit or (name == DOUBLE_QUANT and experts_in_4bit)):
+            yield (
+                keys,
+                Problem(
+                    key, "has no effect in 8 bit", "Drop it, or use load_in_4bit: true with adapter: qlora."
+                ),
+            )
+    experts = config.bnb_config_kwargs.get("experts_quant_type")
+    wanted = config.quantize_moe_experts
+    if experts is not None and wanted is not None and wanted is (experts == "none"):
+        what = f"contradicts bnb_config_kwargs.experts_quant_type: {experts}"
+        keys = ("quantize_moe_experts", "bnb_config_kwargs")
+        yield keys, Problem(keys[0], what, "Keep one of the two.")

@@ -1,0 +1,224 @@
+"""The run: check, load and pack, train, evaluate, save, report.
+
+Nothing slow happens before ``preflight.check`` has passed. The trainer is TRL's; what is ours is the packing,
+the adapters' kernels, and that a result which means nothing is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
+
+import fourfold
+from fourfold.adapters.peft_lora import add_lora
+from fourfold.errors import ConfigurationError, TrainingError
+from fourfold.planning.report import Report, make_report
+from fourfold.training.callbacks import Curve, FirstStepGradients, HeldOut, Metrics, Progressing, peak_memory
+from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
+from fourfold.training.preflight import Checked, check
+from fourfold.training.schema import TrainConfig
+from fourfold.training.summary import RunResult, write_loss_curve, write_report
+
+try:
+    from fourfold.training.trainer import MoeTrainer, make_collator, trainer_arguments
+except ImportError as error:  # TRL, datasets and matplotlib are the extra `train`
+    raise ConfigurationError(
+        f"Training needs further packages ({error}): pip install 'fourfold[train]'"
+    ) from error
+
+SAMPLE_TOKENS = 24
+# Held-out answers a batch: without gradients four times what a training step holds is a cautious choice.
+EVALUATION_BATCHES = 4
+
+
+def run(config: TrainConfig, console: Console | None = None) -> RunResult:
+    """Train as ``config`` says; leaves adapter, tokenizer, report.json and loss.png in ``output_dir``.
+
+    Raises:
+        ConfigurationError, DataError, AdapterError, UnsupportedExpertsError: the input is wrong; found before
+        loading.
+        UnquantizedExpertsError: an expert stayed in high precision although nobody asked for that.
+        TrainingError: a loss is not finite, or a trainable parameter gets no gradient.
+    """
+    console = console or Console()
+    clock = _Clock(console)
+    with clock("checking configuration, data and targets"):
+        checked = check(config)
+    with clock("loading and packing the model"):
+        model, packed = load(config, checked)
+    collate = make_collator(checked.tokenizer)
+
+    def evaluate(what: str) -> AnswerLosses | None:
+        if checked.held_out is None:
+            return None
+        with clock(f"{what}: {len(checked.held_out.dataset)} held-out answers", "evaluation"):
+            size = config.micro_batch_size * EVALUATION_BATCHES
+            return evaluate_answers(model, checked.held_out.dataset, collate, size)
+
+    before = evaluate("before training")
+    with clock("a sample answer", "samples"):
+        answer_before = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
+
+    model = with_adapters(model, config, checked)
+    curve = Curve()
+    if before is not None:
+        curve.held_out.append((0, before.mean))
+    trainer = make_trainer(model, config, checked, collate, curve, console, evaluate)
+    with clock("training", "training (evaluations and checkpoints included)", announce=False):
+        train(trainer, checked.checkpoint)
+    output = Path(config.output_dir)
+    with clock("saving", announce=False):  # at once: whatever fails from here on, the adapter is safe
+        model.save_pretrained(str(output))
+        checked.tokenizer.save_pretrained(str(output))
+
+    after = evaluate("after training")
+    if after is not None:
+        curve.held_out.append((trainer.state.global_step, after.mean))
+    with clock("a sample answer", "samples"):
+        answer_after = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
+    result = RunResult(
+        **_facts(model, config, checked),
+        packed=packed.to_dict(),
+        steps=trainer.state.global_step,
+        before=before,
+        after=after,
+        improvement=None if before is None or after is None else Improvement.between(before, after),
+        curve=curve,
+        sample={
+            "prompt": checked.sample[-1]["content"],
+            "reference": checked.reference,
+            "before": answer_before,
+            "after": answer_after,
+        },
+        seconds=clock.seconds,
+    )
+    write_loss_curve(result, output / "loss.png")
+    write_report(result, output / "report.json")
+    return result
+
+
+def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:
+    """The base model, packed while it loads, and the report of what was packed.
+
+    Raises:
+        UnquantizedExpertsError: see ``fourfold.verify``.
+    """
+    set_seed(config.seed)
+    kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if checked.bf16 else torch.float32}
+    if checked.quantization_config is not None:
+        kwargs["quantization_config"] = checked.quantization_config
+    if torch.cuda.is_available():
+        kwargs["device_map"] = {"": torch.cuda.current_device()}
+    model = AutoModelForCausalLM.from_pretrained(os.path.expanduser(config.base_model), **kwargs)
+    report = fourfold.verify(model) if config.quantized else make_report(model)
+    return model, report
+
+
+def with_adapters(model: Any, config: TrainConfig, checked: Checked) -> Any:
+    """The model made ready for training, with fp32 LoRA factors on the checked targets."""
+    model = fourfold.prepare(model, gradient_checkpointing=config.gradient_checkpointing)
+    set_seed(config.seed)  # the factors' initial values depend on the seed alone, not on what ran before
+    return add_lora(
+        model,
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        target_modules=checked.target_modules,
+        target_parameters=checked.target_parameters,
+    )
+
+
+def make_trainer(
+    model: Any,
+    config: TrainConfig,
+    checked: Checked,
+    collate: Any,
+    curve: Curve,
+    console: Console,
+    evaluate: Any,
+) -> MoeTrainer:
+    """The trainer with our callbacks and without the printing of its own."""
+    arguments = trainer_arguments(config, bf16=checked.bf16, use_cpu=not torch.cuda.is_available())
+    trainer = MoeTrainer(
+        model=model,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=checked.train.dataset,
+        processing_class=checked.tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Metrics(curve, lambda: trainer.tokens_seen))
+    trainer.add_callback(FirstStepGradients())
+    if checked.held_out is not None:
+        trainer.add_callback(HeldOut(lambda: evaluate("during training"), curve, config.eval_steps))
+    trainer.add_callback(Progressing(console, curve))
+    return trainer
+
+
+def train(trainer: MoeTrainer, checkpoint: str | None) -> None:
+    """Run the trainer; the progress bar is taken down whatever happens.
+
+    Raises:
+        TrainingError: no step was left to take, or memory ran out.
+    """
+    bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Progressing)]
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"Out of GPU memory at step {trainer.state.global_step + 1} ({str(error).splitlines()[0]}). "
+            "Lower micro_batch_size (and raise gradient_accumulation_steps), lower sequence_len, or set "
+            "gradient_checkpointing: true."
+        ) from error
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+class _Clock:
+    """Says what is going on and adds up how long it took."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, what: str, key: str | None = None, announce: bool = True) -> Iterator[None]:
+        if announce:
+            self.console.print(f"{what} ...", style="dim", soft_wrap=True, highlight=False)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = key or what
+            self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
+
+
+def _facts(model: Any, config: TrainConfig, checked: Checked) -> dict[str, Any]:
+    """What there is to say of a run besides its measurements."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    held_out = checked.held_out
+    return {
+        "config": config.model_dump(),
+        "adapter": config.output_dir,
+        "adapters": {
+            "target_modules": checked.target_modules,
+            "target_parameters": checked.target_parameters,
+            "trainable_parameters": sum(parameter.numel() for parameter in trainable),
+            "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trainable}),
+        },
+        "data": {
+            "train": checked.train.to_dict(),
+            "held_out": None if held_out is None else held_out.to_dict(),
+        },
+        "peak_memory_bytes": peak_memory(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "bf16": checked.bf16,
+    }

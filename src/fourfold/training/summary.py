@@ -1,0 +1,201 @@
+"""What a run leaves behind: the result with its report.json, the table on the terminal, the loss curve."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fourfold.training.callbacks import Curve, format_bytes
+from fourfold.training.evaluate import AnswerLosses, Improvement
+
+
+@dataclass
+class RunResult:
+    """Everything a run has to say.
+
+    Attributes:
+        config: the settings, defaults filled in.
+        adapter: the folder with adapter and tokenizer.
+        packed: the report of the base model as loaded (see ``fourfold.planning.report.Report``).
+        adapters: targets, number and dtype of the trainable parameters.
+        data: counts of examples and tokens, and how many were cut or dropped.
+        steps: optimizer steps in all, those before a resumption included.
+        before: loss on held-out answers before training (of the base model).
+        after: the same after it.
+        improvement: the paired difference of the two.
+        curve: losses along the run and its speed.
+        peak_memory_bytes: GPU memory, or the process's resident set on a CPU.
+        device: the GPU's name, or "cpu".
+        bf16: whether it computed in bf16.
+        sample: one prompt, the data's answer, the model's before and after.
+        seconds: where the time went.
+    """
+
+    config: dict[str, Any]
+    adapter: str
+    packed: dict[str, Any]
+    adapters: dict[str, Any]
+    data: dict[str, Any]
+    steps: int
+    before: AnswerLosses | None
+    after: AnswerLosses | None
+    improvement: Improvement | None
+    curve: Curve
+    peak_memory_bytes: int
+    device: str
+    bf16: bool
+    sample: dict[str, str]
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What report.json holds."""
+        held_out = None
+        if self.before is not None and self.after is not None and self.improvement is not None:
+            held_out = {
+                "before": self.before.to_dict(),
+                "after": self.after.to_dict(),
+                "improvement": self.improvement.to_dict(),
+            }
+        return {
+            "adapter": self.adapter,
+            "config": self.config,
+            "model": self.packed,
+            "lora": self.adapters,
+            "data": self.data,
+            "steps": self.steps,
+            "held_out_loss": held_out,
+            "loss_curve": {"train": self.curve.train, "held_out": self.curve.held_out},
+            "tokens_per_second": self.curve.tokens_per_second,
+            "training_seconds": self.curve.training_seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "device": self.device,
+            "bf16": self.bf16,
+            "sample": self.sample,
+            "seconds": self.seconds,
+        }
+
+
+def write_report(result: RunResult, path: Path) -> None:
+    """Everything, as JSON."""
+    text = json.dumps(_finite(result.to_dict()), indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity (the standard error of a single answer): null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def write_loss_curve(result: RunResult, path: Path) -> None:
+    """The loss against the step, as a PNG: training (each logged step) and held-out (each evaluation)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120)
+    FigureCanvasAgg(figure)  # no display, and pyplot's global state is left alone
+    axes = figure.subplots()
+    if result.curve.train:
+        axes.plot(*zip(*result.curve.train, strict=True), color="tab:blue", alpha=0.7, label="training batch")
+    if result.curve.held_out:
+        axes.plot(
+            *zip(*result.curve.held_out, strict=True), "o-", color="tab:orange", label="held-out answers"
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss on answers, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def show(result: RunResult, console: Console) -> None:
+    """The final tables."""
+    console.print()
+    console.print(packed_table(result.packed))
+    table = Table(title="run", title_justify="left", show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _facts(result):
+        table.add_row(name, Text(value))  # an answer's square brackets are no markup
+    console.print(table)
+
+
+def packed_table(report: dict[str, Any]) -> Table:
+    """What was packed: bytes by role, before (in the model's own dtype) and after."""
+    table = Table(title="base model", title_justify="left", show_footer=True)
+    table.add_column("role", footer="all")
+    table.add_column("stored as", footer="")
+    table.add_column("parameters", justify="right", footer=f"{report['logical_params']:,}")
+    table.add_column("before", justify="right", footer=format_bytes(report["bytes_before"]))
+    table.add_column("packed", justify="right", footer=format_bytes(report["bytes"]))
+    for row in report["rows"]:
+        table.add_row(
+            row["role"],
+            str(row["dtype"]).removeprefix("torch."),
+            f"{row['logical_params']:,}",
+            format_bytes(row["bytes_before"]),
+            format_bytes(row["bytes"]),
+        )
+    return table
+
+
+def _facts(result: RunResult) -> list[tuple[str, str]]:
+    where = "GPU memory" if result.device != "cpu" else "resident set"
+    facts = [
+        (
+            "trained",
+            f"{result.adapters['trainable_parameters']:,} parameters in "
+            f"{', '.join(result.adapters['dtypes'])}",
+        ),
+        ("targets", ", ".join([*result.adapters["target_modules"], *result.adapters["target_parameters"]])),
+        ("data", _data_fact(result.data)),
+        ("steps", f"{result.steps} ({result.curve.training_seconds:.0f} s)"),
+        ("speed", f"{result.curve.tokens_per_second:,.0f} tokens/s"),
+        ("peak memory", f"{format_bytes(result.peak_memory_bytes)} ({where})"),
+    ]
+    if result.before is not None and result.after is not None and result.improvement is not None:
+        fell = result.improvement
+        facts += [
+            ("held-out before", f"{result.before.mean:.3f} ± {result.before.standard_error:.3f} nats/token"),
+            ("held-out after", f"{result.after.mean:.3f} ± {result.after.standard_error:.3f} nats/token"),
+            (
+                "it fell by",
+                f"{fell.mean:.3f} ± {fell.standard_error:.3f} ({len(result.before.tokens)} answers, paired)",
+            ),
+        ]
+    return [
+        *facts,
+        ("question", result.sample["prompt"]),
+        ("answer before", result.sample["before"]),
+        ("answer after", result.sample["after"]),
+        ("in the data", result.sample["reference"]),
+        ("adapter", result.adapter),
+        ("loss curve", str(Path(result.adapter) / "loss.png")),
+        ("all of this", str(Path(result.adapter) / "report.json")),
+    ]
+
+
+def _data_fact(data: dict[str, Any]) -> str:
+    parts = []
+    for name, counts in data.items():
+        if counts is None:
+            continue
+        text = f"{counts['examples']} examples, {counts['tokens']:,} tokens"
+        text += f" ({counts['trained_tokens']:,} of answers)"
+        if counts["truncated"]:
+            text += f", {counts['truncated']} cut to sequence_len, {counts['dropped']} of them dropped"
+        parts.append(f"{name.replace('_', '-')}: {text}")
+    return "\n".join(parts)

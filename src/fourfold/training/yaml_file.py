@@ -1,0 +1,155 @@
+"""Reading YAML so that every complaint can name its line: values as ``yaml.safe_load`` gives them, plus
+positions."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fourfold.errors import ConfigurationError
+
+KeyPath = tuple[Hashable, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration: which key, where, what, and how to mend it."""
+
+    key: str
+    what: str
+    remedy: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.where}, " if self.where else ""
+        return f"{place}{self.key}: {self.what}. {self.remedy}"
+
+
+@dataclass
+class YamlFile:
+    """A parsed file: its mapping, the line each key stands on, and the problems found while reading it."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A remedy for an unknown ``word``: the nearest of ``known``, or all of them where none is near."""
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean `{close[0]}`?"
+    return f"Known here: {', '.join(names)}."
+
+
+def dotted(path: Iterable[Hashable]) -> str:
+    """``("datasets", 0, "path")`` as ``datasets.0.path``."""
+    return ".".join(str(part) for part in path)
+
+
+def read_yaml(path: str | Path) -> YamlFile:
+    """Read the mapping in ``path``, noting lines and duplicate keys.
+
+    Raises:
+        ConfigurationError: there is no such file, it is no YAML, or its top level is no mapping.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{path}: no such configuration file. Give the path of a YAML file."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read as a UTF-8 text file ({error}).") from error
+    result = YamlFile()
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is not None:
+            _note_lines(node, (), result)
+            result.values = loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigurationError(
+            f"{path}{line}: not valid YAML: {error.problem}. Mend the syntax there."
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path}: not valid YAML: {error}. Mend the syntax there.") from error
+    if not isinstance(result.values, dict):
+        raise ConfigurationError(
+            f"{path}: the top level is a {type(result.values).__name__}, not a mapping. Write `key: value` "
+            "lines."
+        )
+    return result
+
+
+def apply_overrides(parsed: YamlFile, overrides: Iterable[str]) -> set[KeyPath]:
+    """Set ``key=value`` pairs of a command line (dotted keys reach inside); returns the paths that were set.
+    Set ``key=value`` pairs of a command line (dotted keys reach inside); returns the paths that were set."""
+    touched: set[KeyPath] = set()
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        key = key.strip()
+        if not sign or not key:
+            raise ConfigurationError(
+                f"command line: `{override}` is no override. Write key=value, e.g. max_steps=20."
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigurationError(
+                f"command line: the value of `{override}` is not valid YAML ({error})."
+            ) from None
+        path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        _set(parsed.values, path, value, override)
+        touched.add(path)
+    return touched
+
+
+def _set(values: Any, path: KeyPath, value: Any, override: str) -> None:
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(values, dict) and isinstance(part, str):
+            if last:
+                values[part] = value
+                return
+            if values.get(part) is None:
+                values[part] = {}
+            values = values[part]
+        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+            if last:
+                values[part] = value
+                return
+            values = values[part]
+        else:
+            raise ConfigurationError(
+                f"command line: `{override}` reaches into `{dotted(path[:depth])}`, which has no `{part}`. "
+                "Name an existing entry, or give the whole value."
+            )
+
+
+def _note_lines(node: yaml.Node, path: KeyPath, result: YamlFile) -> None:
+    result.lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            here: KeyPath = (*path, key)
+            if key in first:
+                what = f"given twice, first on line {first[key]}"
+                result.problems.append(Problem(dotted(here), what, "Keep one of the two.", f"line {line}"))
+            first.setdefault(key, line)
+            result.lines[here] = line
+            _note_lines(value_node, here, result)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _note_lines(item, (*path, index), result)

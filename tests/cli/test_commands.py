@@ -1,0 +1,244 @@
+"""The command line: results, exit statuses, --json on standard output alone, one clear message for each
+mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_chat import Settings
+
+from fourfold import errors
+from fourfold.cli import main
+from fourfold.cli.main import COMMANDS, explain
+
+Write = Callable[[dict[str, Any]], Path]
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Exit status, what standard output holds (nothing but JSON), standard error."""
+    status = main([*arguments, "--json"])
+    captured = capsys.readouterr()
+    return status, json.loads(captured.out), captured.err
+
+
+@pytest.fixture(scope="module")
+def packed_folder(moe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, packed and saved."""
+    from fourfold.training.generation import load_for_generation
+
+    folder = tmp_path_factory.mktemp("packed")
+    model, tokenizer = load_for_generation(str(moe_folder), 4)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("fourfold 0.")
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        assert main([name, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert "--json" in out
+        assert "--debug" in out
+
+
+def test_an_unknown_command_lists_the_valid_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    err = capsys.readouterr().err
+    assert all(name in err for name in ("trian", *COMMANDS))
+    assert main([]) == 2
+
+
+def test_a_wrong_file_is_answered_without_torch(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    lines = ["base_model: m", "adapter: qlora", "load_in_4bit: true", "lora_rank: 8", "datasets: [{path: d}]"]
+    config.write_text("\n".join(lines))
+    code = (
+        "import sys; from fourfold.cli import main\n"
+        f"assert main(['train', {str(config)!r}]) == 2\n"
+        "assert main(['train', '--help']) == 0\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "line 4, lora_rank: unknown key. Did you mean `lora_r`?" in done.stderr
+
+
+def test_train(capsys: pytest.CaptureFixture[str], settings: Settings, write_config: Write) -> None:
+    config = write_config(settings(max_steps=6, eval_steps=0))
+    status, data, _ = run_json(capsys, "train", str(config), "max_steps=2")
+    assert status == 0
+    assert data["steps"] == 2
+    assert Path(data["adapter"], "adapter_model.safetensors").is_file()
+    assert data == json.loads(Path(data["adapter"], "report.json").read_text())
+
+
+def test_train_shows_the_table(
+    capsys: pytest.CaptureFixture[str], settings: Settings, write_config: Write
+) -> None:
+    assert main(["train", str(write_config(settings(max_steps=1, eval_steps=0)))]) == 0
+    out = capsys.readouterr().out
+    assert "held-out after" in out
+    assert "NF4" in out
+    assert "step 1/1" in out
+
+
+def test_bad_input_of_train(
+    capsys: pytest.CaptureFixture[str],
+    settings: Settings,
+    write_config: Write,
+    dense_folder: Path,
+    tmp_path: Path,
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": []}\n')
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"lora_rank": 8}, "lora_rank: unknown key"),
+        ({"load_in_8bit": True}, "load_in_8bit: contradicts load_in_4bit"),
+        ({"base_model": str(tmp_path / "nowhere")}, "there is no folder"),
+        ({"base_model": str(dense_folder), "lora_target_parameters": ["mlp.experts.down_proj"]}, "dense"),
+        ({"datasets": [{"path": str(rows)}]}, "rows.jsonl, line 1: `messages` is empty"),
+        ({"lora_target_modules": ["wq"]}, "'wq' matches no module"),
+    ]
+    for changes, said in cases:
+        status, data, err = run_json(capsys, "train", str(write_config(settings(**changes))))
+        assert status == 2, changes
+        assert said in err, changes
+        assert said in data["error"]["message"], changes
+        assert data["error"]["exit_status"] == 2
+        assert "Traceback" not in err
+    assert main(["train", str(tmp_path / "nowhere.yaml")]) == 2
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["train", str(tmp_path / "nowhere.yaml"), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_inspect(capsys: pytest.CaptureFixture[str], moe_folder: Path) -> None:
+    status, data, _ = run_json(capsys, "inspect", str(moe_folder))
+    assert status == 0
+    assert data["targets"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    [group] = data["groups"]
+    assert (group["count"], group["num_experts"]) == (2, 4)
+    assert group["bytes"]["bf16"] == 2 * 2 * 4 * 3 * 64 * 128
+    assert main(["inspect", str(moe_folder / "config.json")]) == 0
+    out = capsys.readouterr().out
+    assert "lora_target_parameters: mlp.experts.gate_up_proj, mlp.experts.down_proj" in out
+
+
+def test_inspect_a_dense_model(capsys: pytest.CaptureFixture[str], dense_folder: Path) -> None:
+    assert main(["inspect", str(dense_folder)]) == 0
+    assert "no experts" in capsys.readouterr().out
+
+
+def test_inspect_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["inspect", str(tmp_path / "nowhere")]) == 2
+    assert main(["inspect", "run.yaml"]) == 2
+    assert "configures a run, not a model" in capsys.readouterr().err
+
+
+def test_verify(
+    capsys: pytest.CaptureFixture[str], packed_folder: Path, moe_folder: Path, tmp_path: Path
+) -> None:
+    status, data, _ = run_json(capsys, "verify", str(packed_folder))
+    assert (status, data["ok"], data["unquantized"]) == (0, True, [])
+    rows = data["report"]["rows"]
+    assert {row["dtype"] for row in rows if row["role"] == "experts"} == {"NF4 /64 double-quantized"}
+
+    status, data, _ = run_json(capsys, "verify", str(moe_folder))
+    assert (status, data["ok"]) == (1, False)
+    assert len(data["unquantized"]) == 4
+    assert "model.layers.0.mlp.experts.gate_up_proj" in data["unquantized"]
+
+    assert main(["verify", str(tmp_path / "nowhere")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_verify_a_dense_model(capsys: pytest.CaptureFixture[str], dense_folder: Path) -> None:
+    assert main(["verify", str(dense_folder)]) == 0
+    assert "no experts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [[], ["--load-in-8bit"], ["--no-quantization"], ["--sample"]])
+def test_generate(capsys: pytest.CaptureFixture[str], moe_folder: Path, how: list[str]) -> None:
+    arguments = ["generate", str(moe_folder), "--prompt", "what is red", "--max-new-tokens", "4", *how]
+    status, data, _ = run_json(capsys, *arguments)
+    assert status == 0
+    assert 1 <= data["new_tokens"] <= 4
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "what" not in out.split("\n")[0]  # the prompt is not repeated
+    if "--sample" not in how:
+        assert data["text"].split() == out.split()
+
+
+def test_generate_from_a_packed_checkpoint_with_an_adapter(
+    capsys: pytest.CaptureFixture[str],
+    packed_folder: Path,
+    moe_folder: Path,
+    settings: Settings,
+    write_config: Write,
+) -> None:
+    config = settings(max_steps=30, eval_steps=0)
+    assert main(["train", str(write_config(config))]) == 0
+    capsys.readouterr()
+    question = ["--prompt", "what colour is the snow", "--max-new-tokens", "8"]
+    adapter = ["--adapter", config["output_dir"]]
+    _, packed, _ = run_json(capsys, "generate", str(packed_folder), *question, *adapter)
+    _, fresh, _ = run_json(capsys, "generate", str(moe_folder), *question, *adapter)
+    _, base, _ = run_json(capsys, "generate", str(moe_folder), *question)
+    assert packed["text"] == fresh["text"]
+    assert packed["text"].startswith("the ")  # an answer of the kind it was trained on
+    assert base["text"] != packed["text"]
+
+
+def test_bad_input_of_generate(
+    capsys: pytest.CaptureFixture[str], moe_folder: Path, packed_folder: Path, tmp_path: Path
+) -> None:
+    cases = [
+        ([str(tmp_path / "nowhere"), "--prompt", "a"], "there is no folder"),
+        ([str(moe_folder), "--prompt", "a", "--adapter", str(tmp_path)], "no adapter there"),
+        ([str(packed_folder), "--prompt", "a", "--load-in-8bit"], "packed already"),
+        ([str(moe_folder), "--prompt", "a", "--load-in-8bit", "--load-in-4bit"], "not allowed with"),
+        ([str(moe_folder), "--prompt", "a", "--max-new-tokens", "0"], "not positive"),
+    ]
+    for arguments, said in cases:
+        assert main(["generate", *arguments]) == 2, arguments
+        assert said in capsys.readouterr().err, arguments
+
+
+def test_exceptions_become_exit_statuses() -> None:
+    full = OSError(28, "No space left on device")
+    cases: list[tuple[BaseException, int, str]] = [
+        (errors.ConfigurationError("wrong"), 2, "wrong"),
+        (errors.UnquantizedExpertsError("no", ["a"]), 1, "no"),
+        (errors.TrainingError("broke"), 3, "broke"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 3, "Lower micro_batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 3, "Lower micro_batch_size"),
+        (MemoryError(), 3, "Lower micro_batch_size"),
+        (OSError("m is not a local folder and is not a valid model identifier"), 2, "not a local folder"),
+        (FileNotFoundError(2, "No such file"), 2, "No such file"),
+        (full, 3, "No space left"),
+        (RuntimeError("something\nlong"), 3, "RuntimeError: something (--debug"),
+    ]
+    for error, status, said in cases:
+        got, message = explain(error)
+        assert got == status, error
+        assert said in message
+        assert "\n" not in message

@@ -1,0 +1,114 @@
+"""The held-out measure: independent of batching, equal to the plain formula, paired."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_chat import conversation
+
+from fourfold.errors import TrainingError
+from fourfold.training.data import Conversation, tokenize
+from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers, evaluating
+from fourfold.training.trainer import make_collator
+
+
+@pytest.fixture(scope="module")
+def model(moe_folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(moe_folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def dataset(tokenizer: Any) -> Any:
+    """Answers of several lengths."""
+    records = []
+    for index in range(7):
+        messages = conversation(index)["messages"]
+        messages[1]["content"] += " red" * (index * 3 % 5)
+        records.append(Conversation(messages, "here"))
+    return tokenize(records, tokenizer, 64, "held-out").dataset
+
+
+def test_equal_to_the_plain_formula(model: Any, dataset: Any, tokenizer: Any) -> None:
+    losses = evaluate_answers(model, dataset, make_collator(tokenizer), 3)
+    total = count = 0.0
+    for row, loss, tokens in zip(dataset, losses.per_answer, losses.tokens, strict=True):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        with torch.no_grad():
+            expected = model(input_ids=ids, labels=labels).loss.item()  # transformers' own, shifted inside
+        assert loss == pytest.approx(expected, abs=2e-6)
+        assert tokens == sum(label != -100 for label in row["labels"])
+        total, count = total + expected * tokens, count + tokens
+    assert losses.mean == pytest.approx(total / count, abs=2e-6)
+    assert len({round(loss, 3) for loss in losses.per_answer}) > 3  # the rows do differ
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 7, 100])
+def test_independent_of_the_batch_size(model: Any, dataset: Any, tokenizer: Any, batch_size: int) -> None:
+    reference = evaluate_answers(model, dataset, make_collator(tokenizer), 3)
+    other = evaluate_answers(model, dataset, make_collator(tokenizer), batch_size)
+    assert other.tokens == reference.tokens
+    assert other.per_answer == pytest.approx(reference.per_answer, abs=2e-6)
+
+
+def test_without_logits_to_keep(
+    model: Any, dataset: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = evaluate_answers(model, dataset, make_collator(tokenizer), 3)
+    monkeypatch.setattr("fourfold.training.evaluate._takes_positions", lambda _: False)
+    other = evaluate_answers(model, dataset, make_collator(tokenizer), 3)
+    assert other.per_answer == pytest.approx(reference.per_answer, abs=2e-6)
+
+
+def test_modes_and_gradients_are_restored(model: Any) -> None:
+    model.train()
+    model.lm_head.eval()
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+    assert model.training
+    assert model.model.training
+    assert not model.lm_head.training
+    model.eval()
+
+
+def test_a_loss_that_is_not_finite_is_an_error(
+    model: Any, dataset: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.lm_head.weight, "data", torch.full((32, 64), math.nan))
+    with pytest.raises(TrainingError, match=r"held-out row \d is nan"):
+        evaluate_answers(model, dataset, make_collator(tokenizer), 3)
+
+
+def test_standard_error_of_equal_weights_is_the_textbook_one() -> None:
+    values = [1.0, 2.0, 4.0, 7.0]
+    losses = AnswerLosses(values, [5, 5, 5, 5])
+    assert losses.mean == pytest.approx(3.5)
+    assert losses.standard_error == pytest.approx(torch.tensor(values).std().item() / 2)
+
+
+def test_improvement_is_paired_and_weighted() -> None:
+    before = AnswerLosses([1.0, 5.0, 9.0], [1, 1, 2])
+    after = AnswerLosses([0.5, 4.5, 8.5], [1, 1, 2])
+    fell = Improvement.between(before, after)
+    assert fell.mean == pytest.approx(0.5)
+    assert fell.standard_error == pytest.approx(0.0, abs=1e-12)  # each fell alike, however far apart they lie
+    assert before.standard_error > 1
+    with pytest.raises(ValueError, match="different answers"):
+        Improvement.between(before, AnswerLosses([0.5, 4.5, 8.5], [1, 2, 2]))
+
+
+def test_a_single_answer_has_no_standard_error() -> None:
+    assert AnswerLosses([1.0], [3]).standard_error == math.inf
+
+
+def test_an_answer_is_greedy_and_repeatable(model: Any, tokenizer: Any) -> None:
+    messages = conversation(0)["messages"][:1]
+    first = answer(model, tokenizer, messages, 6)
+    torch.manual_seed(99)
+    assert answer(model, tokenizer, messages, 6) == first

@@ -1,0 +1,388 @@
+"""Whole runs on a tiny random Mixtral: 4 bit, adapters, report, resumption; and what stops one before it is
+slow."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_chat import Settings, conversation
+
+from fourfold.errors import (
+    AdapterError,
+    ConfigurationError,
+    DataError,
+    FourfoldError,
+    TrainingError,
+    UnquantizedExpertsError,
+    UnsupportedExpertsError,
+)
+from fourfold.training import run as run_module
+from fourfold.training.evaluate import evaluate_answers
+from fourfold.training.generation import load_for_generation
+from fourfold.training.preflight import check
+from fourfold.training.run import run
+from fourfold.training.schema import TrainConfig
+from fourfold.training.summary import RunResult, show
+from fourfold.training.trainer import make_collator
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=100)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    moe_folder: Path, data_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunResult, str]:
+    """One run that most tests look at, and what it printed."""
+    train, held_out = data_files
+    config = TrainConfig(
+        base_model=str(moe_folder),
+        adapter="qlora",
+        load_in_4bit=True,
+        datasets=[{"path": str(train)}],
+        test_datasets=[{"path": str(held_out)}],
+        sequence_len=64,
+        micro_batch_size=8,
+        max_steps=12,
+        learning_rate=0.02,
+        warmup_steps=1,
+        bf16=False,
+        eval_steps=6,
+        save_steps=4,  # an epoch is 6 steps: checkpoints in the middle of the first and of the second
+        output_dir=str(tmp_path_factory.mktemp("run") / "out"),
+    )
+    console = quiet()
+    result = run(config, console)
+    show(result, console)
+    return result, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_loss_falls(trained: tuple[RunResult, str]) -> None:
+    result, _ = trained
+    assert result.improvement is not None
+    assert result.improvement.mean > 0.5
+    assert result.improvement.mean > 3 * result.improvement.standard_error
+    losses = dict(result.curve.train)
+    assert list(losses) == list(range(1, 13))
+    assert losses[12] < losses[1] - 0.5
+    assert [step for step, _ in result.curve.held_out] == [0, 6, 12]
+
+
+def test_experts_are_packed_and_adapters_are_fp32(trained: tuple[RunResult, str]) -> None:
+    result, _ = trained
+    experts = [row for row in result.packed["rows"] if row["role"] == "experts"]
+    assert [row["dtype"] for row in experts] == ["NF4 /64 double-quantized"]
+    assert experts[0]["bytes"] < experts[0]["bytes_before"] / 7
+    assert result.adapters["dtypes"] == ["float32"]
+    assert result.adapters["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert result.adapters["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def test_files_left_behind(trained: tuple[RunResult, str]) -> None:
+    result, _ = trained
+    out = Path(result.adapter)
+    weights = load_file(out / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    # 2 layers: q, k, v, o and two expert projections, an A and a B each.
+    assert len(weights) == 2 * (4 + 2) * 2
+    assert all(tensor.abs().max() > 0 for tensor in weights.values())  # every B has moved off zero
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 8
+    assert (out / "tokenizer.json").is_file()
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    checkpoints = sorted(path.name for path in out.glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
+
+
+def test_report(trained: tuple[RunResult, str]) -> None:
+    result, _ = trained
+    report = json.loads((Path(result.adapter) / "report.json").read_text())
+    assert report["steps"] == 12
+    assert report["config"]["lora_r"] == 8
+    assert report["data"]["train"]["examples"] == 48
+    held_out = report["held_out_loss"]
+    assert report["data"]["held_out"]["examples"] == len(held_out["before"]["per_answer"]) == 10
+    fell = held_out["before"]["mean"] - held_out["after"]["mean"]
+    assert held_out["improvement"]["mean"] == pytest.approx(fell)
+    assert report["model"]["bytes"] < report["model"]["bytes_before"] / 5
+    assert report["tokens_per_second"] > 0
+    assert report["peak_memory_bytes"] > 50e6
+    # 12 batches of 8 conversations of 15 tokens.
+    assert report["tokens_per_second"] * report["training_seconds"] == pytest.approx(12 * 8 * 15)
+    assert report["sample"]["reference"] == conversation(100)["messages"][1]["content"]
+    assert len(report["loss_curve"]["train"]) == 12
+
+
+def test_the_table_shows_what_matters(trained: tuple[RunResult, str]) -> None:
+    result, printed = trained
+    assert result.before is not None
+    assert result.after is not None
+    for text in (
+        "NF4 /64 double-quantized",
+        "tokens/s",
+        "resident set" if result.device == "cpu" else "GPU memory",
+        f"{result.before.mean:.3f} ± {result.before.standard_error:.3f}",
+        f"{result.after.mean:.3f} ± {result.after.standard_error:.3f}",
+        "answer before",
+        result.sample["after"],
+        "report.json",
+        "step 12/12",
+    ):
+        assert text in printed, text
+
+
+def test_the_saved_adapter_is_the_trained_one(
+    trained: tuple[RunResult, str], moe_folder: Path, settings: Settings
+) -> None:
+    result, _ = trained
+    assert result.before is not None
+    assert result.after is not None
+    checked = check(TrainConfig(**settings()))
+    assert checked.held_out is not None
+    collate = make_collator(checked.tokenizer)
+    model, _ = load_for_generation(str(moe_folder), None, result.adapter)
+    again = evaluate_answers(model, checked.held_out.dataset, collate, 4)
+    assert again.per_answer == pytest.approx(result.after.per_answer, abs=1e-5)
+    base, _ = load_for_generation(str(moe_folder), 4)
+    again = evaluate_answers(base, checked.held_out.dataset, collate, 4)
+    assert again.per_answer == pytest.approx(result.before.per_answer, abs=1e-5)
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    trained: tuple[RunResult, str], settings: Settings, step: int
+) -> None:
+    result, _ = trained
+    checkpoint = Path(result.adapter) / f"checkpoint-{step}"
+    torch.manual_seed(123)  # no help from a random state that happens to be the same
+    resumed = run(TrainConfig(**settings(resume_from_checkpoint=str(checkpoint))), quiet())
+    assert resumed.steps == 12
+    losses, expected = dict(resumed.curve.train), dict(result.curve.train)
+    assert list(losses) == list(range(step + 1, 13))
+    assert losses == pytest.approx({number: expected[number] for number in losses}, abs=1e-5)
+    whole, halves = (
+        load_file(Path(folder) / "adapter_model.safetensors") for folder in (result.adapter, resumed.adapter)
+    )
+    assert whole.keys() == halves.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(halves[name], tensor, rtol=1e-5, atol=1e-6)
+    assert resumed.before is not None
+    assert result.before is not None
+    assert resumed.before.per_answer == result.before.per_answer  # "before" is the base model, here too
+
+
+def test_resume_true_takes_the_last_checkpoint(trained: tuple[RunResult, str], settings: Settings) -> None:
+    result, _ = trained
+    config = TrainConfig(**settings(output_dir=result.adapter, resume_from_checkpoint=True, max_steps=13))
+    assert check(config).checkpoint == str(Path(result.adapter) / "checkpoint-12")
+    with pytest.raises(ConfigurationError, match="is at step 12 of 12 already"):
+        check(TrainConfig(**settings(output_dir=result.adapter, resume_from_checkpoint=True)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "experts"),
+    [
+        ({"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, "INT8"),
+        ({"adapter": "lora", "load_in_4bit": False}, "float32"),
+        ({"quantize_moe_experts": False}, "float32"),
+        ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}, "FP4 /64 double-quantized"),
+    ],
+)
+def test_other_ways_to_hold_the_experts(settings: Settings, changes: dict[str, Any], experts: str) -> None:
+    short = {"max_steps": 2, "eval_steps": 0, "micro_batch_size": 4, "gradient_accumulation_steps": 2}
+    result = run(TrainConfig(**settings(gradient_checkpointing=True, **short, **changes)), quiet())
+    assert [row["dtype"] for row in result.packed["rows"] if row["role"] == "experts"] == [experts]
+    assert result.improvement is not None
+    assert result.improvement.mean > 0
+
+
+def test_without_held_out_data_and_by_epochs(settings: Settings) -> None:
+    changes = {"test_datasets": None, "eval_steps": None, "max_steps": None, "save_steps": None}
+    result = run(TrainConfig(**settings(num_epochs=2, micro_batch_size=24, **changes)), quiet())
+    assert result.steps == 4
+    assert result.improvement is None
+    assert json.loads((Path(result.adapter) / "report.json").read_text())["held_out_loss"] is None
+    checkpoints = sorted(path.name for path in Path(result.adapter).glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_targets_may_be_chosen(settings: Settings) -> None:
+    only = {"lora_target_modules": ["q_proj"], "lora_target_parameters": []}
+    result = run(TrainConfig(**settings(max_steps=1, eval_steps=0, **only)), quiet())
+    names = load_file(Path(result.adapter) / "adapter_model.safetensors")
+    assert len(names) == 4
+    assert all("q_proj" in name for name in names)
+
+
+def test_a_dense_model_is_trained_without_experts(settings: Settings, dense_folder: Path) -> None:
+    result = run(TrainConfig(**settings(base_model=str(dense_folder), max_steps=2, eval_steps=0)), quiet())
+    assert result.adapters["target_parameters"] == []
+    assert result.packed["experts"] == []
+
+
+def test_a_diverging_run_is_stopped(settings: Settings) -> None:
+    with pytest.raises(TrainingError, match=r"The loss .* is (nan|inf)"):
+        run(TrainConfig(**settings(learning_rate=1e30, lr_scheduler="constant", warmup_steps=0)), quiet())
+
+
+def test_an_adapter_beside_the_path_of_the_data_stops_the_run(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run_module.add_lora
+
+    def with_one_too_many(model: Any, **kwargs: Any) -> Any:
+        model = plain(model, **kwargs)
+        model.register_parameter("beside", torch.nn.Parameter(torch.zeros(1)))
+        return model
+
+    monkeypatch.setattr(run_module, "add_lora", with_one_too_many)
+    with pytest.raises(TrainingError, match=r"1 of 25 trainable parameters .* never be trained: beside\."):
+        run(TrainConfig(**settings()), quiet())
+
+
+def test_experts_that_stayed_unquantized_stop_the_run(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if the loader had left them alone and nobody said so.
+    plain = run_module.AutoModelForCausalLM.from_pretrained
+
+    def forgetful(name: str, quantization_config: Any = None, **kwargs: Any) -> Any:
+        return plain(name, **kwargs)
+
+    monkeypatch.setattr(run_module.AutoModelForCausalLM, "from_pretrained", forgetful)
+    with pytest.raises(UnquantizedExpertsError, match=r"mlp\.experts\.gate_up_proj"):
+        run(TrainConfig(**settings()), quiet())
+
+
+def write_model_config(folder: Path, tokenizer: Any, config: Any) -> Path:
+    """A folder with a configuration and no weights at all."""
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def unsupported(kind: str) -> Any:
+    """Tiny configurations of models whose experts are of another kind."""
+    import transformers
+
+    if kind == "llama4":
+        return transformers.Llama4TextConfig(
+            vocab_size=32,
+            hidden_size=64,
+            intermediate_size=128,
+            intermediate_size_mlp=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            interleave_moe_layer_step=1,
+            pad_token_id=0,
+            architectures=["Llama4ForCausalLM"],
+        )
+    if kind == "dbrx":
+        return transformers.DbrxConfig(
+            d_model=64,
+            n_heads=4,
+            n_layers=2,
+            max_seq_len=64,
+            vocab_size=32,
+            attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+            ffn_config={"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+            architectures=["DbrxForCausalLM"],
+        )
+    return transformers.JetMoeConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        architectures=["JetMoeForCausalLM"],
+    )
+
+
+def test_bad_input_is_found_before_weights_are_read(
+    settings: Settings, moe_folder: Path, dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def must_not_load(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(run_module.AutoModelForCausalLM, "from_pretrained", must_not_load)
+    monkeypatch.chdir(Path(__file__).parents[2])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(conversation(0)) + "\n\n{}\n")
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where a folder should be")
+    cases: list[tuple[dict[str, Any], type[FourfoldError], str]] = [
+        ({"base_model": str(tmp_path / "nowhere")}, ConfigurationError, "there is no folder"),
+        ({"base_model": "tests/no-such-model"}, ConfigurationError, "there is no folder"),
+        ({"base_model": str(empty)}, ConfigurationError, "has no config.json"),
+        (
+            {"base_model": str(dense_folder), "lora_target_parameters": ["mlp.experts.gate_up_proj"]},
+            AdapterError,
+            "dense",
+        ),
+        ({"lora_target_parameters": ["mlp.experts.gate_up_prj"]}, AdapterError, "mlp.experts.gate_up_proj"),
+        ({"lora_target_modules": ["q_porj"]}, AdapterError, "q_proj"),
+        ({"datasets": [{"path": str(rows)}]}, DataError, f"{rows}, line 2: empty row"),
+        ({"datasets": [{"path": str(tmp_path / "no.jsonl")}]}, DataError, "no such file"),
+        ({"output_dir": str(blocked / "out")}, ConfigurationError, "cannot write to"),
+        ({"resume_from_checkpoint": True}, ConfigurationError, "holds no checkpoint"),
+        ({"resume_from_checkpoint": str(empty)}, ConfigurationError, "is no checkpoint of a run"),
+        ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}}, ConfigurationError, "nf5"),
+        ({"bnb_config_kwargs": {"bnb_4bit_compute_dtype": "bf61"}}, ConfigurationError, "bnb_config_kwargs"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append(({"optimizer": "paged_adamw_8bit"}, ConfigurationError, "needs a GPU"))
+    for changes, kind, said in cases:
+        with pytest.raises(kind) as caught:
+            run(TrainConfig(**settings(**changes)), quiet())
+        assert said in str(caught.value), changes
+        assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize("kind", ["llama4", "dbrx", "jetmoe"])
+def test_experts_of_another_kind_are_refused_from_the_configuration_alone(
+    settings: Settings, tokenizer: Any, tmp_path: Path, kind: str
+) -> None:
+    folder = write_model_config(tmp_path / kind, tokenizer, unsupported(kind))
+    with pytest.raises(UnsupportedExpertsError, match="experts") as caught:
+        run(TrainConfig(**settings(base_model=str(folder))), quiet())
+    assert caught.value.exit_status == 2
+
+
+def test_checkpoints_that_are_quantized_otherwise_are_refused(
+    settings: Settings, moe_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    stored = json.loads((moe_folder / "config.json").read_text())
+    stored["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    tokenizer.save_pretrained(tmp_path / "gptq")
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigurationError, match=r"quantized already \(gptq\)"):
+        run(TrainConfig(**settings(base_model=str(tmp_path / "gptq"))), quiet())
+
+
+def test_a_packed_checkpoint_is_trained_as_it_is(
+    settings: Settings, moe_folder: Path, tmp_path: Path
+) -> None:
+    packed = tmp_path / "packed"
+    model, tokenizer = load_for_generation(str(moe_folder), 4)
+    model.save_pretrained(packed)
+    tokenizer.save_pretrained(packed)
+    result = run(TrainConfig(**settings(base_model=str(packed), max_steps=2, eval_steps=0)), quiet())
+    rows = result.packed["rows"]
+    assert [r["dtype"] for r in rows if r["role"] == "experts"] == ["NF4 /64 double-quantized"]
+    changes = {"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}
+    with pytest.raises(ConfigurationError, match="packed already and these settings cannot"):
+        run(TrainConfig(**settings(base_model=str(packed), **changes)), quiet())

@@ -1,0 +1,189 @@
+"""What is ours in the trainer: the order of examples, the adapters' dtype, the checks on the way."""
+
+from __future__ import annotations
+
+import io
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from fourfold.errors import TrainingError
+from fourfold.training.callbacks import Curve, FirstStepGradients, HeldOut, Progressing, format_bytes
+from fourfold.training.schema import TrainConfig
+from fourfold.training.trainer import LengthGroupedSampler, keep_adapter_dtype, trainer_arguments
+
+LENGTHS = [(index * 37) % 50 + 1 for index in range(103)]
+
+
+def test_every_example_once_an_epoch_and_lengths_together() -> None:
+    sampler = LengthGroupedSampler(LENGTHS, 8, seed=1)
+    order = list(sampler)
+    assert sorted(order) == list(range(103))
+    assert len(sampler) == 103
+    batches = [order[i : i + 8] for i in range(0, 103, 8)]
+    spread = [max(LENGTHS[i] for i in batch) - min(LENGTHS[i] for i in batch) for batch in batches]
+    assert max(spread) < 10  # of a range of 50
+    assert max(LENGTHS) == LENGTHS[order[0]]  # a run that will exhaust memory does so at once
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
+    first, second = LengthGroupedSampler(LENGTHS, 8, seed=1), LengthGroupedSampler(LENGTHS, 8, seed=1)
+    torch.manual_seed(5)
+    order = list(first)
+    torch.manual_seed(6)
+    assert list(second) == order
+    second.set_epoch(1)
+    assert list(second) != order
+    assert list(LengthGroupedSampler(LENGTHS, 8, seed=2)) != order
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9])
+def test_few_examples(count: int) -> None:
+    assert sorted(LengthGroupedSampler(LENGTHS[:count], 8, seed=1)) == list(range(count))
+
+
+def test_trainable_parameters_keep_their_dtype_and_values() -> None:
+    model = torch.nn.Linear(4, 4)
+    model.bias.requires_grad = False
+    weight = model.weight.detach().clone()
+    with keep_adapter_dtype(model):
+        for parameter in model.parameters():  # as SFTTrainer does, frozen ones too to tell them apart
+            parameter.data = parameter.data.to(torch.bfloat16)
+    assert model.weight.dtype == torch.float32
+    assert torch.equal(model.weight, weight)  # not bf16 and back
+    assert model.bias.dtype == torch.bfloat16
+
+
+def test_a_parameter_without_gradient_is_named_at_the_first_step_only() -> None:
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "unused": torch.nn.Linear(2, 2)})
+    model["used"](torch.ones(1, 2)).sum().backward()
+    state = SimpleNamespace(global_step=0)
+    with pytest.raises(TrainingError, match=r"2 of 4 .* no gradient .*unused\.weight, unused\.bias\."):
+        FirstStepGradients().on_pre_optimizer_step(None, state, None, model=model)
+    model["unused"].requires_grad_(False)
+    check = FirstStepGradients()
+    check.on_pre_optimizer_step(None, state, None, model=model)
+    model.zero_grad()
+    check.on_pre_optimizer_step(None, state, None, model=model)  # costs nothing after the first step
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(4, [4, 8]), (0.25, [3, 6, 9]), (0, []), (None, [5, 10]), (100, [])]
+)
+def test_held_out_evaluations_and_none_at_the_last_step(every: float | None, steps: list[int]) -> None:
+    curve = Curve()
+    callback = HeldOut(lambda: SimpleNamespace(mean=1.0), curve, every)  # type: ignore[arg-type,return-value]
+    for step in range(1, 13):
+        state: Any = SimpleNamespace(global_step=step, max_steps=12)
+        callback.on_step_end(None, state, None)
+        if step in (5, 10, 12):
+            callback.on_epoch_end(None, state, None)
+    assert [step for step, _ in curve.held_out] == steps
+
+
+def test_progress_is_plain_lines_without_a_terminal() -> None:
+    out = io.StringIO()
+    curve = Curve(training_seconds=10.0, tokens=1000)
+    progress = Progressing(Console(file=out, width=40), curve)
+    state: Any = SimpleNamespace(global_step=0, max_steps=4)
+    progress.on_train_begin(None, state, None)  # type: ignore[arg-type]
+    for step in (1, 2, 3, 4):
+        state.global_step = step
+        progress.on_log(None, state, None, logs={"loss": 2.5})
+    progress.on_log(None, state, None, logs={"train_runtime": 1.0})
+    lines = out.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 1/4", "step 4/4"]  # at most one in five seconds
+    assert "loss 2.500  100 tokens/s" in lines[0]
+    assert lines[0].endswith("0:30 left")  # not wrapped at 40 columns
+
+
+def test_bytes_are_readable() -> None:
+    assert [format_bytes(n) for n in (7, 1500, 2.5e6, 3.21e9)] == ["7 B", "1.5 kB", "2.5 MB", "3.21 GB"]
+
+
+def config(**changes: Any) -> TrainConfig:
+    values = {"base_model": "m", "adapter": "qlora", "load_in_4bit": True, "datasets": [{"path": "d.jsonl"}]}
+    return TrainConfig(**{**values, **changes})
+
+
+def test_settings_reach_the_trainer(tmp_path: Any) -> None:
+    arguments = trainer_arguments(
+        config(
+            output_dir=str(tmp_path),
+            micro_batch_size=3,
+            gradient_accumulation_steps=2,
+            max_steps=7,
+            num_epochs=2.5,
+            learning_rate=1e-3,
+            lr_scheduler="linear",
+            warmup_steps=4,
+            optimizer="sgd",
+            gradient_checkpointing=True,
+            logging_steps=3,
+            save_steps=5,
+            seed=11,
+        ),
+        bf16=False,
+        use_cpu=True,
+    )
+    expected = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 7,
+        "num_train_epochs": 2.5,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 4,
+        "optim": "sgd",
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "logging_steps": 3,
+        "save_steps": 5,
+        "seed": 11,
+        "bf16": False,
+        "report_to": [],
+        "logging_nan_inf_filter": False,
+        "router_aux_loss_coef": 0.0,
+        "max_length": None,
+    }
+    assert {key: getattr(arguments, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "strategy", "value"), [(None, "epoch", 500), (0, "no", 500), (0.5, "steps", 0.5)]
+)
+def test_when_checkpoints_are_written(
+    tmp_path: Any, save_steps: float | None, strategy: str, value: float
+) -> None:
+    arguments = trainer_arguments(
+        config(output_dir=str(tmp_path), save_steps=save_steps), bf16=False, use_cpu=True
+    )
+    assert (arguments.save_strategy.value, arguments.save_steps) == (strategy, value)
+    assert arguments.gradient_checkpointing is False
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(None, 3), (0, 0), (1, 1), (20, 20)])
+def test_warm_up(tmp_path: Any, warmup: int | None, steps: int) -> None:
+    arguments = trainer_arguments(
+        config(output_dir=str(tmp_path), warmup_steps=warmup), bf16=False, use_cpu=True
+    )
+    assert arguments.get_warmup_steps(100) == steps
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl import SFTTrainer
+
+    from fourfold.training.trainer import MoeTrainer
+
+    trainer = MoeTrainer.__new__(MoeTrainer)
+    trainer.tokens_seen = 0
+    trainer.state = SimpleNamespace(global_step=4)
+    monkeypatch.setattr(SFTTrainer, "training_step", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(TrainingError, match="The loss at step 5 is nan; the adapters of step 4 are unharmed"):
+        trainer.training_step(None, {"attention_mask": torch.ones(2, 3)})  # type: ignore[arg-type]
+    assert trainer.tokens_seen == 6
