@@ -15,13 +15,13 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 from rich.console import Console
 
 from fourfold.cli.outcome import BROKEN, INTERRUPTED, WRONG_INPUT, Outcome
 from fourfold.errors import FourfoldError
+from fourfold.version import __version__
 
 COMMANDS = {
     "train": "train an adapter as a YAML file says",
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser, with the arguments of the verb that is asked for."""
     parser = argparse.ArgumentParser(prog="fourfold", description="QLoRA of Mixture-of-Experts models.")
-    parser.add_argument("--version", action="version", version=f"fourfold {metadata.version('fourfold')}")
+    parser.add_argument("--version", action="version", version=f"fourfold {__version__}")
     verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
     asked_for = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, purpose in COMMANDS.items():

@@ -79,8 +79,7 @@ class Improvement:
 
 
 def _standard_error(values: Sequence[float], weights: Sequence[int]) -> float:
-    """Of the weighted mean: a ratio estimator over independent answers (Cochran, Sampling Techniques, 6.4).
-    Of the weighted mean: a ratio estimator over independent answers (Cochran, Sampling Techniques, 6.4)."""
+    """Of the weighted mean: a ratio estimator over independent answers (Cochran, Sampling Techniques, 6.4)."""
     n, total = len(values), sum(weights)
     if n < 2:
         return math.inf
@@ -91,11 +90,18 @@ def _standard_error(values: Sequence[float], weights: Sequence[int]) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, each module's own mode restored afterwards."""
+    """Evaluation mode without gradients, each module's own mode restored afterwards.
+
+    A model in bf16 computes under autocast, as the trainer does: adapters are fp32, and without it their
+    products would be too. A model is then evaluated by the same arithmetic before, within and after training,
+    and when it is loaded again (0.03 nats on single answers lay between the two).
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    low = weight.dtype in (torch.bfloat16, torch.float16)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(weight.device.type, weight.dtype if low else None, enabled=low):
             yield
     finally:
         for module, mode in modes.items():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fourfold.errors import ConfigurationError, NoExpertsError
+from fourfold.loading.paths import is_meant_as_path
 from fourfold.training.data import Conversation, Messages, Tokenized, load_conversations, tokenize
 from fourfold.training.schema import TrainConfig
 
@@ -94,10 +95,7 @@ def check_model_folder(name: str) -> None:
                 f"base_model: the folder {path} has no config.json, so it holds no model."
             )
         return
-    # An id on the hub is `name` or `owner/name`; anything else is meant to be a path, and so is `folder/name`
-    # beside an existing folder: asking the hub takes most of a minute where there is none.
-    looks_local = path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_local or (len(path.parts) == 2 and Path(path.parts[0]).is_dir()):
+    if is_meant_as_path(name):
         raise ConfigurationError(
             f"base_model: there is no folder {name}. Relative paths start at the current directory, "
             f"{Path.cwd()}."
