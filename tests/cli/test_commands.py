@@ -4,11 +4,13 @@ mistake."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -167,6 +169,48 @@ def test_verify(
 
     assert main(["verify", str(tmp_path / "nowhere")]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_verify_reads_the_headers_of_the_files(
+    capsys: pytest.CaptureFixture[str], packed_folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def verify(change) -> tuple[int, str]:
+        folder = tmp_path / "copy"
+        shutil.copytree(packed_folder, folder)
+        change(folder)
+        status, data, _ = run_json(capsys, "verify", str(folder))
+        shutil.rmtree(folder)
+        return status, data["message"]
+
+    def edit(mend):
+        def change(folder: Path) -> None:
+            tensors = load_file(folder / "model.safetensors")
+            save_file(mend(tensors), folder / "model.safetensors")
+
+        return change
+
+    def in_bf16(tensors):
+        return {k: v.bfloat16() if k.endswith("experts.down_proj") else v for k, v in tensors.items()}
+
+    def without_absmax(tensors):
+        return {k: v for k, v in tensors.items() if not k.endswith("experts.down_proj_absmax")}
+
+    def cut(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+
+    def outside(folder: Path) -> None:
+        index = {"weight_map": {"a": "../model.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    assert verify(lambda folder: (folder / "model.safetensors").unlink()) == (1, mock.ANY)
+    assert "high precision" in verify(edit(in_bf16))[1]
+    assert "no tensor" in verify(edit(without_absmax))[1]
+    assert "truncated" in verify(cut)[1]
+    assert "outside its folder" in verify(outside)[1]
+    assert all(verify(c)[0] == 1 for c in (edit(in_bf16), edit(without_absmax), cut, outside))
 
 
 def test_verify_a_dense_model(capsys: pytest.CaptureFixture[str], dense_folder: Path) -> None:

@@ -214,7 +214,7 @@ def find_experts(model: nn.Module) -> Iterator[FoundExperts]:
             yield FoundExperts(clean_name(name), module, *found)
 
 
-def _suffix(name: str) -> str:
+def name_suffix(name: str) -> str:
     """What repeats in every layer: the name after the last numbered component."""
     parts = name.split(".")
     numbered = [i for i, part in enumerate(parts) if part.isdigit()]
@@ -235,7 +235,7 @@ def expert_targets(model: nn.Module) -> list[str]:
         NoExpertsError: the model has no fused experts; target parameters that match nothing train nothing.
     """
     found = [
-        _suffix(tensor)
+        name_suffix(tensor)
         for experts in find_experts(model)
         if experts.layout
         for tensor in _registered(experts)

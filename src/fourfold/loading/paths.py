@@ -8,8 +8,8 @@ from pathlib import Path
 def is_meant_as_path(name: str | Path) -> bool:
     """Whether ``name`` can only be, or is clearly meant as, a path.
 
-    An id on the hub is ``name`` or ``owner/name``; anything else is a path, and so is ``folder/name`` beside an
-    existing folder: asking the hub takes most of a minute where there is none.
+    An id on the hub is ``name`` or ``owner/name``; anything else is a path, and so is ``folder/name`` beside
+    an existing folder: asking the hub takes most of a minute where there is none.
     """
     path = Path(name).expanduser()
     text = str(name)

@@ -79,7 +79,7 @@ class Improvement:
 
 
 def _standard_error(values: Sequence[float], weights: Sequence[int]) -> float:
-    """Of the weighted mean: a ratio estimator over independent answers (Cochran, Sampling Techniques, 6.4)."""
+    """Of the weighted mean: ratio estimator over independent answers (Cochran, Sampling Techniques, 6.4)."""
     n, total = len(values), sum(weights)
     if n < 2:
         return math.inf
