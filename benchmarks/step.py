@@ -351,9 +351,8 @@ def main() -> int:
     print(json.dumps(record["versions"]))
     print(table(results))
     for target in record["targets"]:
-        print(
-            f"{'ok' if target['reached'] else 'NO'}  {target['what']}: {target['value']:.0f} <= {target['bound']:.0f}"
-        )
+        word = "ok" if target["reached"] else "NO"
+        print(f"{word}  {target['what']}: {target['value']:.0f} <= {target['bound']:.0f}")
     missing = set(arguments.variants) - {r["variant"] for r in results}
     return 0 if all(t["reached"] for t in record["targets"]) and not missing else 1
 
