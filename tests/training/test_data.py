@@ -87,7 +87,9 @@ def test_a_template_that_rewrites_what_the_answer_follows_is_refused(
         "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    with pytest.raises(DataError, match=r"here: .* before messages\[1\] differently once that answer follows"):
+    with pytest.raises(
+        DataError, match=r"here: .* before messages\[1\] differently once that answer follows"
+    ):
         labelled(turns("what is red", "the rose"), tokenizer)
 
 
@@ -143,7 +145,7 @@ def test_an_end_of_text_token_within_an_answer_does_not_cut_it(
     )
     monkeypatch.setattr(tokenizer, "chat_template", template)
     trained = labelled(turns("what is red", "the rose <|end|> is red the sky"), tokenizer)[1]
-    assert [name for name in trained if name != "-"] == "the rose <|end|> is red the sky".split()
+    assert [name for name in trained if name != "-"] == ["the", "rose", "<|end|>", "is", "red", "the", "sky"]
 
 
 def test_weight_0_is_shown_and_not_trained(tokenizer: Any, tmp_path: Path) -> None:

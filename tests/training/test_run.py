@@ -3,8 +3,12 @@ slow."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ from fourfold.errors import (
 from fourfold.training import run as run_module
 from fourfold.training.evaluate import evaluate_answers
 from fourfold.training.generation import load_for_generation
-from fourfold.training.preflight import check
+from fourfold.training.preflight import check, stored_bits
 from fourfold.training.run import run
 from fourfold.training.schema import TrainConfig
 from fourfold.training.summary import RunResult, show
@@ -186,6 +190,67 @@ def test_resume_true_takes_the_last_checkpoint(trained: tuple[RunResult, str], s
         check(TrainConfig(**settings(output_dir=result.adapter, resume_from_checkpoint=True)))
 
 
+def copied(trained: tuple[RunResult, str], tmp_path: Path, step: int = 4) -> Path:
+    """A checkpoint of the run, to be spoilt."""
+    result, _ = trained
+    folder = tmp_path / f"checkpoint-{step}"
+    shutil.copytree(Path(result.adapter) / folder.name, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora_r": 4}, r"lora_r \(8 there\)"),
+        ({"lora_alpha": 8}, r"lora_alpha \(16 there\)"),
+        ({"optimizer": "sgd"}, r"optimizer \(adamw_torch_fused there\)"),
+        ({"learning_rate": 0.01}, r"learning_rate \(0.02 there\)"),
+        ({"seed": 1}, r"seed \(42 there\)"),
+        ({"micro_batch_size": 4}, r"micro_batch_size \(8 there\)"),
+        ({"gradient_accumulation_steps": 2}, r"gradient_accumulation_steps \(1 there\)"),
+        ({"lora_target_modules": ["q_proj"]}, "lora_target_modules"),
+        ({"lora_target_parameters": []}, "lora_target_parameters"),
+        ({"bf16": True}, r"bf16 \(False there\)"),
+        ({"adapter": "lora", "load_in_4bit": False}, r"load_in_4bit \(True there\)"),
+        ({"test_datasets": None, "eval_steps": 0, "val_set_size": 4}, "datasets"),
+        ({"max_steps": None, "num_epochs": 0.5}, r"is at epoch 0.66\d+ of 0.5 already"),
+        ({"max_steps": 4}, "is at step 4 of 4 already"),
+    ],
+)
+def test_a_run_resumes_with_the_settings_it_began_with(
+    trained: tuple[RunResult, str], settings: Settings, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    checkpoint = str(copied(trained, tmp_path))
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        check(TrainConfig(**settings(resume_from_checkpoint=checkpoint, **changes)))
+    assert caught.value.exit_status == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("trainer_state.json", '{"global_st', "trainer_state.json is damaged"),
+        ("trainer_state.json", "[]", "trainer_state.json is damaged"),
+        ("trainer_state.json", '{"epoch": 1.0}', "it has no global_step"),
+        ("run.json", "", "run.json is damaged"),
+        ("run.json", None, "has no run.json"),
+        ("optimizer.pt", None, "has no optimizer.pt"),
+        ("adapter_config.json", None, "has no adapter_config.json"),
+    ],
+)
+def test_a_torn_checkpoint(
+    trained: tuple[RunResult, str], settings: Settings, tmp_path: Path, name: str, text: str | None, said: str
+) -> None:
+    checkpoint = copied(trained, tmp_path)
+    if text is None:
+        (checkpoint / name).unlink()
+    else:
+        (checkpoint / name).write_text(text)
+    with pytest.raises(ConfigurationError, match=said):
+        check(TrainConfig(**settings(resume_from_checkpoint=str(checkpoint))))
+
+
 @pytest.mark.parametrize(
     ("changes", "experts"),
     [
@@ -215,7 +280,7 @@ def test_without_held_out_data_and_by_epochs(settings: Settings) -> None:
 
 def test_targets_may_be_chosen(settings: Settings) -> None:
     only = {"lora_target_modules": ["q_proj"], "lora_target_parameters": []}
-    result = run(TrainConfig(**settings(max_steps=1, eval_steps=0, **only)), quiet())
+    result = run(TrainConfig(**settings(max_steps=1, warmup_steps=0, eval_steps=0, **only)), quiet())
     names = load_file(Path(result.adapter) / "adapter_model.safetensors")
     assert len(names) == 4
     assert all("q_proj" in name for name in names)
@@ -227,9 +292,69 @@ def test_a_dense_model_is_trained_without_experts(settings: Settings, dense_fold
     assert result.packed["experts"] == []
 
 
-def test_a_diverging_run_is_stopped(settings: Settings) -> None:
-    with pytest.raises(TrainingError, match=r"The loss .* is (nan|inf)"):
-        run(TrainConfig(**settings(learning_rate=1e30, lr_scheduler="constant", warmup_steps=0)), quiet())
+@pytest.mark.parametrize(("save_steps", "left"), [(0, "Nothing was saved."), (1, "Nothing was saved.")])
+def test_a_diverging_run_is_stopped(settings: Settings, save_steps: int, left: str) -> None:
+    # The first step's update is what ruins: the checkpoint of that step is not recommended.
+    changes = {"learning_rate": 1e30, "lr_scheduler": "constant", "warmup_steps": 0}
+    with pytest.raises(TrainingError, match=r"at step 2 is (nan|inf|not finite)") as caught:
+        run(TrainConfig(**settings(save_steps=save_steps, **changes)), quiet())
+    assert str(caught.value).endswith(left)
+    assert "unharmed" not in str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_adapters(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run_module.MoeTrainer.training_step
+    seen: dict[str, Any] = {}
+
+    def spoil(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = plain(self, model, inputs, *args, **kwargs)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if self.state.global_step == 3:
+            trainable[-1].grad.view(-1)[0] = float("nan")
+            seen.update(parameters=trainable, before=[p.detach().clone() for p in trainable])
+        return loss
+
+    monkeypatch.setattr(run_module.MoeTrainer, "training_step", spoil)
+    config = TrainConfig(**settings(save_steps=2))
+    with pytest.raises(TrainingError, match="A gradient at step 4 is not finite; the step was not") as caught:
+        run(config, quiet())
+    for parameter, before in zip(seen["parameters"], seen["before"], strict=True):
+        assert torch.equal(parameter, before)
+    last = Path(config.output_dir) / "checkpoint-2"
+    assert str(caught.value).endswith(f"The last checkpoint before that is {last}.")
+
+
+def test_the_report_is_written_before_the_curve(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise OSError("no room for a picture")
+
+    monkeypatch.setattr(run_module, "write_loss_curve", fails)
+    config = TrainConfig(**settings(max_steps=2, eval_steps=0))
+    with pytest.raises(OSError, match="no room"):
+        run(config, quiet())
+    assert json.loads((Path(config.output_dir) / "report.json").read_text())["steps"] == 2
+
+
+def test_a_missing_matplotlib_is_noticed_at_once() -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from fourfold.errors import ConfigurationError\n"
+        "try:\n    import fourfold.training.run\n"
+        "except ConfigurationError as error:\n    assert 'matplotlib' in str(error), error\n"
+        "else:\n    raise SystemExit('not noticed')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_gpus_are_reported(trained: tuple[RunResult, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _ = trained
+    assert result.to_dict()["unused_gpus"] == max(0, torch.cuda.device_count() - 1)
+    console = quiet()
+    show(dataclasses.replace(result, device="NVIDIA H100", unused_gpus=3), console)
+    assert "NVIDIA H100; 3 more visible, a run uses one" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_an_adapter_beside_the_path_of_the_data_stops_the_run(
@@ -310,6 +435,32 @@ def unsupported(kind: str) -> Any:
     )
 
 
+def spoil_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None removes one."""
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def test_targets_are_checked_before_the_data_is_tokenized_and_the_folder_made_last(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fourfold.training import preflight
+
+    def must_not(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("too early")
+
+    monkeypatch.setattr(preflight, "tokenize", must_not)
+    config = TrainConfig(**settings(lora_target_modules=["q_porj"]))
+    with pytest.raises(AdapterError, match="q_proj"):
+        check(config)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="sequence_len: 8"):
+        check(TrainConfig(**settings(sequence_len=8)))
+    assert not Path(config.output_dir).exists()
+    check(TrainConfig(**settings()))
+    assert Path(config.output_dir).is_dir()
+
+
 def test_bad_input_is_found_before_weights_are_read(
     settings: Settings, moe_folder: Path, dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +473,12 @@ def test_bad_input_is_found_before_weights_are_read(
     empty.mkdir()
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(conversation(0)) + "\n\n{}\n")
+    no_model, no_padding, few_rows = (tmp_path / name for name in ("list", "padding", "rows"))
+    for folder in (no_model, no_padding, few_rows):
+        shutil.copytree(moe_folder, folder)
+    (no_model / "config.json").write_text("[]")
+    spoil_json(no_padding / "tokenizer_config.json", pad_token=None, eos_token=None)
+    spoil_json(few_rows / "config.json", vocab_size=9)
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where a folder should be")
     cases: list[tuple[dict[str, Any], type[FourfoldError], str]] = [
@@ -339,6 +496,11 @@ def test_bad_input_is_found_before_weights_are_read(
         ({"datasets": [{"path": str(tmp_path / "no.jsonl")}]}, DataError, "no such file"),
         ({"output_dir": str(blocked / "out")}, ConfigurationError, "cannot write to"),
         ({"resume_from_checkpoint": True}, ConfigurationError, "holds no checkpoint"),
+        ({"base_model": str(no_model)}, ConfigurationError, "not a model's configuration (a list)"),
+        ({"base_model": str(no_padding)}, ConfigurationError, "neither a pad_token nor an eos_token"),
+        ({"base_model": str(few_rows)}, ConfigurationError, "has embeddings for 9 tokens only"),
+        ({"max_steps": None, "warmup_steps": 6}, ConfigurationError, "6 of 6 steps"),
+        ({"max_steps": None, "logging_steps": 7}, ConfigurationError, "and the run has 6"),
         ({"resume_from_checkpoint": str(empty)}, ConfigurationError, "is no checkpoint of a run"),
         ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}}, ConfigurationError, "nf5"),
         ({"bnb_config_kwargs": {"bnb_4bit_compute_dtype": "bf61"}}, ConfigurationError, "bnb_config_kwargs"),
@@ -383,6 +545,24 @@ def test_a_packed_checkpoint_is_trained_as_it_is(
     result = run(TrainConfig(**settings(base_model=str(packed), max_steps=2, eval_steps=0)), quiet())
     rows = result.packed["rows"]
     assert [r["dtype"] for r in rows if r["role"] == "experts"] == ["NF4 /64 double-quantized"]
+    eight = {"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}
+    with pytest.raises(ConfigurationError, match=r"load_in_8bit: .* is packed in 4 bit already") as caught:
+        check(TrainConfig(**settings(base_model=str(packed), **eight)))
+    assert caught.value.exit_status == 2
     changes = {"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}
     with pytest.raises(ConfigurationError, match="packed already and these settings cannot"):
         run(TrainConfig(**settings(base_model=str(packed), **changes)), quiet())
+
+
+@pytest.mark.parametrize(
+    ("stored", "bits"),
+    [
+        ({"linears": "4bit"}, 4),
+        ({"linears": "8bit", "experts_quant_type": "nf4"}, 8),
+        ({"linears": "none", "experts_quant_type": "int8"}, 8),
+        ({"linears": "none", "experts_quant_type": "fp4"}, 4),
+        ({}, None),
+    ],
+)
+def test_bits_of_a_packed_checkpoint(stored: dict[str, str], bits: int | None) -> None:
+    assert stored_bits(stored) == bits

@@ -239,7 +239,9 @@ def test_anchors_and_merges_are_no_duplicates(tmp_path: Path) -> None:
 def test_home_is_expanded_wherever_a_path_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     text = SOUND.replace("some/model", "~/model").replace("train.jsonl", "~/train.jsonl")
-    text += "output_dir: ~/out\nresume_from_checkpoint: ~/out/checkpoint-1\ntest_datasets: [{path: ~/t.json}]\n"
+    text += (
+        "output_dir: ~/out\nresume_from_checkpoint: ~/out/checkpoint-1\ntest_datasets: [{path: ~/t.json}]\n"
+    )
     config = load(tmp_path, text)
     assert config.base_model == "/home/me/model"
     assert config.datasets[0].path == "/home/me/train.jsonl"

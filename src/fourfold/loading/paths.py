@@ -14,8 +14,8 @@ CONNECT_SECONDS = 3.0
 def is_meant_as_path(name: str | Path) -> bool:
     """Whether ``name`` can only be, or is clearly meant as, a path.
 
-    An id on the hub is ``name`` or ``owner/name``; anything else is a path, and so is ``folder/name`` beside an
-    existing folder: asking the hub takes most of a minute where there is none.
+    An id on the hub is ``name`` or ``owner/name``; anything else is a path, and so is ``folder/name`` beside
+    an existing folder: asking the hub takes most of a minute where there is none.
     """
     path = Path(name).expanduser()
     text = str(name)
@@ -40,8 +40,8 @@ def ensure_reachable(name: str | Path) -> None:
     reason = _why_unreachable()
     if reason is not None:
         raise ConfigurationError(
-            f"{what}. Nor is it a model's id in the local cache, and the hub cannot be asked ({reason}). Name an "
-            "existing folder, or connect to a network."
+            f"{what}. Nor is it a model's id in the local cache, and the hub cannot be asked ({reason}). "
+            "Name an existing folder, or connect to a network."
         )
 
 

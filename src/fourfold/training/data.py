@@ -126,8 +126,8 @@ def tokenize(
             is_long = len(ids) > sequence_len
             if is_long and excess == "raise":
                 raise DataError(
-                    f"{conversation.source}: {len(ids)} tokens, and sequence_len is {sequence_len}. Raise it, "
-                    "shorten the example, or set excess_length_strategy: drop or truncate."
+                    f"{conversation.source}: {len(ids)} tokens, and sequence_len is {sequence_len}. Raise "
+                    "it, shorten the example, or set excess_length_strategy: drop or truncate."
                 )
             ids, labels = ids[:sequence_len], labels[:sequence_len]
             # The first label is never predicted: models shift.
@@ -196,12 +196,14 @@ def _encode(conversation: Conversation, answers: Sequence[int], tokenizer: Any) 
     text, ids = render(last + 1)
     labels = [IGNORED] * len(ids)
     for index in answers:
-        # Templates for content in parts render nothing of a plain text, and raise nothing. The last word: what
-        # comes first may be a thought, which templates rewrite.
+        # Templates for content in parts render nothing of a plain text, and raise nothing. The last word:
+        # what comes first may be a thought, which templates rewrite.
         if conversation.messages[index]["content"].split()[-1] not in text:
+            if len(answers) > 1:
+                return None  # an earlier one may be left out once later turns follow: tried one by one
             raise DataError(
-                f"{conversation.source}: the chat template leaves out the text of messages[{index}]. It may be "
-                "one for images; put a chat_template.jinja for plain text beside the tokenizer."
+                f"{conversation.source}: the chat template leaves out the text of messages[{index}]. It may "
+                "be one for images; put a chat_template.jinja for plain text beside the tokenizer."
             )
         prompt_text, prompt_ids = render(index, prompt=True)
         before_text, _ = render(index)

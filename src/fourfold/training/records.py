@@ -182,7 +182,7 @@ def _turn_problem(turn: Any, where: str) -> str | None:
         try:
             turn["content"].encode("utf-8")
         except UnicodeEncodeError as error:
-            return f"{where}.content holds half a character (\\u{ord(turn['content'][error.start]):04x} alone)"
+            return f"{where}.content holds half a character (\\u{ord(error.object[error.start]):04x} alone)"
     unknown = [name for name in turn if name not in TURN_FIELDS and turn[name] not in (None, [], {}, "")]
     if unknown:
         return f"{where}.{unknown[0]} is not supported and would be left out. Write what it says into content"

@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fourfold.errors import ConfigurationError
 from fourfold.training.contradictions import ContradictionError, contradictions
@@ -82,8 +90,8 @@ class DatasetConfig(_Strict):
     """One file of conversations.
 
     A record may hold whatever else says something about it (an id, its source); fields that would change the
-    conversation (``tools`` and the like, see ``records.CHANGES_CONVERSATION``) are refused, and so is anything
-    in a turn but ``role``, ``content`` and ``weight`` (0: the answer is shown, not trained).
+    conversation (``tools`` and the like, see ``records.CHANGES_CONVERSATION``) are refused, and so is
+    anything in a turn but ``role``, ``content`` and ``weight`` (0: the answer is shown, not trained).
     """
 
     path: PathText = Field(description="the path of a local .jsonl or .json file")
@@ -125,7 +133,7 @@ class TrainConfig(_Strict):
         description="a fraction below 1 or a whole number of examples to hold out of datasets; 0 for none",
     )
     sequence_len: Annotated[int, BeforeValidator(_not_bool), Field(ge=8)] = Field(
-        512, description="a whole number of tokens, at least 8; see excess_length_strategy for longer examples"
+        512, description="a whole number of tokens, at least 8; longer ones: see excess_length_strategy"
     )
     excess_length_strategy: Literal["drop", "truncate", "raise"] = Field(
         "drop",
