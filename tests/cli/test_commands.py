@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_chat import Settings
 
 from fourfold import errors
 from fourfold.cli import main
 from fourfold.cli.main import COMMANDS, explain
+from tiny_chat import Settings
 
 Write = Callable[[dict[str, Any]], Path]
 

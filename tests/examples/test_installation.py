@@ -1,15 +1,20 @@
-"""What `make` installs: one pin for each package under every Python that is supported, and torch's index."""
+"""What `make` installs: one pin for each package under every supported Python, and where torch comes from;
+and what the tests themselves put on the path."""
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+import needs
 
 ROOT = Path(__file__).parents[2]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -66,3 +71,19 @@ def test_the_index_is_for_torch_alone(tmp_path: Path, index: str) -> None:
     assert steps[0].split()[-1] == "torch"
     assert (f"--index-url {index}" in steps[0]) == bool(index)
     assert not any("index" in step for step in steps[1:])
+
+
+def test_the_folders_of_tests_are_no_packages() -> None:
+    found = importlib.util.find_spec("kernels")  # transformers looks for a package of that name
+    places = [] if found is None else list(found.submodule_search_locations or [])
+    assert not any(Path(place).is_relative_to(ROOT) for place in places)
+
+
+def test_a_missing_triton_is_a_failure_on_linux_and_a_skip_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(ImportError):
+        needs.triton()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(pytest.skip.Exception):
+        needs.triton()

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import trl
-from tiny_chat import conversation, write_jsonl
 
 from fourfold.errors import DataError
 from fourfold.training.data import IGNORED, encode, load_conversations, tokenize
 from fourfold.training.records import Conversation, read_conversations
 from fourfold.training.schema import DatasetConfig, TrainConfig
+from tiny_chat import conversation, write_jsonl
 
 
 def turns(*contents: str, first: str = "user") -> list[dict[str, str]]:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_chat import Settings, conversation
 
 from fourfold.errors import (
     AdapterError,
@@ -35,6 +34,7 @@ from fourfold.training.run import run
 from fourfold.training.schema import TrainConfig
 from fourfold.training.summary import RunResult, show
 from fourfold.training.trainer import make_collator
+from tiny_chat import Settings, conversation
 
 
 def quiet() -> Console:
