@@ -34,7 +34,7 @@ from fourfold.training.run import run
 from fourfold.training.schema import TrainConfig
 from fourfold.training.summary import RunResult, show
 from fourfold.training.trainer import make_collator
-from tiny_chat import Settings, conversation
+from tiny_chat import Settings, conversation, write_jsonl
 
 
 def quiet() -> Console:
@@ -201,6 +201,7 @@ def copied(trained: tuple[RunResult, str], tmp_path: Path, step: int = 4) -> Pat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"base_model": "another"}, "base_model"),
         ({"lora_r": 4}, r"lora_r \(8 there\)"),
         ({"lora_alpha": 8}, r"lora_alpha \(16 there\)"),
         ({"optimizer": "sgd"}, r"optimizer \(adamw_torch_fused there\)"),
@@ -218,8 +219,16 @@ def copied(trained: tuple[RunResult, str], tmp_path: Path, step: int = 4) -> Pat
     ],
 )
 def test_a_run_resumes_with_the_settings_it_began_with(
-    trained: tuple[RunResult, str], settings: Settings, tmp_path: Path, changes: dict[str, Any], said: str
+    trained: tuple[RunResult, str],
+    settings: Settings,
+    moe_folder: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    said: str,
 ) -> None:
+    if "base_model" in changes:  # of the same shapes
+        shutil.copytree(moe_folder, tmp_path / "another")
+        changes = {"base_model": str(tmp_path / "another")}
     checkpoint = str(copied(trained, tmp_path))
     with pytest.raises(ConfigurationError, match=said) as caught:
         check(TrainConfig(**settings(resume_from_checkpoint=checkpoint, **changes)))
@@ -276,6 +285,25 @@ def test_without_held_out_data_and_by_epochs(settings: Settings) -> None:
     assert json.loads((Path(result.adapter) / "report.json").read_text())["held_out_loss"] is None
     checkpoints = sorted(path.name for path in Path(result.adapter).glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_long_examples_are_dropped_and_reported(settings: Settings, tmp_path: Path) -> None:
+    long = conversation(0)
+    long["messages"][1]["content"] += " red" * 80
+    files = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [long, *(conversation(index) for index in range(1, 9))])
+        for name in ("train", "held-out")
+    ]
+    entries = [[{"path": str(path)}] for path in files]
+    config = TrainConfig(**settings(datasets=entries[0], test_datasets=entries[1], max_steps=2, eval_steps=0))
+    console = quiet()
+    result = run(config, console)
+    show(result, console)
+    assert (result.data["train"]["examples"], result.data["train"]["dropped"]) == (8, 1)
+    assert "1 longer ones dropped" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert result.sample["reference"] == conversation(1)["messages"][1]["content"]  # one that is evaluated
+    cut = run(config.model_copy(update={"excess_length_strategy": "truncate"}), console)
+    assert (cut.data["train"]["examples"], cut.data["train"]["truncated"]) == (9, 1)
 
 
 def test_targets_may_be_chosen(settings: Settings) -> None:

@@ -42,6 +42,7 @@ class Tokenized:
         trained_tokens: those with a label.
         largest_id: the largest token id.
         digest: a hash of ids and labels, in their order.
+        first: the index of the first conversation that is in ``dataset``.
     """
 
     dataset: Any
@@ -51,6 +52,7 @@ class Tokenized:
     trained_tokens: int
     largest_id: int
     digest: str
+    first: int
 
     def to_dict(self) -> dict[str, int]:
         """Counts only."""
@@ -120,7 +122,8 @@ def tokenize(
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
     digest = hashlib.sha256()
     total = truncated = dropped = largest = 0
-    for conversation in conversations:
+    first: int | None = None
+    for index, conversation in enumerate(conversations):
         for ids, labels in encode(conversation, tokenizer):
             total += 1
             is_long = len(ids) > sequence_len
@@ -136,6 +139,7 @@ def tokenize(
                 continue
             truncated += is_long
             largest = max(largest, *ids)
+            first = index if first is None else first
             digest.update(array("q", [len(ids), *ids, *labels]).tobytes())
             columns["input_ids"].append(ids)
             columns["labels"].append(labels)
@@ -156,6 +160,7 @@ def tokenize(
         trained_tokens=trained,
         largest_id=largest,
         digest=digest.hexdigest(),
+        first=first or 0,
     )
 
 

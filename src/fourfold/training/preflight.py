@@ -88,7 +88,10 @@ def check(config: TrainConfig) -> Checked:
     if checkpoint is not None:
         check_unchanged(checkpoint, settings)
     check_writable(Path(config.output_dir))  # last: it makes the folder
-    sample, reference = sample_of((held_out or train)[0])
+    shown = train[tokenized.first]
+    if tokenized_held_out is not None:
+        shown = held_out[tokenized_held_out.first]
+    sample, reference = sample_of(shown)
     return Checked(
         tokenizer=tokenizer,
         train=tokenized,

@@ -51,11 +51,12 @@ def run_settings(
         bf16: whether it computes in bf16.
         digest: of the tokenized training data.
     """
-    values = config.model_dump()
+    values, base = config.model_dump(), Path(config.base_model)
     settings = {key: values[key] for key in FIXED}
     settings |= {
         "lora_target_modules": sorted(modules),
         "lora_target_parameters": sorted(parameters),
+        "base_model": str(base.resolve()) if base.exists() else config.base_model,
         "bf16": bf16,
         "datasets": digest,
     }
