@@ -144,9 +144,9 @@ def test_the_model_is_loaded_as_in_the_run(
     tmp_path: Path, moe_folder: Path, data_files: tuple[Path, Path], changes: dict[str, Any]
 ) -> None:
     held_out = []
-    for index in range(40):  # in two batches, of several lengths
+    for index in range(64):  # in two batches, of several lengths
         record = conversation(100 + index)
-        record["messages"][0]["content"] += " the" * (index % 7)
+        record["messages"][0]["content"] += " the" * (index % 23)
         held_out.append(record)
     files = (data_files[0], write_jsonl(tmp_path / "held-out.jsonl", held_out))
     finished = train(tmp_path, moe_folder, files, **changes)
