@@ -15,6 +15,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from fourfold.training import evaluate
 from fourfold.training.run import run
 from fourfold.training.schema import load_config
 from tiny_chat import conversation, write_jsonl
@@ -141,7 +142,11 @@ def test_an_answer_that_did_not_change_is_said(finished: Finished) -> None:
     ],
 )
 def test_the_model_is_loaded_as_in_the_run(
-    tmp_path: Path, moe_folder: Path, data_files: tuple[Path, Path], changes: dict[str, Any]
+    tmp_path: Path,
+    moe_folder: Path,
+    data_files: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
 ) -> None:
     held_out = []
     for index in range(64):  # in two batches, of several lengths
@@ -150,7 +155,17 @@ def test_the_model_is_loaded_as_in_the_run(
         held_out.append(record)
     files = (data_files[0], write_jsonl(tmp_path / "held-out.jsonl", held_out))
     finished = train(tmp_path, moe_folder, files, **changes)
+    seen: list[tuple[int, int]] = []
+
+    def noted(model: Any, dataset: Any, collate: Any, batch_size: int) -> Any:
+        seen.append((len(dataset), batch_size))
+        return plain(model, dataset, collate, batch_size)
+
+    plain = evaluate.evaluate_answers
+    monkeypatch.setattr(evaluate, "evaluate_answers", noted)
     assert not [failure for failure in verdict(finished, lambda _: None) if "reloaded" in failure]
+    # The run's own batches in bf16, where others would differ by more than is allowed.
+    assert seen == [(64, 32) if "bf16" in changes else (8, 32)] * 2
 
 
 def test_fewer_held_out_answers_than_are_compared(
