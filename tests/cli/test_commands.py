@@ -14,11 +14,11 @@ from unittest import mock
 
 import pytest
 import torch
-from tiny_chat import Settings
 
 from fourfold import errors
 from fourfold.cli import main
 from fourfold.cli.main import COMMANDS, explain
+from tiny_chat import Settings
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -27,7 +27,17 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
     """Exit status, what standard output holds (nothing but JSON), standard error."""
     status = main([*arguments, "--json"])
     captured = capsys.readouterr()
-    return status, json.loads(captured.out), captured.err
+    return status, strictly(captured.out), captured.err
+
+
+def strictly(text: str) -> dict[str, Any]:
+    """JSON as the standard has it: Python's own reader takes NaN and Infinity as well."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    result: dict[str, Any] = json.loads(text, parse_constant=refuse)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +99,57 @@ def test_train(capsys: pytest.CaptureFixture[str], settings: Settings, write_con
     assert data == json.loads(Path(data["adapter"], "report.json").read_text())
 
 
+def test_overrides_may_stand_after_options(
+    capsys: pytest.CaptureFixture[str], settings: Settings, write_config: Write
+) -> None:
+    config = str(write_config(settings(eval_steps=0)))
+    for arguments in (
+        [config, "--json", "lora_rnk=1"],
+        ["--json", config, "lora_rnk=1"],
+        [config, "seed=2", "--json", "lora_rnk=1"],
+    ):
+        assert main(["train", *arguments]) == 2
+        assert "command line, lora_rnk: unknown key" in strictly(capsys.readouterr().out)["error"]["message"]
+    assert main(["train", config, "--json", "--fast"]) == 2
+    assert "unrecognized arguments: --fast" in capsys.readouterr().err
+    assert main(["verify", "folder", "another"]) == 2
+    assert "unrecognized arguments: another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train"], "required: config"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["generate", "m", "--prompt", "a", "--max-new-tokens", "abc"], "'abc' is no positive whole number"),
+        (["generate", "m", "--prompt", "a", "--max-new-tokens", "0"], "'0' is no positive whole number"),
+    ],
+)
+def test_wrong_usage_is_json_too(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    status = main([*arguments, "--json"])
+    captured = capsys.readouterr()
+    assert status == 2
+    assert said in strictly(captured.out)["error"]["message"]
+    assert said in captured.err
+    assert captured.err.startswith("usage: fourfold")
+    assert main(arguments) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_single_held_out_answer_gives_valid_json(
+    capsys: pytest.CaptureFixture[str], settings: Settings, write_config: Write
+) -> None:
+    config = write_config(settings(max_steps=2, eval_steps=0, test_datasets=None, val_set_size=1))
+    status, data, _ = run_json(capsys, "train", str(config))
+    assert status == 0
+    assert data["held_out_loss"]["improvement"]["standard_error"] is None
+    strictly(Path(data["adapter"], "report.json").read_text())
+
+
 def test_train_shows_the_table(
     capsys: pytest.CaptureFixture[str], settings: Settings, write_config: Write
 ) -> None:
-    assert main(["train", str(write_config(settings(max_steps=1, eval_steps=0)))]) == 0
+    assert main(["train", str(write_config(settings(max_steps=1, warmup_steps=0, eval_steps=0)))]) == 0
     out = capsys.readouterr().out
     assert "held-out after" in out
     assert "NF4" in out
@@ -259,7 +316,7 @@ def test_bad_input_of_generate(
         ([str(moe_folder), "--prompt", "a", "--adapter", str(tmp_path)], "no adapter there"),
         ([str(packed_folder), "--prompt", "a", "--load-in-8bit"], "packed already"),
         ([str(moe_folder), "--prompt", "a", "--load-in-8bit", "--load-in-4bit"], "not allowed with"),
-        ([str(moe_folder), "--prompt", "a", "--max-new-tokens", "0"], "not positive"),
+        ([str(moe_folder), "--prompt", "a", "--max-new-tokens", "0"], "no positive whole number"),
     ]
     for arguments, said in cases:
         assert main(["generate", *arguments]) == 2, arguments
