@@ -21,3 +21,10 @@ BNB_BOTH = (
     "experts_quant_type",
     "experts_blocksize",
 )
+# Arguments of BitsAndBytesConfig that concern Linears alone; the report says so.
+LINEARS_ONLY = (
+    "bnb_4bit_quant_storage",
+    "llm_int8_threshold",
+    "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight",
+)

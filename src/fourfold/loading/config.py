@@ -9,18 +9,12 @@ from transformers import BitsAndBytesConfig
 
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.formats import PackFormat
+from fourfold.loading.arguments import LINEARS_ONLY
 from fourfold.version import __version__
 
 QUANT_METHOD = "fourfold"
 FORMAT_VERSION = 1
 _EXPERTS_TYPES = (None, "nf4", "fp4", "int8", "none")
-# The arguments of BitsAndBytesConfig that concern Linears alone; the report says so.
-LINEARS_ONLY = (
-    "bnb_4bit_quant_storage",
-    "llm_int8_threshold",
-    "llm_int8_enable_fp32_cpu_offload",
-    "llm_int8_has_fp16_weight",
-)
 
 
 class MoeBitsAndBytesConfig(BitsAndBytesConfig):
