@@ -56,6 +56,66 @@ def build(config: transformers.PretrainedConfig, folder: Path) -> dict[str, torc
     return load_file(folder / "model.safetensors")
 
 
+def glm4_moe(**changes: object) -> transformers.PretrainedConfig:
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+    return transformers.Glm4MoeConfig(**(tiny.COMMON | sizes | changes))
+
+
+def bitsandbytes(
+    config: transformers.PretrainedConfig,
+    folder: Path,
+    *,
+    double: bool,
+    quant_type: str = "nf4",
+    experts: bool = True,
+) -> tuple[Path, Path, dict[str, torch.Tensor]]:
+    """As transformers v4 saved it, each expert a Linear of its own; the bf16 checkpoint it was made from; and
+    every quantized matrix as bitsandbytes decodes it.
+    """
+    import bitsandbytes.functional as bnb
+
+    tensors = build(config, folder / "random")
+    encoded, plain, decoded = dict(tensors), dict(tensors), {}
+    for key, w in tensors.items():
+        routed = ".experts." in key
+        linear = ("proj" in key or routed or "moe.gate" in key) and key.endswith("weight") and w.ndim == 2
+        if not linear or (routed and not experts):
+            continue
+        data, state = bnb.quantize_4bit(w, blocksize=64, quant_type=quant_type, compress_statistics=double)
+        encoded[key] = data
+        encoded |= {f"{key}.{name}": t.clone() for name, t in state.as_dict(packed=True).items()}
+        state.shape = torch.Size((1, w.numel()))  # bitsandbytes' CPU code is wrong on some other shapes
+        decoded[key] = bnb.dequantize_4bit(data, state).view(w.shape)
+        if "moe.gate" in key:  # a router; the model of today has it as a plain parameter
+            plain[key] = decoded[key]
+    quantization = {
+        "quant_method": "bitsandbytes",
+        "_load_in_4bit": True,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": None,
+        "llm_int8_threshold": 6.0,
+    }
+    return (
+        rewrite(folder / "random", folder / "bnb", encoded, quantization),
+        rewrite(folder / "random", folder / "bf16", plain, None),
+        decoded,
+    )
+
+
 def mxfp4(folder: Path) -> tuple[Path, Path]:
     """gpt-oss: folders of the MXFP4 checkpoint and of the same numbers in bf16."""
     tensors = build(tiny.gpt_oss(), folder / "random")

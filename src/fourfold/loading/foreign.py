@@ -11,15 +11,13 @@ Everything that can be wrong with scales and shapes is found in the files' heade
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import WeightConverter
 
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.experts import find_experts
@@ -27,68 +25,20 @@ from fourfold.experts.layout import read_layout
 from fourfold.formats import PackedStack
 from fourfold.formats.foreign import MX_BLOCK, decode_fp8, decode_mxfp4
 from fourfold.formats.quantize import Packer
-from fourfold.loading.converters import PackingConverter, packed_parameters
-from fourfold.loading.headers import Header, read_headers
-from fourfold.loading.reading import Slice, read_slice
+from fourfold.loading.bnb_checkpoints import PerExpertBitsAndBytes
+from fourfold.loading.converters import packed_parameters
+from fourfold.loading.headers import Header
+from fourfold.loading.stored import DecodingConverter, StoredTensors, Target, Unchanged, decoding
 
 SCALE = "_scale_inv"
 BLOCKS, SCALES = "_blocks", "_scales"
 _FP8 = ("F8_E4M3", "F8_E5M2")
 
 
-class StoredTensors:
-    """The files of a checkpoint, to read single tensors or slices of them in their own dtype.
-
-    Args:
-        files: safetensors.
-        dtype: of decoded weights whose parameter does not say.
-
-    Attributes:
-        headers: of every stored tensor, by key.
-    """
-
-    def __init__(self, files: Iterable[str | Path], dtype: torch.dtype) -> None:
-        self.headers: Mapping[str, Header] = read_headers(map(Path, files))
-        self.dtype = dtype
-        self._open: dict[Path, Any] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StoredTensors:
-        return self  # the loader copies converters, and what they hold, for every key
-
-    def slice(self, key: str) -> Any:
-        """A lazy view of a stored tensor; indexing it reads."""
-        file = self.headers[key].file
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        return self._open[file].get_slice(key)
-
-    def read(self, key: str, device: torch.device | str) -> torch.Tensor:
-        return self.slice(key)[...].to(device)
-
-    def close(self) -> None:
-        self._open.clear()
-
-
-@dataclass
-class Target:
-    """Where the tensors of one converter go: known when the loader has placed the first of them."""
-
-    dtype: torch.dtype
-    probe: Slice | None = None
-    found: torch.device | None = None
-
-    def device(self) -> torch.device:
-        if self.found is None:
-            assert self.probe is not None
-            placed = read_slice(self.probe)
-            if placed is None:
-                raise CheckpointError("sharded loading of quantized checkpoints is not supported")
-            self.found, self.probe = placed.device, None
-        return self.found
-
-
 class Fp8:
     """Tiles of FP8 with one scale each, under ``<key>_scale_inv``."""
+
+    leftovers = (rf"{SCALE}$", r"activation_scale$", r"input_scale$")
 
     def __init__(self, settings: Mapping[str, Any], stored: StoredTensors) -> None:
         self.stored = stored
@@ -138,81 +88,20 @@ class Fp8:
         shape = [-(-size // tile) for size, tile in zip(codes.shape, tiles, strict=True)]
         return decode_fp8(codes, scales.view(shape), tiles, target.dtype)
 
+    def place(self, converter: DecodingConverter, name: str, model: Any, quantizer: Any) -> None:
+        return None  # always decoded
+
     def conversions(self, conversions: list[Any]) -> list[Any]:
-        """The model's converters, each decoding first, and one for weights that have none."""
-        wrapped = [
-            DecodingConverter.around(c, self) if isinstance(c, WeightConverter) else c for c in conversions
-        ]
-        plain = WeightConverter(["weight$"], ["weight"], [Unchanged(self)])
-        return [*wrapped, DecodingConverter.around(plain, self)]
-
-    def expected_leftovers(self) -> list[str]:
-        """Patterns of keys that no parameter takes: scales are read beside their weights."""
-        return [rf"{SCALE}$", r"activation_scale$", r"input_scale$"]
-
-
-def _parameter_dtype(model: Any, name: str, default: torch.dtype) -> torch.dtype:
-    try:
-        dtype = model.get_parameter(name).dtype
-    except AttributeError:
-        return default
-    return dtype if dtype.is_floating_point else default
-
-
-class Unchanged(ConversionOps):
-    """An operation that does nothing. (``hf_quantizer`` marks what must not be reversed when saving.)"""
-
-    def __init__(self, source: Any) -> None:
-        self.hf_quantizer = source
-
-    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **_: Any) -> dict[str, Any]:
-        (tensors,) = input_dict.values()
-        return {full_layer_name: tensors[0]}
-
-
-class DecodingConverter(PackingConverter):
-    """A converter of the model's mapping whose slices are decoded when they are read."""
-
-    __slots__ = ("source", "target")
-
-    @classmethod
-    def around(cls, converter: WeightConverter, source: Fp8) -> DecodingConverter:
-        made = cls.wrap(converter)
-        assert isinstance(made, DecodingConverter)
-        made.source, made.target = source, Target(source.stored.dtype)
-        return made
-
-    def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
-        source: Fp8 | None = getattr(self, "source", None)  # none where transformers reverses it for saving
-        if source is not None and source.is_encoded(source_key):
-            target = self.target
-            target.probe = target.probe or future
-            future = _Decoded(source, source_key, target)
-        super().add_tensor(target_key, source_key, source_pattern, future)
-
-    def convert(self, layer_name: str, model: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if getattr(self, "source", None) is not None:
-            self.target.dtype = _parameter_dtype(model, layer_name, self.source.stored.dtype)
-        return super().convert(layer_name, model, *args, **kwargs)
-
-
-@dataclass
-class _Decoded:
-    """A slice that reads and decodes when called."""
-
-    source: Fp8
-    key: str
-    target: Target
-
-    def __call__(self) -> torch.Tensor:
-        return self.source.decode(self.key, self.target)
+        return decoding(conversions, self)
 
 
 class Mxfp4:
     """Fused experts as ``<parameter>_blocks`` and ``<parameter>_scales``, out-by-in."""
 
-    def __init__(self, settings: Mapping[str, Any], stored: StoredTensors) -> None:
-        self.stored = stored
+    leftovers: tuple[str, ...] = ()
+
+    def __init__(self, settings: Mapping[str, Any], stored: StoredTensors, leaves: Iterable[str]) -> None:
+        self.stored, self._leaves = stored, list(leaves)
         for key, header in stored.headers.items():
             if header.dtype == "U8" and key.endswith(BLOCKS):
                 self._check(key, header)
@@ -239,9 +128,9 @@ class Mxfp4:
                 "where [experts, rows, columns/32, 16] and [experts, rows, columns/32] are expected"
             )
 
-    def conversions(self, conversions: list[Any], leaves: Iterable[str]) -> list[Any]:
+    def conversions(self, conversions: list[Any]) -> list[Any]:
         made = []
-        for leaf in leaves:
+        for leaf in self._leaves:
             # One operation is required; `convert` is overridden, so it is never called.
             converter = Mxfp4Converter([leaf + BLOCKS, leaf + SCALES], [leaf], [Unchanged(self)])
             converter.source = self
@@ -347,19 +236,20 @@ class ForeignCheckpoint:
                 f"a checkpoint in {method} format is read from safetensors only; there are none"
             )
         self.stored = StoredTensors(files, dtype)
-        self._format = Fp8(settings, self.stored) if method == "fp8" else Mxfp4(settings, self.stored)
-        self._leaves = _projection_names(model)
+        self._format: Fp8 | Mxfp4 | PerExpertBitsAndBytes
+        if method == "mxfp4":
+            self._format = Mxfp4(settings, self.stored, _projection_names(model))
+        elif method == "fp8":
+            self._format = Fp8(settings, self.stored)
+        else:
+            self._format = PerExpertBitsAndBytes(settings, self.stored)
+        # Scales are read beside their weights, so no parameter takes them; they are not to be reported.
         self._ignored = model._keys_to_ignore_on_load_unexpected
-        if isinstance(self._format, Fp8):
-            model._keys_to_ignore_on_load_unexpected = {
-                *(self._ignored or ()),
-                *self._format.expected_leftovers(),
-            }
+        model._keys_to_ignore_on_load_unexpected = {*(self._ignored or ()), *self._format.leftovers}
 
     def conversions(self, conversions: list[Any]) -> list[Any]:
-        if isinstance(self._format, Fp8):
-            return self._format.conversions(conversions)
-        return self._format.conversions(conversions, self._leaves)
+        """The model's converters, reading this format."""
+        return self._format.conversions(conversions)
 
     def finish(self, model: PreTrainedModel) -> None:
         """Close the files."""
