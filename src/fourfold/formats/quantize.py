@@ -25,6 +25,7 @@ FP16_MAX = 65504.0
 # quantizer there makes copies of 25 bytes a weight.
 BATCH_BYTES = {"cuda": 16 * 2**20}
 BATCH_BYTES_ELSEWHERE = 2 * 2**20
+_ALIGNED = 16  # fp32 numbers, 64 bytes
 
 
 def batch_bytes(device: torch.device) -> int:
@@ -62,8 +63,9 @@ def _pack_absmax_(stack: PackedStack, first: int, absmax_ML: torch.Tensor) -> No
     M, L = absmax_ML.shape
     offset_M1 = _slots(stack.absmax_offset.view(torch.float32), stack, first, M)
     for absmax_L, offset in zip(absmax_ML.unbind(), offset_M1.squeeze(1).unbind(), strict=True):
-        # One by one: a mean over rows adds in another order on a GPU, and differs in the last bit.
-        torch.mean(absmax_L, dim=0, out=offset)
+        # One by one: a mean over rows adds in another order on a GPU, and differs in the last bit. So does
+        # one whose memory is not aligned as a tensor of its own is.
+        torch.mean(absmax_L.clone() if L % _ALIGNED else absmax_L, dim=0, out=offset)
     centred_ML = absmax_ML - offset_M1
     # A group of 256 must not straddle matrices.
     chunks = (centred_ML,) if L % ABSMAX_GROUP == 0 else centred_ML.unbind()

@@ -1,6 +1,6 @@
 """The quantizer: Linears go to transformers' own bitsandbytes quantizer, experts are packed.
 
-It is reached through `register_quantizer`; nothing in transformers is patched.
+It is reached through `register_quantizer`. What is patched in transformers is in `loading.patch`.
 """
 
 from __future__ import annotations
