@@ -90,3 +90,38 @@ def test_what_a_reader_raises_comes_out() -> None:
     sources = [lambda: torch.zeros(4, device="cuda"), lambda: torch.zeros(4, device="cuda"), broken]
     with pytest.raises(OSError, match="the disk is gone"):
         list(read_slices(sources))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_foreign_formats_decode_to_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
+    from fourfold.formats.foreign import decode_fp8, decode_mxfp4
+
+    blocks = torch.randint(0, 256, (3, 500, 45, 16), dtype=torch.uint8)
+    scales = torch.randint(0, 254, (3, 500, 45), dtype=torch.uint8)
+    ours = decode_mxfp4(blocks.cuda(), scales.cuda(), dtype).cpu()
+    assert torch.equal(ours.view(torch.uint8), decode_mxfp4(blocks, scales, dtype).view(torch.uint8))
+    codes, tiles = torch.randn(2000, 7168).to(torch.float8_e4m3fn), torch.rand(16, 56)
+    ours = decode_fp8(codes.cuda(), tiles.cuda(), (128, 128), dtype).cpu()
+    assert torch.equal(ours, decode_fp8(codes, tiles, (128, 128), dtype))
+
+
+def test_reading_ahead_changes_nothing(tmp_path, monkeypatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import fourfold
+    import tiny
+    from fourfold.loading import reading
+
+    tiny.save(tiny.mixtral(), tmp_path)
+    settings = fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+    def load() -> dict[str, torch.Tensor]:
+        arguments = {"device_map": {"": "cuda:0"}, "dtype": torch.bfloat16}
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, **arguments)
+        return model.state_dict()
+
+    ahead = load()
+    monkeypatch.setattr(reading, "slices_ahead", lambda nbytes: 0)
+    for name, tensor in load().items():
+        assert tensor.is_cuda
+        assert torch.equal(tensor, ahead[name]), name

@@ -210,10 +210,53 @@ def test_scales_that_are_no_numbers_are_refused(folders, tmp_path) -> None:
         load(folder, experts_quant_type="nf4")
 
 
+def with_settings(folder: Path, **settings: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= settings
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("stored_as", ["bytes", "float8_e8m0fnu"])
+def test_scales_may_be_powers_of_two(folders, tmp_path: Path, stored_as: str) -> None:
+    """``scale_fmt: ue8m0``; read as plain numbers the bytes would be scales of about 120."""
+
+    def exponents(tensors) -> None:
+        for key in [k for k in tensors if k.endswith("_scale_inv")]:
+            byte = (tensors[key].log2().round() + 127).to(torch.uint8)
+            tensors[key] = byte if stored_as == "bytes" else byte.view(torch.float8_e8m0fnu)
+
+    def powers(tensors) -> None:
+        for key in [k for k in tensors if k.endswith("_scale_inv")]:
+            tensors[key] = 2.0 ** tensors[key].log2().round()
+
+    encoded = folders["qwen3_moe"][0]
+    ours = with_settings(damaged(encoded, tmp_path / "ours", exponents), scale_fmt="ue8m0")
+    wanted = damaged(encoded, tmp_path / "wanted", powers)
+    assert_same_state(load(ours, experts_quant_type="nf4"), load(wanted, experts_quant_type="nf4"))
+    if stored_as == "bytes":
+        with pytest.raises(CheckpointError, match=r"weight_scale_inv is U8"):
+            load(with_settings(ours, scale_fmt="float"), experts_quant_type="nf4")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_scale_for_all_of_a_matrix(folders, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    def one(tensors) -> None:
+        for key in [k for k in tensors if k.endswith("_scale_inv")]:
+            tensors[key] = tensors[key].flatten()[0].clone().reshape(shape)
+
+    def spread(tensors) -> None:
+        for key in [k for k in tensors if k.endswith("_scale_inv")]:
+            tensors[key] = tensors[key].flatten()[0].expand(tensors[key].shape).contiguous()
+
+    encoded = folders["qwen3_moe"][0]
+    ours = with_settings(damaged(encoded, tmp_path / "ours", one), weight_block_size=None)
+    wanted = damaged(encoded, tmp_path / "wanted", spread)
+    assert_same_state(load(ours, experts_quant_type="nf4"), load(wanted, experts_quant_type="nf4"))
+
+
 def test_experts_of_four_bits_inside_fp8_are_refused(folders, tmp_path) -> None:
     folder = damaged(folders["qwen3_moe"][0], tmp_path / "damaged", lambda tensors: None)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["expert_dtype"] = "fp4"
-    (folder / "config.json").write_text(json.dumps(config))
+    with_settings(folder, expert_dtype="fp4")
     with pytest.raises(ConfigurationError, match="'fp4' inside an FP8 checkpoint"):
         load(folder, experts_quant_type="nf4")

@@ -37,7 +37,7 @@ def test_a_bounded_number_of_slices_is_read_ahead(monkeypatch) -> None:
 
 def test_large_slices_are_not_read_ahead() -> None:
     MiB = 2**20
-    assert [reading.slices_ahead(n * MiB) for n in (3, 16, 20, 28)] == [5, 1, 1, 0]
+    assert [reading.slices_ahead(n * MiB) for n in (3, 16, 20, 28)] == [4, 1, 1, 0]
 
 
 def test_on_a_cpu_nothing_is_read_ahead_and_sources_are_let_go_of() -> None:

@@ -21,7 +21,9 @@ import torch
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 MX_BLOCK = 32
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-_TEMPORARY = 2**21  # weights that are fp32 at a time: 8 MiB, where DeepSeek-V3's expert would be 56 MiB
+_TEMPORARY = (
+    2**19
+)  # weights that are fp32 at a time: 2 MiB a thread, where DeepSeek-V3's expert would be 56 MiB
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.experts import find_experts
 from fourfold.experts.layout import read_layout
 from fourfold.formats import PackedStack
-from fourfold.formats.foreign import MX_BLOCK, decode_fp8, decode_mxfp4
+from fourfold.formats.foreign import MX_BLOCK, decode_fp8, decode_mxfp4, e8m0
 from fourfold.formats.quantize import Packer
 from fourfold.loading.bnb_checkpoints import PerExpertBitsAndBytes
 from fourfold.loading.converters import packed_parameters
@@ -33,6 +33,7 @@ from fourfold.loading.stored import DecodingConverter, StoredTensors, Target, Un
 SCALE = "_scale_inv"
 BLOCKS, SCALES = "_blocks", "_scales"
 _FP8 = ("F8_E4M3", "F8_E5M2")
+_SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 
 
 class Fp8:
@@ -43,6 +44,7 @@ class Fp8:
     def __init__(self, settings: Mapping[str, Any], stored: StoredTensors) -> None:
         self.stored = stored
         block = settings.get("weight_block_size", (128, 128))
+        self.bytes_are_exponents = settings.get("scale_fmt") == "ue8m0"
         self.block = None if block is None else (int(block[0]), int(block[1]))
         if settings.get("expert_dtype", "fp8") != "fp8":
             raise ConfigurationError(
@@ -69,6 +71,11 @@ class Fp8:
                 f"{header.file}: {key} is FP8, but the checkpoint holds no {key}{SCALE}; it cannot be read "
                 "without its scales. Download the checkpoint again"
             )
+        if scale.dtype not in _SCALE_DTYPES and not (scale.dtype == "U8" and self.bytes_are_exponents):
+            raise CheckpointError(
+                f"{scale.file}: {key}{SCALE} is {scale.dtype}, where a scale in {', '.join(_SCALE_DTYPES)} is "
+                "expected"
+            )
         rows, columns = self.tiles(header.shape)
         wanted = (-(-header.shape[0] // rows), -(-header.shape[1] // columns))
         one = self.block is None and torch.Size(scale.shape).numel() == 1
@@ -84,6 +91,8 @@ class Fp8:
     def decode(self, key: str, target: Target) -> torch.Tensor:
         codes = self.stored.read(key, target.device())
         scales = self.stored.read(key + SCALE, target.device())
+        if scales.dtype == torch.uint8:
+            scales = e8m0(scales)
         tiles = self.tiles(tuple(codes.shape))
         shape = [-(-size // tile) for size, tile in zip(codes.shape, tiles, strict=True)]
         return decode_fp8(codes, scales.view(shape), tiles, target.dtype)

@@ -16,7 +16,7 @@ import torch
 from transformers.utils import is_env_variable_true
 
 Slice: TypeAlias = "torch.Tensor | Future[torch.Tensor] | Callable[[], torch.Tensor]"
-AHEAD_BYTES = 16 * 2**20
+AHEAD_BYTES = 12 * 2**20
 # A single slice may be read ahead up to this size: with what packing it takes (twice and a half, INT8), the
 # peak stays below one matrix and 64 MiB.
 AHEAD_SINGLE_BYTES = 24 * 2**20
