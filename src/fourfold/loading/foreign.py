@@ -73,8 +73,8 @@ class Fp8:
             )
         if scale.dtype not in _SCALE_DTYPES and not (scale.dtype == "U8" and self.bytes_are_exponents):
             raise CheckpointError(
-                f"{scale.file}: {key}{SCALE} is {scale.dtype}, where a scale in {', '.join(_SCALE_DTYPES)} is "
-                "expected"
+                f"{scale.file}: {key}{SCALE} is {scale.dtype}, where a scale in "
+                f"{', '.join(_SCALE_DTYPES)} is expected"
             )
         rows, columns = self.tiles(header.shape)
         wanted = (-(-header.shape[0] // rows), -(-header.shape[1] // columns))
