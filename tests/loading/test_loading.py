@@ -139,19 +139,28 @@ def test_peak_while_loading_is_one_expert_above_the_result(mixtral: Path, monkey
     import fourfold.formats.quantize as quantize
 
     merged: list[int] = []
-    stack, pack = torch.stack, quantize._pack_4bit_
+    stack, pack, launch = torch.stack, quantize.Packer.pack_, quantize.Packer.pack_matrices_
     packed: list[torch.Size] = []
+    batches: list[int] = []
 
-    def spy(stacked, expert, part, rows, w_NK):
+    def spy(packer, expert, part, w_NK):
         packed.append(w_NK.shape)
-        return pack(stacked, expert, part, rows, w_NK)
+        return pack(packer, expert, part, w_NK)
+
+    def spy_launch(packer, first, w_MnK):
+        batches.append(w_MnK.nbytes)
+        return launch(packer, first, w_MnK)
 
     monkeypatch.setattr(torch, "stack", lambda t, *a, **k: merged.append(len(t)) or stack(t, *a, **k))
-    monkeypatch.setattr(quantize, "_pack_4bit_", spy)
+    monkeypatch.setattr(quantize.Packer, "pack_", spy)
+    monkeypatch.setattr(quantize.Packer, "pack_matrices_", spy_launch)
+    one = 96 * 64 * 4
+    monkeypatch.setattr(quantize, "BATCH_BYTES_ELSEWHERE", 2 * one)
     load(mixtral, experts_quant_type="nf4")
     assert merged == []
     assert packed.count(torch.Size((96, 64))) == 2 * 2 * 4  # gate and up, layers, experts
     assert packed.count(torch.Size((64, 96))) == 2 * 4
+    assert batches == [2 * one] * (2 * 3 * 4 // 2)
     load(mixtral, load_in_8bit=True, experts_quant_type="none")
     assert merged  # what the spy would have seen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             with neither ``load_in_4bit`` nor ``load_in_8bit``: then experts alone are quantized); ``"none"``
             leaves experts in high precision.
         experts_blocksize: values that share one absmax in 4-bit experts; 64 is bitsandbytes' own for Linears.
+
+    Attributes:
+        read_from: the configuration of a checkpoint in another quantized format that is being read; never
+            written.
 
     Raises:
         ConfigurationError: unknown settings, or settings that contradict each other.
@@ -88,7 +93,14 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         self.compute_dtype_is_set = bnb_4bit_compute_dtype is not None
         self.experts_quant_type = experts_quant_type
         self.experts_blocksize = experts_blocksize
+        self.read_from: dict[str, Any] | None = None
         self._check()
+
+    def reading(self, stored: dict[str, Any]) -> MoeBitsAndBytesConfig:
+        """A copy for a checkpoint that is stored in another format, described by ``stored``."""
+        made = copy.copy(self)
+        made.read_from = stored
+        return made
 
     def _check(self) -> None:
         if self.bnb_4bit_quant_type not in ("nf4", "fp4"):

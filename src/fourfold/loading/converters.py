@@ -3,15 +3,16 @@
 transformers maps checkpoint keys to model parameters with converters: for a per-expert checkpoint it collects
 the slices of all experts, stacks gate and up, concatenates them, and hands the fused bf16 tensor to the
 quantizer, so that twice that tensor is in memory (Qwen3-30B 1.5 GiB, DeepSeek-V3 28 GiB). `PackingConverter`
-takes the collected slices one expert at a time, packs each into preallocated storage and lets go of it. Files
-that hold experts fused already come through `QuantizeOperation`, one projection of one layer at a time.
+takes the collected slices one by one, packs them into preallocated storage a few megabytes at a time and lets
+go of them. Files that hold experts fused already come through `QuantizeOperation`, one projection of one
+layer at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeAlias
+import itertools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,18 +23,10 @@ from fourfold.experts import PackedExperts, Projection
 from fourfold.experts.packed import model_to_stack
 from fourfold.formats import PackedStack
 from fourfold.formats.quantize import Packer, pack_stack
+from fourfold.loading.reading import Slice, read_slices
 
 if TYPE_CHECKING:
     from fourfold.loading.quantizer import FourfoldQuantizer
-
-Slice: TypeAlias = "torch.Tensor | Future[torch.Tensor] | Callable[[], torch.Tensor]"
-
-
-def _read(source: Slice) -> torch.Tensor | None:
-    """Materialise one checkpoint slice: from disk to its device, in the loading dtype."""
-    if isinstance(source, Future):
-        return source.result()
-    return source if isinstance(source, torch.Tensor) else source()
 
 
 def packed_parameters(full_name: str, stack: PackedStack) -> dict[str, nn.Parameter]:
@@ -102,14 +95,15 @@ class PackingConverter(WeightConverter):
                     "files are missing, or the configuration names another number of experts"
                 )
             sources.append(slices)
+        count = len(sources)
+        matrices = read_slices(itertools.chain.from_iterable(zip(*sources, strict=True)))
+        del sources, slices  # every slice is let go of when it is packed
         packer: Packer | None = None
         for expert in range(shape.experts):
-            # One matrix of one expert is in memory at a time, unless the file cuts gate and up otherwise.
-            matrices = (_read(slices[expert]) for slices in sources)
-            if len(sources) != shape.parts:
-                whole = torch.cat([m for m in matrices if m is not None])
-                matrices = iter(whole.chunk(shape.parts))
-            for part, matrix in enumerate(matrices):
+            parts: Iterable[torch.Tensor | None] = itertools.islice(matrices, count)
+            if count != shape.parts:  # the file cuts gate and up otherwise
+                parts = torch.cat([m for m in parts if m is not None]).chunk(shape.parts)
+            for part, matrix in enumerate(parts):
                 if matrix is None:
                     raise CheckpointError(
                         f"{layer_name}: expert {expert} was not read; sharded loading is not supported"
@@ -118,8 +112,7 @@ class PackingConverter(WeightConverter):
                     stack = PackedStack.empty(module.fourfold_format, shape, matrix.device)
                     packer = Packer(stack, layer_name)
                 packer.pack_(expert, part, matrix)
-            for slices in sources:
-                slices[expert] = torch.empty(0)  # lets go of the reader
+                del matrix
         assert packer is not None
         return packed_parameters(layer_name, packer.finish())
 

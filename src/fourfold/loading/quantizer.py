@@ -1,6 +1,6 @@
 """The quantizer: Linears go to transformers' own bitsandbytes quantizer, experts are packed.
 
-It is reached through `register_quantizer`; nothing in transformers is patched.
+It is reached through `register_quantizer`. What is patched in transformers is in `loading.patch`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from fourfold.experts.layout import name_suffix
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation
 from fourfold.loading.cpu_linears import keep_trainable, refuse_wrong_widths
+from fourfold.loading.foreign import ForeignCheckpoint
 from fourfold.loading.headers import check_packed, read_headers
+from fourfold.loading.patch import stored_method
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
 
 
@@ -49,6 +51,9 @@ class FourfoldQuantizer(HfQuantizer):
     def __init__(self, quantization_config: MoeBitsAndBytesConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.config = quantization_config
+        self.foreign: ForeignCheckpoint | None = None
+        if quantization_config.read_from is not None:  # quantized, but not by us
+            self.pre_quantized = False
         self.linears: HfQuantizer | None = None
         if quantization_config.is_linear_quantized:
             kind = Bnb8BitHfQuantizer if quantization_config.load_in_8bit else Bnb4BitHfQuantizer
@@ -80,6 +85,10 @@ class FourfoldQuantizer(HfQuantizer):
         experts = list(find_experts(model))
         self._refuse_unsupported(experts, requested)
         dtype = model_dtype(model)
+        if self.config.read_from is not None:
+            method = stored_method(self.config.read_from) or ""
+            files = kwargs.get("checkpoint_files")
+            self.foreign = ForeignCheckpoint(method, self.config.read_from, model, files, dtype)
         if self.linears is not None:
             plain = self.config.linears_config(dtype)
             plain.llm_int8_skip_modules = modules_to_skip(model, requested, experts)
@@ -187,6 +196,8 @@ class FourfoldQuantizer(HfQuantizer):
             conversions = [
                 PackingConverter.wrap(c) if isinstance(c, WeightConverter) else c for c in conversions
             ]
+        if self.foreign is not None:
+            conversions = self.foreign.conversions(conversions)
         if self.linears is not None:
             conversions += self.linears.get_weight_conversions()
         return conversions
@@ -194,6 +205,8 @@ class FourfoldQuantizer(HfQuantizer):
     # --- after loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.foreign is not None:
+            self.foreign.finish(model)
         if self.failure is not None:
             raise self.failure
         self._check_complete(model)

@@ -11,9 +11,11 @@ def register() -> None:
         register_quantizer,
     )
 
+    from fourfold.loading import patch
     from fourfold.loading.config import QUANT_METHOD, MoeBitsAndBytesConfig
     from fourfold.loading.quantizer import FourfoldQuantizer
 
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(MoeBitsAndBytesConfig)
         register_quantizer(QUANT_METHOD)(FourfoldQuantizer)
+    patch.install()

@@ -1,0 +1,53 @@
+"""Slices are read in order, a bounded number ahead, and let go of."""
+
+import threading
+import weakref
+
+import torch
+
+from fourfold.loading import reading
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+
+def test_a_bounded_number_of_slices_is_read_ahead(monkeypatch) -> None:
+    read, lock = [], threading.Lock()
+
+    def source(number: int):
+        def job() -> torch.Tensor:
+            with lock:
+                read.append(number)
+            return torch.full((256,), number).as_subclass(Elsewhere)
+
+        return job
+
+    monkeypatch.setattr(reading, "AHEAD_BYTES", 3 * 256 * 8)
+    slices = reading.read_slices(source(i) for i in range(20))
+    for number, tensor in enumerate(slices):
+        assert tensor is not None
+        assert int(torch.Tensor.max(tensor)) == number
+        with lock:
+            assert max(read) <= number + 3
+    assert sorted(read) == list(range(20))
+
+
+def test_large_slices_are_not_read_ahead() -> None:
+    MiB = 2**20
+    assert [reading.slices_ahead(n * MiB) for n in (3, 16, 20, 28)] == [4, 1, 1, 0]
+
+
+def test_on_a_cpu_nothing_is_read_ahead_and_sources_are_let_go_of() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def job() -> torch.Tensor:
+        tensor = torch.zeros(8)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    for number, _ in enumerate(reading.read_slices([job] * 5)):
+        assert len(made) == number + 1
+        assert sum(ref() is not None for ref in made) <= 2
