@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import foreign_checkpoints
 import fourfold
 import tiny
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.experts import PackedExperts, find_experts
-from loading import foreign_checkpoints
 
 Config = fourfold.MoeBitsAndBytesConfig
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 8, 9, 7]])
