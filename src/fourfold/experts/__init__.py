@@ -3,19 +3,24 @@
 - `layout`: read off the module's own attributes and shapes; there is no table of model names.
 - `packed`: the dynamic subclass that holds packed parameters.
 - `forward`: rows to experts, products, gate, and back.
+- `observe`, `own_forward`: undecorated modules, watched, and run by their own code over decoded weights.
 """
 
-from fourfold.experts.layout import ExpertsLayout, FoundExperts, Projection, expert_targets, find_experts
+from fourfold.experts.layout import ExpertsLayout, FoundExperts, OwnForwardLayout, Projection, expert_targets, find_experts
+from fourfold.experts.own_forward import prepare_reader_, release_readers_
 from fourfold.experts.packed import PackedExperts, pack_module_, prepare_module_, unpack_module_
 
 __all__ = [
     "ExpertsLayout",
     "FoundExperts",
+    "OwnForwardLayout",
     "PackedExperts",
     "Projection",
     "expert_targets",
     "find_experts",
     "pack_module_",
     "prepare_module_",
+    "prepare_reader_",
+    "release_readers_",
     "unpack_module_",
 ]

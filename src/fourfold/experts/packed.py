@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fourfold.experts.forward import routed_forward
-from fourfold.experts.layout import ExpertsLayout, Projection, read_layout
+from fourfold.experts.layout import Layout, Projection, read_layout, stored_name
 from fourfold.formats import PackedStack, PackFormat, decode_stack
 from fourfold.formats.quantize import pack_stack
 from fourfold.kernels import LowRank
@@ -35,7 +35,7 @@ class PackedExperts(nn.Module):
         workspace_bytes: limit of the decoding workspace; None is one projection of the layer.
     """
 
-    fourfold_layout: ExpertsLayout
+    fourfold_layout: Layout
     fourfold_format: PackFormat
     fourfold_dtype: torch.dtype
     compute_dtype: torch.dtype | None
@@ -44,7 +44,7 @@ class PackedExperts(nn.Module):
     def stack(self, projection: Projection) -> PackedStack:
         """The packed weights of one projection."""
         suffixes = projection.shape.tensors(self.fourfold_format)
-        tensors = {suffix: getattr(self, projection.name + suffix) for suffix in suffixes}
+        tensors = {suffix: getattr(self, stored_name(projection.name, suffix)) for suffix in suffixes}
         return PackedStack.from_tensors(self.fourfold_format, projection.shape, tensors)
 
     def forward(
@@ -75,19 +75,17 @@ class PackedExperts(nn.Module):
 
 
 @functools.cache
-def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
+def packed_class(cls: type[nn.Module], mixin: type[PackedExperts] = PackedExperts) -> type[nn.Module]:
     """The subclass of an experts class that holds packed parameters; one per class."""
-    return type(
-        f"Packed{cls.__name__}", (PackedExperts, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}
-    )
+    return type(f"Packed{cls.__name__}", (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def _packed_names(module: PackedExperts) -> list[str]:
-    return [
-        p.name + suffix
-        for p in module.fourfold_layout.projections
-        for suffix in p.shape.tensors(module.fourfold_format)
-    ]
+def _mixin(layout: Layout) -> type[PackedExperts]:
+    if layout.routed:
+        return PackedExperts
+    from fourfold.experts.own_forward import OwnForwardExperts  # it is built on this file
+
+    return OwnForwardExperts
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
@@ -101,19 +99,18 @@ def prepare_module_(
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None = None,
     packed_on_disk: bool = False,
+    layout: Layout | None = None,
 ) -> PackedExperts:
     """Make a module on the meta device ready to receive packed weights, in place.
 
     Companions are registered with their final shapes. The fused parameters themselves stay floating point
     where the checkpoint is in high precision (loaders read shape and dtype off them) and take their packed
-    shape where it is packed already.
+    shape where it is packed already. ``layout`` is what `find_experts` found (an undecorated module shows its
+    own only inside its model).
     """
-    found = read_layout(module)
-    if found is None or found[0] is None:
-        raise TypeError(f"{type(module).__name__} is no experts module that can be packed")
-    layout = found[0]
+    layout = layout or _read(module)
     own_class: Any = type(module)
-    module.__class__ = packed_class(own_class)
+    module.__class__ = packed_class(own_class, _mixin(layout))
     assert isinstance(module, PackedExperts)
     module.fourfold_layout, module.fourfold_format = layout, fmt
     module.fourfold_dtype, module.compute_dtype, module.workspace_bytes = dtype, compute_dtype, None
@@ -123,16 +120,20 @@ def prepare_module_(
     for projection in layout.projections:
         for suffix, tensor in PackedStack.empty(fmt, projection.shape, "meta").tensors():
             if suffix or packed_on_disk:
-                module._parameters[projection.name + suffix] = _frozen(tensor)
+                module._parameters[stored_name(projection.name, suffix)] = _frozen(tensor)
     return module
 
 
-def model_to_stack(weight: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
-    """A fused parameter in the model's orientation -> out-by-in (a view)."""
-    return weight.transpose(1, 2) if layout.is_transposed else weight
+def _read(module: nn.Module) -> Layout:
+    found = read_layout(module)
+    if found is None or found[0] is None:
+        raise TypeError(f"{type(module).__name__} is no experts module that can be packed by itself")
+    return found[0]
 
 
-def pack_module_(module: nn.Module, fmt: PackFormat, name: str = "experts") -> PackedExperts:
+def pack_module_(
+    module: nn.Module, fmt: PackFormat, name: str = "experts", layout: Layout | None = None
+) -> PackedExperts:
     """Pack a loaded experts module in place, one matrix at a time; returns the same module.
 
     Loading packs while it reads and does not come by here; this is for modules built in memory.
@@ -141,13 +142,12 @@ def pack_module_(module: nn.Module, fmt: PackFormat, name: str = "experts") -> P
         CheckpointError: a weight is not finite.
     """
     weights = {n: p.data for n, p in module.named_parameters(recurse=False)}
-    found = read_layout(module)
-    dtype = weights[found[0].up.name].dtype if found and found[0] else torch.float32
-    packed = prepare_module_(module, fmt, dtype=dtype)
+    layout = layout or _read(module)
+    packed = prepare_module_(module, fmt, dtype=weights[layout.projections[0].name].dtype, layout=layout)
     for projection in packed.fourfold_layout.projections:
         weight = weights[projection.name]
         stack = PackedStack.empty(fmt, projection.shape, weight.device)
-        pack_stack(stack, model_to_stack(weight, packed.fourfold_layout), f"{name}.{projection.name}")
+        pack_stack(stack, layout.to_stack(weight, projection), f"{name}.{projection.name}")
         set_stack_(packed, projection, stack)
     return packed
 
@@ -155,7 +155,7 @@ def pack_module_(module: nn.Module, fmt: PackFormat, name: str = "experts") -> P
 def set_stack_(module: PackedExperts, projection: Projection, stack: PackedStack) -> None:
     """Register the tensors of a stack as the frozen parameters of a projection."""
     for suffix, tensor in stack.tensors():
-        module._parameters[projection.name + suffix] = _frozen(tensor)
+        module._parameters[stored_name(projection.name, suffix)] = _frozen(tensor)
 
 
 def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
@@ -164,10 +164,10 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
     decoded: dict[str, nn.Parameter] = {}
     for projection in layout.projections:
         weight = decode_stack(module.stack(projection), dtype)
-        decoded[projection.name] = _frozen(model_to_stack(weight, layout).contiguous())
+        decoded[projection.name] = _frozen(layout.from_stack(weight, projection))
         for suffix in projection.shape.tensors(module.fourfold_format):
             if suffix:
-                del module._parameters[projection.name + suffix]
+                del module._parameters[stored_name(projection.name, suffix)]
         module._parameters[projection.name] = decoded[projection.name]
     for attribute in (
         "fourfold_layout",
@@ -177,6 +177,6 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
         "workspace_bytes",
     ):
         delattr(module, attribute)
-    plain: Any = type(module).__mro__[2]
+    plain: Any = type(module).__bases__[-1]
     module.__class__ = plain
     return module

@@ -19,7 +19,7 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 
 from fourfold.errors import CheckpointError
 from fourfold.experts import PackedExperts, Projection
-from fourfold.experts.packed import model_to_stack
+from fourfold.experts.layout import stored_name
 from fourfold.formats import PackedStack
 from fourfold.formats.quantize import Packer, pack_stack
 
@@ -41,7 +41,7 @@ def packed_parameters(full_name: str, stack: PackedStack) -> dict[str, nn.Parame
 
     (A plain tensor that is returned to the loader becomes a trainable parameter if it is floating point.)
     """
-    return {full_name + suffix: nn.Parameter(t, requires_grad=False) for suffix, t in stack.tensors()}
+    return {stored_name(full_name, suffix): nn.Parameter(t, requires_grad=False) for suffix, t in stack.tensors()}
 
 
 class PackingConverter(WeightConverter):
@@ -84,7 +84,7 @@ class PackingConverter(WeightConverter):
             if self.quantization_operation is not None
             else None
         )
-        if found is not None and self._is_plain_merge() and not found[0].fourfold_layout.is_transposed:
+        if found is not None and self._is_plain_merge() and found[0].fourfold_layout.is_out_by_in(found[1]):
             return self._convert_streaming(layer_name, *found)
         return super().convert(layer_name, model, config, hf_quantizer, loading_info)
 
@@ -144,6 +144,6 @@ class QuantizeOperation(ConversionOps):
             weight = value[0] if isinstance(value, list) else value
             stack = PackedStack.empty(module.fourfold_format, projection.shape, weight.device)
             result |= packed_parameters(
-                name, pack_stack(stack, model_to_stack(weight, module.fourfold_layout), name)
+                name, pack_stack(stack, module.fourfold_layout.to_stack(weight, projection), name)
             )
         return result

@@ -23,8 +23,11 @@ from fourfold.experts import (
     Projection,
     find_experts,
     prepare_module_,
+    prepare_reader_,
+    release_readers_,
     unpack_module_,
 )
+from fourfold.experts.layout import stored_name
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
@@ -92,7 +95,10 @@ class FourfoldQuantizer(HfQuantizer):
                 if self.config.compute_dtype_is_set
                 else None,
                 packed_on_disk=self.pre_quantized,
+                layout=found.layout,
             )
+            if found.reader != found.name:
+                prepare_reader_(model.get_submodule(found.reader))
             self.packed.append(found.name)
         if self.packed:
             return
@@ -111,12 +117,11 @@ class FourfoldQuantizer(HfQuantizer):
         refused = [f for f in experts if f.layout is None and not is_skipped(f.name, requested)]
         if refused:
             first = refused[0]
-            pattern = re.sub(r"^.*\.\d+\.", "", first.name)
+            patterns = list(dict.fromkeys(re.sub(r"^.*\.\d+\.", "", f.name) for f in refused))
             raise UnsupportedExpertsError(
                 f"{first.name} ({type(first.module).__name__}, and {len(refused) - 1} more) cannot be "
-                "packed: "
-                f"{first.reason}. To leave such experts in high precision on purpose, pass "
-                f"llm_int8_skip_modules=[{pattern!r}] or experts_quant_type='none'"
+                f"packed: {first.reason}. To leave such experts in high precision on purpose, pass "
+                f"llm_int8_skip_modules={patterns!r} or experts_quant_type='none'"
             )
 
     # --- while loading
@@ -197,11 +202,12 @@ class FourfoldQuantizer(HfQuantizer):
             assert isinstance(module, PackedExperts)
             for projection in module.fourfold_layout.projections:
                 for suffix, (shape, dtype) in projection.shape.tensors(module.fourfold_format).items():
-                    tensor = module._parameters[projection.name + suffix]
+                    leaf = stored_name(projection.name, suffix)
+                    tensor = module._parameters[leaf]
                     assert tensor is not None
                     loaded = getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta
                     if not loaded or tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                        missing.append(f"{name}.{projection.name}{suffix}")
+                        missing.append(f"{name}.{leaf}")
             biases = [p.bias for p in module.fourfold_layout.projections if p.bias is not None]
             missing += [
                 f"{name}.{bias}"
@@ -266,6 +272,7 @@ class FourfoldQuantizer(HfQuantizer):
         for module in list(model.modules()):
             if isinstance(module, PackedExperts):
                 unpack_module_(module, dtype or module.fourfold_dtype)
+        release_readers_(model)
         if self.linears is not None:
             model = self.linears._dequantize(model, dtype=dtype)
         model._weight_conversions = getattr(model, "_weight_conversions", []) + self._original_merges(model)

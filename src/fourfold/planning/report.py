@@ -14,7 +14,7 @@ from torch import nn
 
 from fourfold.errors import UnquantizedExpertsError
 from fourfold.experts import PackedExperts, find_experts
-from fourfold.experts.layout import clean_name, high_precision_tensors
+from fourfold.experts.layout import clean_name, high_precision_tensors, stored_name
 
 ROLES = ("experts", "linears", "embeddings", "head", "router", "norms", "adapters", "other")
 
@@ -136,7 +136,7 @@ def _routers(model: nn.Module) -> set[str]:
     for found in find_experts(model):
         if found.layout is None:
             continue
-        block = found.name.rpartition(".")[0]
+        block = found.block
         for name, module in model.named_modules():
             clean = clean_name(name)
             weight = getattr(module, "weight", None)
@@ -185,7 +185,7 @@ def make_report(model: nn.Module) -> Report:
                 nbytes = shape.nbytes(module.fourfold_format)
                 add("experts", held_as, logical, nbytes, logical * module.fourfold_dtype.itemsize)
                 suffixes = shape.tensors(module.fourfold_format)
-                expert_tensors |= {f"{found.name}.{projection.name}{suffix}" for suffix in suffixes}
+                expert_tensors |= {f"{found.name}.{stored_name(projection.name, suffix)}" for suffix in suffixes}
             continue
         tensors = high_precision_tensors(found)
         expert_tensors |= set(tensors)

@@ -1,0 +1,189 @@
+"""Packed experts that keep the forward of their own class.
+
+An undecorated module is computed in its own way (a dense batched product, identity experts, a parent that
+does the product), so its own code runs, and sees ordinary weights: while the forward of whoever reads them
+runs, each packed parameter is decoded at its first access, in the dtype of the computation and in the model's
+own shape, and let go when that forward ends. Nothing decoded stays behind for backward: what autograd wants
+to save of a decoded weight is kept as (packed stack, size, stride, offset), and the experts it covers are
+decoded again when backward asks.
+
+A whole projection of a layer is decoded at once, for nothing says which experts the forward will ask for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fourfold.experts.forward import compute_dtype
+from fourfold.experts.layout import OwnForwardLayout, Projection
+from fourfold.experts.packed import PackedExperts
+from fourfold.formats import PackedStack
+from fourfold.kernels.decode import decode
+
+
+@dataclass(frozen=True)
+class _View:
+    """A view of a decoded weight, without its numbers."""
+
+    stack: PackedStack
+    layout: OwnForwardLayout
+    projection: Projection
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def decode(self) -> torch.Tensor:
+        """The same view again; only the experts that it covers are decoded."""
+        matrix = self.stack.shape.rows * self.stack.shape.columns
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
+        first, stop = self.offset // matrix, last // matrix + 1
+        w_ENK = decode(self.stack.experts(first, stop), self.dtype)
+        weight = self.layout.from_stack(w_ENK, self.projection)
+        return weight.as_strided(self.size, self.stride, self.offset - first * matrix)
+
+
+class _Scope:
+    """Decoded weights of the modules that one forward reads."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.decoded: dict[tuple[int, str], torch.Tensor] = {}
+        self.origin: dict[int, tuple[PackedStack, OwnForwardLayout, Projection]] = {}
+
+    def weight(self, module: OwnForwardExperts, projection: Projection) -> torch.Tensor:
+        key = (id(module), projection.name)
+        if key not in self.decoded:
+            layout, stack = module.own_layout, module.stack(projection)
+            weight = layout.from_stack(decode(stack, self.dtype), projection)
+            self.decoded[key] = weight
+            self.origin[weight.untyped_storage().data_ptr()] = (stack, layout, projection)
+        return self.decoded[key]
+
+    def close(self) -> None:
+        self.decoded.clear()
+        self.origin.clear()
+
+    def view(self, tensor: torch.Tensor) -> _View | None:
+        if not self.origin or tensor.is_meta or tensor.dtype != self.dtype:
+            return None
+        found = self.origin.get(tensor.untyped_storage().data_ptr())
+        if found is None:
+            return None
+        return _View(*found, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    @contextlib.contextmanager
+    def saving_views(self) -> Iterator[None]:
+        """Have autograd save views of decoded weights by name.
+
+        torch calls the innermost hooks only, so everything else is passed on to those around these
+        (checkpointing is made of such hooks, and would otherwise keep what it means to recompute).
+        """
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+        def pack(tensor: torch.Tensor) -> Any:
+            view = self.view(tensor)
+            if view is not None:
+                return view
+            return outer[0](tensor) if outer else tensor
+
+        def unpack(saved: Any) -> torch.Tensor:
+            if isinstance(saved, _View):
+                return saved.decode()
+            return outer[1](saved) if outer else saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+
+class OwnForwardExperts(PackedExperts):
+    """Mixin of packed experts modules that keep their forward."""
+
+    @property
+    def own_layout(self) -> OwnForwardLayout:
+        layout = self.fourfold_layout
+        assert isinstance(layout, OwnForwardLayout)
+        return layout
+
+    def __getattr__(self, name: str) -> Any:
+        scope = self.__dict__.get("_fourfold_scope")
+        if scope is not None:
+            projection = self.own_layout.projection(name)
+            if projection is not None:
+                return scope.weight(self, projection)
+        return super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with its own arguments and results."""
+        own = super(PackedExperts, self).forward
+        return own(*args, **kwargs) if self.own_layout.reader else _run([self], own, args, kwargs)
+
+
+class ReadsPackedExperts(nn.Module):
+    """Mixin of a module that reads the packed parameters of modules inside it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with its own arguments and results."""
+        return _run(_lenders(self), super().forward, args, kwargs)
+
+
+def _lenders(reader: nn.Module) -> list[OwnForwardExperts]:
+    return [m for m in reader.modules() if isinstance(m, OwnForwardExperts) and m.own_layout.reader]
+
+
+def _run(modules: list[OwnForwardExperts], own: Any, args: Any, kwargs: Any) -> Any:
+    """Call ``own`` while ``modules`` show decoded weights.
+
+    An explicit compute dtype holds for the whole forward: inputs are cast to it and results back, as a
+    quantized Linear does.
+    """
+    first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point())
+    given, dtype = first.dtype, compute_dtype(modules[0], first)
+
+    def cast(value: Any, to: torch.dtype) -> Any:
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(to) if floating else value
+
+    explicit = modules[0].compute_dtype is not None and dtype != given
+    if explicit:
+        args, kwargs = tree_map(lambda v: cast(v, dtype), (args, kwargs))
+    scope = _Scope(dtype)
+    autocast = torch.autocast(first.device.type, enabled=False) if explicit else contextlib.nullcontext()
+    for module in modules:
+        module.__dict__["_fourfold_scope"] = scope
+    try:
+        with scope.saving_views(), autocast:
+            result = own(*args, **kwargs)
+    finally:
+        for module in modules:
+            del module.__dict__["_fourfold_scope"]
+        scope.close()
+    return tree_map(lambda v: cast(v, given), result) if explicit else result
+
+
+@functools.cache
+def _reader_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Reading{cls.__name__}", (ReadsPackedExperts, cls), {"__module__": cls.__module__})
+
+
+def prepare_reader_(module: nn.Module) -> None:
+    """Let a module read packed parameters inside it (those whose layout says so), in place."""
+    if not isinstance(module, ReadsPackedExperts):
+        own: Any = type(module)
+        module.__class__ = _reader_class(own)
+
+
+def release_readers_(model: nn.Module) -> None:
+    """Give every module that has nothing packed to read any more its own class back."""
+    for module in model.modules():
+        if isinstance(module, ReadsPackedExperts) and not _lenders(module):
+            plain: Any = type(module).__bases__[-1]
+            module.__class__ = plain
