@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -44,8 +44,9 @@ class PackedExperts(nn.Module):
     def stack(self, projection: Projection) -> PackedStack:
         """The packed weights of one projection."""
         suffixes = projection.shape.tensors(self.fourfold_format)
-        tensors = {suffix: getattr(self, stored_name(projection.name, suffix)) for suffix in suffixes}
-        return PackedStack.from_tensors(self.fourfold_format, projection.shape, tensors)
+        # (not by attribute: a module that runs its own forward shows decoded weights there)
+        tensors = {suffix: self._parameters[stored_name(projection.name, suffix)] for suffix in suffixes}
+        return PackedStack.from_tensors(self.fourfold_format, projection.shape, cast(Any, tensors))
 
     def forward(
         self,
