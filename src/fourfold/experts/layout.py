@@ -285,8 +285,10 @@ def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
     stacks = {n: p for n, p in parameters.items() if p.ndim == 3 and min(p.shape[1:]) > 1 and p.shape[0] > 1}
     if any(p.shape[0] in counts for p in stacks.values()):
         return stacks
-    if len(stacks) >= 2 and "expert" in type(module).__name__.lower():
-        return stacks
+    if "expert" in type(module).__name__.lower():
+        named = {n: p for n, p in parameters.items() if p.ndim == 3 and min(p.shape[1:]) > 1}
+        if len(named) >= 2:
+            return named
     flattened = {
         n: p
         for n, p in parameters.items()

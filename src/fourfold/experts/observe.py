@@ -120,7 +120,12 @@ def _weightless_copy(block: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(blank, requires_grad=False)
     for buffer in block.buffers():
         memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-    return copy.deepcopy(block, memo).eval()
+    blank = copy.deepcopy(block, memo).eval()
+    for module in blank.modules():
+        # Decorated experts beside it: their grouped products refuse fp32 on the meta device, their loop does not.
+        if hasattr(getattr(module, "config", None), "_experts_implementation"):
+            module.config._experts_implementation = "eager"
+    return blank
 
 
 def _record_readers(block: nn.Module, path: str, names: set[str]) -> list[str]:
