@@ -244,7 +244,7 @@ def randomise_experts_(model: PreTrainedModel) -> None:
             for projection in found.layout.projections if found.layout else ():
                 parameter = getattr(found.module, projection.name)
                 w_ENK = found.layout.to_stack(parameter.data, projection) if found.layout else parameter
-                factor_E = torch.linspace(0.6, 1.6, w_ENK.shape[0])
+                factor_E = 1.8 ** (torch.arange(w_ENK.shape[0]) - w_ENK.shape[0] / 2)
                 w_ENK.copy_(torch.randn(w_ENK.shape) * 0.1 * factor_E[:, None, None])
                 if projection.bias is not None:
                     getattr(found.module, projection.bias).normal_(0, 0.1)
