@@ -146,7 +146,7 @@ def _record_readers(block: nn.Module, path: str, names: set[str]) -> list[str]:
     return readers
 
 
-def _inputs(block: nn.Module, sizes: list[int], dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
+def possible_inputs(block: nn.Module, sizes: list[int], dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
     """What the block could be called with: token ids, or hidden states of each width there could be."""
     signature = inspect.signature(type(block).forward).parameters
     if "input_ids" in signature:
@@ -157,6 +157,13 @@ def _inputs(block: nn.Module, sizes: list[int], dtype: torch.dtype) -> Iterator[
     if len(required) == 1:
         for size in sizes:
             yield {required[0]: torch.zeros(1, 2, size, dtype=dtype)}
+
+
+def blocks_around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules that hold module ``name``, from its parent to the model."""
+    parts = name.split(".") if name else []
+    for depth in range(len(parts) - 1, -1, -1):
+        yield model.get_submodule(".".join(parts[:depth]))
 
 
 def observe(model: nn.Module, name: str, parameters: dict[str, nn.Parameter]) -> Observed | None:
@@ -170,13 +177,12 @@ def observe(model: nn.Module, name: str, parameters: dict[str, nn.Parameter]) ->
     Returns:
         None where no module around it could be called, or a parameter entered no product.
     """
-    parts = name.split(".") if name else []
     sizes = sorted({size for p in parameters.values() for size in p.shape})
     dtype = next(iter(parameters.values())).dtype
-    for depth in range(len(parts) - 1, -1, -1):
-        block = model.get_submodule(".".join(parts[:depth]))
-        inside = ".".join(parts[depth:])
-        for inputs in _inputs(block, sizes, dtype):
+    parts = name.split(".")
+    for levels, block in enumerate(blocks_around(model, name), start=1):
+        inside = ".".join(parts[-levels:])
+        for inputs in possible_inputs(block, sizes, dtype):
             found = _observe_in(block, inside, parameters, inputs)
             if found is not None:
                 return found

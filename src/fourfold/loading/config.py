@@ -13,6 +13,7 @@ from fourfold.version import __version__
 
 QUANT_METHOD = "fourfold"
 FORMAT_VERSION = 1
+MODEL_NAMES = "model"  # tensors are stored under the model's own names (absent: under the names of the original)
 _EXPERTS_TYPES = (None, "nf4", "fp4", "int8", "none")
 # The arguments of BitsAndBytesConfig that concern Linears alone; the report says so.
 LINEARS_ONLY = (
@@ -61,6 +62,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         if (stored := kwargs.pop("linears", None)) is not None:  # how a checkpoint says what `to_dict` wrote
             load_in_4bit, load_in_8bit = stored == "4bit", stored == "8bit"
         version = kwargs.pop("format_version", FORMAT_VERSION)
+        tensor_names = kwargs.pop("tensor_names", None)  # set by the quantizer, of what it has packed
         for known in ("quant_method", "fourfold_version", "_load_in_4bit", "_load_in_8bit"):
             kwargs.pop(known, None)
         if kwargs:
@@ -88,6 +90,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         self.compute_dtype_is_set = bnb_4bit_compute_dtype is not None
         self.experts_quant_type = experts_quant_type
         self.experts_blocksize = experts_blocksize
+        self.tensor_names = tensor_names
         self._check()
 
     def _check(self) -> None:
@@ -160,6 +163,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "fourfold_version": __version__,
+            "tensor_names": self.tensor_names,
             "linears": "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else "none",
             "llm_int8_threshold": self.llm_int8_threshold,
             "llm_int8_skip_modules": self.llm_int8_skip_modules,

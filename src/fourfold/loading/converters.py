@@ -147,3 +147,33 @@ class QuantizeOperation(ConversionOps):
                 name, pack_stack(stack, module.fourfold_layout.to_stack(weight, projection), name)
             )
         return result
+
+
+# bitsandbytes' names of a packed Linear are patterns that match anywhere in a key, and so a part of a module's name
+# as well (`inject_weight.weight.absmax`): here they match whole components.
+_WHOLE = r"(?<=\.)"
+
+
+class ReadLinearOperation(ConversionOps):
+    """bitsandbytes' own reading of a packed Linear, behind patterns that match whole names."""
+
+    def __init__(self, operation: Any) -> None:
+        self.operation, self.hf_quantizer = operation, operation.hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReadLinearOperation:
+        return self
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        plain = {key.removeprefix(_WHOLE).replace(r"\.", "."): value for key, value in input_dict.items()}
+        result: dict[str, Any] = self.operation.convert(plain, **kwargs)
+        return result
+
+
+def whole_names(converter: WeightConverter) -> WeightConverter:
+    """A converter that reads packed Linears, matching whole components of a key only."""
+    names = sorted(converter._original_source_patterns, key=len, reverse=True)
+    return WeightConverter(
+        source_patterns=[_WHOLE + name.replace(".", r"\.") for name in names],
+        target_patterns=list(converter._original_target_patterns),
+        operations=[ReadLinearOperation(op) for op in converter.operations],
+    )

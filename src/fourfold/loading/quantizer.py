@@ -28,8 +28,8 @@ from fourfold.experts import (
     unpack_module_,
 )
 from fourfold.experts.layout import stored_name
-from fourfold.loading.config import MoeBitsAndBytesConfig
-from fourfold.loading.converters import PackingConverter, QuantizeOperation
+from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
+from fourfold.loading.converters import PackingConverter, QuantizeOperation, whole_names
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
 
 
@@ -55,7 +55,7 @@ class FourfoldQuantizer(HfQuantizer):
             self.linears = kind(plain, pre_quantized=self.pre_quantized)
         self.packed: list[str] = []
         self.left_on_request: list[str] = []
-        self._experts_conversions: list[Any] = []
+        self._original_conversions: list[Any] | None = None
 
     # --- before loading
     # -------------------------------------------------------------------------------------------
@@ -164,13 +164,13 @@ class FourfoldQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Per-expert merges become streaming packers; bitsandbytes' reading of packed Linears is added."""
-        conversions = list(weight_conversions)
+        conversions = [] if self._names_are_the_models else list(weight_conversions)
         if not self.pre_quantized:
             conversions = [
                 PackingConverter.wrap(c) if isinstance(c, WeightConverter) else c for c in conversions
             ]
         if self.linears is not None:
-            conversions += self.linears.get_weight_conversions()
+            conversions += [whole_names(c) for c in self.linears.get_weight_conversions()]
         return conversions
 
     # --- after loading
@@ -223,28 +223,25 @@ class FourfoldQuantizer(HfQuantizer):
             )
 
     def _set_conversions_for_saving(self, model: PreTrainedModel) -> None:
-        """Packed tensors are saved under the model's own names, one per projection.
+        """What is packed is saved under the names that the model itself has, without any conversion.
 
-        The reverse of a per-expert merge would split packed bytes. bitsandbytes' reading of Linears has no
-        reverse at all (saving a reloaded model raises NotImplementedError in stock transformers). Both are
-        taken out; the former is kept for `dequantize`.
+        The reverse of a conversion would split or merge packed bytes, and renamings made for weights do not
+        fit their companions (`x.weight_proj` for `x.weight_proj.weight`, and `x.weight_proj.SCB`).
+        bitsandbytes' reading of Linears has no reverse at all (saving a reloaded model raises
+        NotImplementedError in stock transformers). What was used while loading is kept for `dequantize`.
         """
         conversions = getattr(model, "_weight_conversions", None) or []
-        keep = []
-        for conversion in conversions:
-            if not isinstance(conversion, WeightConverter):
-                keep.append(conversion)
-            elif any(getattr(op, "hf_quantizer", None) is not None for op in conversion.operations):
-                continue
-            elif self.packed and self._targets_experts(conversion):
-                self._experts_conversions.append(conversion)
-            else:
-                keep.append(conversion)
-        model._weight_conversions = keep
+        if not self.packed:  # a plain bitsandbytes checkpoint, as stock would write it
+            model._weight_conversions = [c for c in conversions if not _reads_linears(c)]
+            return
+        if not self._names_are_the_models:
+            self._original_conversions = [c for c in conversions if not _reads_linears(c)]
+        self.config.tensor_names = MODEL_NAMES
+        model._weight_conversions = []
 
-    def _targets_experts(self, conversion: WeightConverter) -> bool:
-        leaves = {"gate_up_proj", "up_proj", "down_proj"}
-        return any(t.rpartition(".")[2] in leaves and "experts" in t for t in conversion.target_patterns)
+    @property
+    def _names_are_the_models(self) -> bool:
+        return self.pre_quantized and self.config.tensor_names == MODEL_NAMES
 
     def is_serializable(self) -> bool:
         return True
@@ -275,20 +272,17 @@ class FourfoldQuantizer(HfQuantizer):
         release_readers_(model)
         if self.linears is not None:
             model = self.linears._dequantize(model, dtype=dtype)
-        model._weight_conversions = getattr(model, "_weight_conversions", []) + self._original_merges(model)
+        # (None: the model's default conversions, as for a model that was made in memory)
+        model._weight_conversions = self._original_conversions if self.packed else model._weight_conversions
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             if hasattr(model, flag):
                 delattr(model, flag)
         return model
 
-    def _original_merges(self, model: PreTrainedModel) -> list[Any]:
-        """The per-expert merges to reverse when saving, so that the original keys come back."""
-        if self._experts_conversions or not self.pre_quantized:
-            return self._experts_conversions
-        from transformers.conversion_mapping import get_model_conversion_mapping
 
-        mapping = get_model_conversion_mapping(model, add_legacy=False)
-        return [c for c in mapping if isinstance(c, WeightConverter) and self._targets_experts(c)]
+def _reads_linears(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", ())
+    return any(getattr(op, "hf_quantizer", None) is not None for op in operations)
 
 
 def _keep_linears_trainable_on_cpu(model: PreTrainedModel) -> None:

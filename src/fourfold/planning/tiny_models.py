@@ -29,7 +29,7 @@ EXPERTS = 4
 HEAD_DIM = 16
 HIDDEN = 64
 MROPE_SECTION = (3, 3, 2)  # of HEAD_DIM / 2
-_DERIVED = ("out_features", "out_indices", "stage_names", "transformers_version")
+_DERIVED = ("out_features", "out_indices", "stage_names", "transformers_version", "quantization_config")
 # First match wins. A number is a ceiling: what is smaller already stays as it is.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab", VOCABULARY),
@@ -48,6 +48,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"kv_heads|key_value_heads|kv_n_heads|num_kv|n_groups", 2),
     (r"mamba_d_head", 2 * HIDDEN // 4),
     (r"heads?$|num_head", 4),
+    (r"^qk_head_dim", 2 * HEAD_DIM),
     (r"head_dim|head_size|kv_channels|rope_dim|dim_head|head_channels|state_size|d_state", HEAD_DIM),
     (r"rank|lora", HEAD_DIM),
     (r"part_features", HIDDEN // 2),
@@ -81,6 +82,8 @@ def shrink(settings: dict[str, Any], layers: int | None = None) -> dict[str, Any
         for q in heads:  # no grouped queries stay no grouped queries
             if settings[kv] == settings[q]:
                 result[kv] = result[q]
+    if "sliding_attention" in (settings.get("layer_types") or ()) and result.get("sliding_window", 0) is None:
+        result["sliding_window"] = VOCABULARY
     return result
 
 
