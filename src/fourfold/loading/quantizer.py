@@ -5,10 +5,12 @@ It is reached through `register_quantizer`; nothing in transformers is patched.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
@@ -28,6 +30,7 @@ from fourfold.experts import (
     unpack_module_,
 )
 from fourfold.experts.layout import stored_name
+from fourfold.formats import COMPANION_SUFFIXES
 from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation, whole_names
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
@@ -55,6 +58,7 @@ class FourfoldQuantizer(HfQuantizer):
             self.linears = kind(plain, pre_quantized=self.pre_quantized)
         self.packed: list[str] = []
         self.left_on_request: list[str] = []
+        self._tied: dict[str, str] = {}
         self._original_conversions: list[Any] | None = None
 
     # --- before loading
@@ -101,6 +105,7 @@ class FourfoldQuantizer(HfQuantizer):
                 prepare_reader_(model.get_submodule(found.reader))
             self.packed.append(found.name)
         if self.packed:
+            self._tie_companions(model)
             return
         if self.linears is None:
             raise NoExpertsError(
@@ -123,6 +128,18 @@ class FourfoldQuantizer(HfQuantizer):
                 f"packed: {first.reason}. To leave such experts in high precision on purpose, pass "
                 f"llm_int8_skip_modules={patterns!r} or experts_quant_type='none'"
             )
+
+    def _tie_companions(self, model: PreTrainedModel) -> None:
+        """Experts that share their weights with others (an encoder's with its decoder's) share the scales too."""
+        ties = getattr(model, "all_tied_weights_keys", None) or {}
+        for name in self.packed:
+            module = model.get_submodule(name)
+            assert isinstance(module, PackedExperts)
+            for projection in module.fourfold_layout.projections:
+                source = ties.get(f"{name}.{projection.name}")
+                for suffix in projection.shape.tensors(module.fourfold_format) if source else ():
+                    self._tied[stored_name(f"{name}.{projection.name}", suffix)] = stored_name(source, suffix)
+        ties.update(self._tied)
 
     # --- while loading
     # --------------------------------------------------------------------------------------------
@@ -181,6 +198,7 @@ class FourfoldQuantizer(HfQuantizer):
         if self.linears is not None:
             model = self.linears._process_model_after_weight_loading(model, **kwargs)
             _keep_linears_trainable_on_cpu(model)
+            _flatten_inputs_of_8bit_linears(model)
         fmt = self.config.experts_format() if self.packed else None
         if fmt is not None and self.linears is None:
             setattr(model, "is_loaded_in_4bit" if fmt.is_4bit else "is_loaded_in_8bit", True)
@@ -270,6 +288,10 @@ class FourfoldQuantizer(HfQuantizer):
             if isinstance(module, PackedExperts):
                 unpack_module_(module, dtype or module.fourfold_dtype)
         release_readers_(model)
+        if self._tied:
+            for companion in [n for n in self._tied if n.endswith(COMPANION_SUFFIXES)]:
+                model.all_tied_weights_keys.pop(companion, None)
+            model.tie_weights()
         if self.linears is not None:
             model = self.linears._dequantize(model, dtype=dtype)
         # (None: the model's default conversions, as for a model that was made in memory)
@@ -297,3 +319,22 @@ def _keep_linears_trainable_on_cpu(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+@functools.cache
+def _flattening_class(cls: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim <= 3:
+            return cls.forward(self, x)
+        return cls.forward(self, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def _flatten_inputs_of_8bit_linears(model: PreTrainedModel) -> None:
+    """bitsandbytes' 8-bit product takes inputs of two or three dimensions; latent attention feeds it four."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    for module in model.modules():
+        if type(module) is Linear8bitLt:
+            module.__class__ = _flattening_class(Linear8bitLt)

@@ -166,6 +166,7 @@ def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def _forward(model: PreTrainedModel) -> torch.Tensor | None:
     """The model's first output on token ids alone; None where it wants something else."""
+    torch.manual_seed(0)  # diffusion begins with noise
     try:
         with torch.no_grad():
             output = model(**_inputs(model))

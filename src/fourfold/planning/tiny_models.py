@@ -195,7 +195,10 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     settings = shrink(config_class().to_dict())
     if any("mrope_section" in inspect.getsource(module) for module in _modeling_modules(config_class)):
         _add_mrope_section(settings)
-    return config_class.from_dict(settings)
+    config = config_class.from_dict(settings)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # that of the published files
+    return config
 
 
 def _add_mrope_section(settings: dict[str, Any]) -> None:
