@@ -108,6 +108,8 @@ def _shrink_value(key: str, value: Any, layers: int | None) -> Any:
 def _fill(key: str) -> Any:
     if key == "mlp_layer_types":
         return ["dense"] * (LAYERS - 1) + ["sparse"]
+    if key == "clip_qkv":
+        return 8.0
     if key == "layer_types":
         return ["full_attention"] * LAYERS
     return _ceiling(key) if re.search(_FILLED, key) else None
@@ -158,9 +160,14 @@ def _mentions_experts(config_class: type[PretrainedConfig], seen: set[type]) -> 
     return any(issubclass(s, PretrainedConfig) and _mentions_experts(s, seen) for s in inner)
 
 
+def known_types() -> list[str]:
+    """Every model type of the installed transformers."""
+    return sorted(CONFIG_MAPPING.keys())
+
+
 def model_types() -> Iterator[str]:
     """Model types whose code speaks of experts, in alphabetical order."""
-    for model_type in sorted(CONFIG_MAPPING.keys()):
+    for model_type in known_types():
         if _mentions_experts(CONFIG_MAPPING[model_type], set()):
             yield model_type
 
