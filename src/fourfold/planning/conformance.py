@@ -35,6 +35,7 @@ from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.prepare import dequantize
 from fourfold.planning.report import verify
 from fourfold.planning.tiny_models import (
+    HIDDEN,
     VOCABULARY,
     build,
     linear_experts,
@@ -159,20 +160,21 @@ def _check(row: Row, model: PreTrainedModel, folder: Path) -> None:
 # -----------------------------------------------------------------------------------------------------------
 
 
-def _inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def _inputs(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """Token ids; where those are not taken, their embeddings."""
     ids = torch.arange(1, 25).view(2, 12) % (VOCABULARY // 2)
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    yield {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    yield {"inputs_embeds": torch.randn(2, 12, getattr(model.config.get_text_config(), "hidden_size", HIDDEN))}
 
 
 def _forward(model: PreTrainedModel) -> torch.Tensor | None:
-    """The model's first output on token ids alone; None where it wants something else."""
-    torch.manual_seed(0)  # diffusion begins with noise
-    try:
-        with torch.no_grad():
-            output = model(**_inputs(model))
-    except Exception:
-        return None
-    return next(t for t in tree_leaves(tuple(output.values())) if isinstance(t, torch.Tensor))
+    """The model's first output on such inputs alone; None where it wants something else."""
+    torch.manual_seed(0)  # embeddings, and the noise that diffusion begins with
+    for inputs in _inputs(model):
+        with contextlib.suppress(Exception), torch.no_grad():
+            output = model(**inputs)
+            return next(t for t in tree_leaves(tuple(output.values())) if isinstance(t, torch.Tensor))
+    return None
 
 
 @dataclass
@@ -284,10 +286,10 @@ def _check_format(
         if not calls:  # stock cannot save what it has dequantized after reloading
             again = cls.from_pretrained(folder / "float", quantization_config=config).eval()
         plain = dequantize(again)
-        _check_dequantized(packed, plain, [c.found for c in calls])
+        _check_dequantized(packed, plain, list(find_experts(model)))
         with row.check("keys", name):
             plain.save_pretrained(folder / f"{name}-plain")
-            _check_keys(folder, name, plain, cls, [f for f in find_experts(model)])
+            _check_keys(folder, name, plain, cls, list(find_experts(model)))
     if row.cells["dequantize"] != OK or not calls:
         return
     for call in calls:

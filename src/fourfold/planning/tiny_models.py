@@ -82,12 +82,14 @@ def shrink(settings: dict[str, Any], layers: int | None = None) -> dict[str, Any
         for q in heads:  # no grouped queries stay no grouped queries
             if settings[kv] == settings[q]:
                 result[kv] = result[q]
-    if "sliding_attention" in (settings.get("layer_types") or ()) and result.get("sliding_window", 0) is None:
-        result["sliding_window"] = VOCABULARY
     return result
 
 
 def _shrink_value(key: str, value: Any, layers: int | None) -> Any:
+    if key == "use_cache":
+        return False  # caches of linear attention alone refuse to be asked for a length
+    if key == "partial_rotary_factor":
+        return 1.0
     if isinstance(value, bool):
         return value or bool(re.search(r"^((use|enable|is)_)?moe(_block)?$", key))
     if value is None:
@@ -110,6 +112,8 @@ def _fill(key: str) -> Any:
         return ["dense"] * (LAYERS - 1) + ["sparse"]
     if key == "clip_qkv":
         return 8.0
+    if key == "sliding_window":
+        return VOCABULARY
     if key == "layer_types":
         return ["full_attention"] * LAYERS
     return _ceiling(key) if re.search(_FILLED, key) else None
@@ -213,6 +217,7 @@ def _add_mrope_section(settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         if key == "rope_parameters" and isinstance(value, dict):
             value.setdefault("mrope_section", list(MROPE_SECTION))
+            value["partial_rotary_factor"] = 1.0
         elif isinstance(value, dict):
             _add_mrope_section(value)
 
