@@ -317,29 +317,22 @@ def test_contradictory_settings_are_refused(settings, message: str) -> None:
         Config(**settings)
 
 
-UNDECORATED = {
-    "jetmoe": {"model_type": "jetmoe", "architectures": ["JetMoeForCausalLM"], "num_local_experts": 4},
-    "llama4": {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "num_local_experts": 4},
-}
-
-
-@pytest.mark.parametrize("kind", UNDECORATED)
-def test_experts_of_another_kind_are_refused_before_weights_are_read(tmp_path: Path, kind: str) -> None:
+def test_experts_that_cannot_be_packed_are_refused_before_weights_are_read(tmp_path: Path) -> None:
+    """Each expert is a row of two embeddings; the message names the setting for both."""
     from fourfold.loading.skeleton import build_skeleton
 
-    small = {
-        "num_hidden_layers": 2,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "vocab_size": 96,
-        "pad_token_id": 0,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(UNDECORATED[kind] | small))
-    with pytest.raises(UnsupportedExpertsError, match="llm_int8_skip_modules") as raised:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 96}
+    model = {"model_type": "doge", "architectures": ["DogeForCausalLM"], "is_moe": True, "num_experts": 16}
+    (tmp_path / "config.json").write_text(json.dumps(model | sizes | {"pad_token_id": 0}))
+    with pytest.raises(UnsupportedExpertsError, match="row of an embedding") as raised:
         build_skeleton(tmp_path, Config(load_in_4bit=True))
-    pattern = re.search(r"skip_modules=\['(.+?)'\]", str(raised.value)).group(1)
+    named = re.search(r"llm_int8_skip_modules=\[(.+?)\]", str(raised.value)).group(1)
+    patterns = re.findall(r"'(.+?)'", named)
+    assert patterns == ["mlp.down_embed", "mlp.up_embed"]
+    with pytest.raises(UnsupportedExpertsError, match="up_embed"):
+        build_skeleton(tmp_path, Config(load_in_4bit=True, llm_int8_skip_modules=patterns[:1]))
+    build_skeleton(tmp_path, Config(load_in_4bit=True, llm_int8_skip_modules=patterns))
     build_skeleton(tmp_path, Config(load_in_4bit=True, experts_quant_type="none"))
-    assert pattern
 
 
 def test_importing_fourfold_is_light_and_changes_nothing() -> None:

@@ -35,7 +35,7 @@ def install() -> None:
             if not base.fourfold_layout.routed:
                 raise AdapterError(
                     f"target_parameters: LoRA on {kwargs['parameter_name']} of {type(base).__name__} is not "
-                    "supported, for these experts run through the model's own forward; target its Linears "
+                    "supported, for these experts run through their own forward; target its Linears "
                     "(target_modules), such as attention, instead"
                 )
             return ParamWrapper(target, adapter_name, config=lora_config, **kwargs)

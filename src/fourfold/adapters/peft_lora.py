@@ -49,7 +49,7 @@ def check_targets(
             leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
             raise AdapterError(f"target_modules: {target!r} matches no module; {_nearest(target, leaves)}")
     experts = list(find_experts(model))
-    packable = {t for e in experts if e.layout for t in e.tensors()}
+    packable = {t for e in experts if e.layout and e.layout.routed for t in e.tensors()}
     parameters = [clean_name(name) for name, _ in model.named_parameters()]
     for target in target_parameters or ():
         if not any(name == target or name.endswith(f".{target}") for name in parameters):

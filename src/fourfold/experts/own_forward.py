@@ -142,8 +142,9 @@ def _lenders(reader: nn.Module) -> list[OwnForwardExperts]:
 def _run(modules: list[OwnForwardExperts], own: Any, args: Any, kwargs: Any) -> Any:
     """Call ``own`` while ``modules`` show decoded weights.
 
-    An explicit compute dtype holds for the whole forward: inputs are cast to it and results back, as a
-    quantized Linear does.
+    The dtype of the products (an explicit one, else autocast's) holds for the whole forward: inputs are cast
+    to it and results back, as a quantized Linear does. Under autocast alone some of these forwards fail, for
+    they add products to a buffer of the input's dtype.
     """
     first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point())
     given, dtype = first.dtype, compute_dtype(modules[0], first)
@@ -152,11 +153,11 @@ def _run(modules: list[OwnForwardExperts], own: Any, args: Any, kwargs: Any) -> 
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
         return value.to(to) if floating else value
 
-    explicit = modules[0].compute_dtype is not None and dtype != given
-    if explicit:
+    other = dtype != given
+    if other:
         args, kwargs = tree_map(lambda v: cast(v, dtype), (args, kwargs))
     scope = _Scope(dtype)
-    autocast = torch.autocast(first.device.type, enabled=False) if explicit else contextlib.nullcontext()
+    autocast = torch.autocast(first.device.type, enabled=False) if other else contextlib.nullcontext()
     for module in modules:
         module.__dict__["_fourfold_scope"] = scope
     try:
@@ -166,7 +167,7 @@ def _run(modules: list[OwnForwardExperts], own: Any, args: Any, kwargs: Any) -> 
         for module in modules:
             del module.__dict__["_fourfold_scope"]
         scope.close()
-    return tree_map(lambda v: cast(v, given), result) if explicit else result
+    return tree_map(lambda v: cast(v, given), result) if other else result
 
 
 @functools.cache

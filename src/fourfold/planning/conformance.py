@@ -113,7 +113,7 @@ def check_model_type(model_type: str) -> Row | None:
             return None
         row.cells["built"] = OK
         with row.check("packed"):
-            _check(row, model, Path(folder))
+            check_model(row, model, Path(folder))
     return row
 
 
@@ -145,7 +145,8 @@ def _has_no_experts(model_type: str) -> bool:
     return not any(list(find_experts(s)) or linear_experts(s) for s in skeletons)
 
 
-def _check(row: Row, model: PreTrainedModel, folder: Path) -> None:
+def check_model(row: Row, model: PreTrainedModel, folder: Path) -> None:
+    """Fill ``row`` with what is found about ``model`` (fp32, in memory); files go to ``folder``."""
     found = list(find_experts(model))
     if any(f.layout is None for f in found):
         _check_refusal(row, model, folder)
