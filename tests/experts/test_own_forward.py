@@ -105,7 +105,9 @@ def test_output_and_gradients_equal_bitsandbytes_round_trip(model_type: str, fmt
     model = build(model_type)
     packed = pack(copy.deepcopy(model), fmt)
     original = results(model)
-    for ours, theirs, first in zip(results(packed), results(tiny.round_trip_(model, fmt)), original, strict=True):
+    for ours, theirs, first in zip(
+        results(packed), results(tiny.round_trip_(model, fmt)), original, strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
         assert (ours - first).norm() > 1e-4 * first.norm()
 
@@ -200,7 +202,9 @@ def test_lora_on_such_experts_is_refused_and_on_attention_works() -> None:
         fourfold.expert_targets(packed)
     targets = ["feed_forward.experts.gate_up_proj"]
     with pytest.raises(AdapterError, match="own forward"):
-        get_peft_model(copy.deepcopy(packed), LoraConfig(target_modules=["q_proj"], target_parameters=targets))
+        get_peft_model(
+            copy.deepcopy(packed), LoraConfig(target_modules=["q_proj"], target_parameters=targets)
+        )
     model = get_peft_model(packed, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     model(IDS).logits.square().mean().backward()
     gradients = [p.grad for n, p in model.named_parameters() if "lora_" in n]

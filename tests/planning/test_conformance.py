@@ -1,4 +1,4 @@
-"""The conformance matrix: a handful of kinds by default, the whole of it as a slow test; and that it can fail."""
+"""The conformance matrix: a handful of kinds by default, the whole as a slow test; and that it can fail."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,9 @@ def test_types_without_experts_have_no_row() -> None:
         ("gpt_oss", {"intermediate_size": 33}),
     ],
 )
-def test_inner_sizes_that_are_no_multiple_of_a_block(tmp_path: Path, kind: str, sizes: dict[str, int]) -> None:
+def test_inner_sizes_that_are_no_multiple_of_a_block(
+    tmp_path: Path, kind: str, sizes: dict[str, int]
+) -> None:
     row = Row(kind, cells={"built": "ok"})
     model = AutoModelForCausalLM.from_config(tiny.KINDS[kind](**sizes), dtype=torch.float32).eval()
     model.config._experts_implementation = "eager"  # stock's grouped product refuses such sizes

@@ -1,4 +1,4 @@
-"""``fourfold conformance``: a tiny random model of every model type with experts, through all that loading promises."""
+"""``fourfold conformance``: a tiny model of every type with experts, through all that loading promises."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--model-type", nargs="+", metavar="T", help="only these; the file is then compared with, not written"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("docs/conformance.md"), help="the table's file (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("docs/conformance.md"),
+        help="the table's file (default: %(default)s)",
     )
     parser.add_argument("--accept", action="store_true", help="write the file though rows got worse")
 

@@ -6,7 +6,14 @@
 - `observe`, `own_forward`: undecorated modules, watched, and run by their own code over decoded weights.
 """
 
-from fourfold.experts.layout import ExpertsLayout, FoundExperts, OwnForwardLayout, Projection, expert_targets, find_experts
+from fourfold.experts.layout import (
+    ExpertsLayout,
+    FoundExperts,
+    OwnForwardLayout,
+    Projection,
+    expert_targets,
+    find_experts,
+)
 from fourfold.experts.own_forward import prepare_reader_, release_readers_
 from fourfold.experts.packed import PackedExperts, pack_module_, prepare_module_, unpack_module_
 

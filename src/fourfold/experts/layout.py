@@ -6,8 +6,8 @@ Transformers v5 keeps the routed experts of a layer as fused 3-D parameters of o
 attributes and the shapes are all that is used here, so a model published tomorrow is recognised as well.
 
 Modules that look like fused experts but are not decorated (llama4, dbrx, jetmoe and others) keep their own
-forward; how it uses each parameter is observed (`observe`). What can be neither read nor observed is found all
-the same, so that it is refused by name instead of staying in high precision in silence.
+forward; how it uses each parameter is observed (`observe`). What can be neither read nor observed is found
+all the same, so that it is refused by name instead of staying in high precision in silence.
 """
 
 from __future__ import annotations
@@ -324,7 +324,11 @@ def _from_observed(stacks: dict[str, nn.Parameter], observed: Observed) -> OwnFo
     for name, parameter in stacks.items():
         use = observed.uses[name]
         experts, odd = divmod(parameter.numel(), use.rows * use.columns)
-        if odd or parameter.shape[-1] != use.columns or (parameter.ndim == 3 and parameter.shape[0] != experts):
+        if (
+            odd
+            or parameter.shape[-1] != use.columns
+            or (parameter.ndim == 3 and parameter.shape[0] != experts)
+        ):
             return f"{name} {tuple(parameter.shape)} is multiplied in pieces of {use.rows} x {use.columns}"
         rows, columns = (use.rows, use.columns) if use.sums_columns else (use.columns, use.rows)
         projections.append(Projection(name, StackShape(experts, rows, columns)))
@@ -418,8 +422,10 @@ def expert_targets(model: nn.Module) -> list[str]:
         for tensor in _registered(experts)
     ]
     if not found:
-        why = "runs its experts through its own forward, where LoRA is not offered" if layouts else (
-            "has no fused experts that LoRA could target"
+        why = (
+            "runs its experts through its own forward, where LoRA is not offered"
+            if layouts
+            else ("has no fused experts that LoRA could target")
         )
         raise NoExpertsError(
             f"{type(model).__name__} {why}; "

@@ -24,7 +24,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 # The name of a product -> position of its weight operand when that comes second, and the axis summed over.
-_PRODUCTS = {"linear": -1, "matmul": -2, "__matmul__": -2, "bmm": -2, "mm": -2, "_grouped_mm": -2, "grouped_mm": -2}
+_PRODUCTS = {
+    "linear": -1,
+    "matmul": -2,
+    "__matmul__": -2,
+    "bmm": -2,
+    "mm": -2,
+    "_grouped_mm": -2,
+    "grouped_mm": -2,
+}
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ def _weightless_copy(block: nn.Module) -> nn.Module:
         memo[id(buffer)] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     blank = copy.deepcopy(block, memo).eval()
     for module in blank.modules():
-        # Decorated experts beside it: their grouped products refuse fp32 on the meta device, their loop does not.
+        # Decorated experts beside it: their loop runs where their grouped products refuse the meta device.
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             module.config._experts_implementation = "eager"
     return blank
@@ -135,18 +143,20 @@ def _record_readers(block: nn.Module, path: str, names: set[str]) -> list[str]:
     for name, module in block.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
         module.register_forward_hook(lambda *_: running.pop() and None, always_call=True)
-    module: Any = block.get_submodule(path)
+    watched: Any = block.get_submodule(path)
 
     def read(self: nn.Module, name: str) -> Any:
         if name in names and running:
             readers.append(running[-1])
         return nn.Module.__getattr__(self, name)
 
-    module.__class__ = type(type(module).__name__, (type(module),), {"__getattr__": read})
+    watched.__class__ = type(type(watched).__name__, (type(watched),), {"__getattr__": read})
     return readers
 
 
-def possible_inputs(block: nn.Module, sizes: list[int], dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
+def possible_inputs(
+    block: nn.Module, sizes: list[int], dtype: torch.dtype
+) -> Iterator[dict[str, torch.Tensor]]:
     """What the block could be called with: token ids, or hidden states of each width there could be."""
     signature = inspect.signature(type(block).forward).parameters
     if "input_ids" in signature:

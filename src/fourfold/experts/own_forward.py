@@ -146,7 +146,9 @@ def _run(modules: list[OwnForwardExperts], own: Any, args: Any, kwargs: Any) -> 
     to it and results back, as a quantized Linear does. Under autocast alone some of these forwards fail, for
     they add products to a buffer of the input's dtype.
     """
-    first = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point())
+    first = next(
+        t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point()
+    )
     given, dtype = first.dtype, compute_dtype(modules[0], first)
 
     def cast(value: Any, to: torch.dtype) -> Any:

@@ -111,7 +111,8 @@ def prepare_module_(
     """
     layout = layout or _read(module)
     own_class: Any = type(module)
-    module.__class__ = packed_class(own_class, _mixin(layout))
+    mixin: Any = _mixin(layout)
+    module.__class__ = packed_class(own_class, mixin)
     assert isinstance(module, PackedExperts)
     module.fourfold_layout, module.fourfold_format = layout, fmt
     module.fourfold_dtype, module.compute_dtype, module.workspace_bytes = dtype, compute_dtype, None

@@ -13,7 +13,9 @@ from fourfold.version import __version__
 
 QUANT_METHOD = "fourfold"
 FORMAT_VERSION = 1
-MODEL_NAMES = "model"  # tensors are stored under the model's own names (absent: under the names of the original)
+MODEL_NAMES = (
+    "model"  # tensors are stored under the model's own names (absent: under the names of the original)
+)
 _EXPERTS_TYPES = (None, "nf4", "fp4", "int8", "none")
 # The arguments of BitsAndBytesConfig that concern Linears alone; the report says so.
 LINEARS_ONLY = (

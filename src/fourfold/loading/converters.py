@@ -41,7 +41,9 @@ def packed_parameters(full_name: str, stack: PackedStack) -> dict[str, nn.Parame
 
     (A plain tensor that is returned to the loader becomes a trainable parameter if it is floating point.)
     """
-    return {stored_name(full_name, suffix): nn.Parameter(t, requires_grad=False) for suffix, t in stack.tensors()}
+    return {
+        stored_name(full_name, suffix): nn.Parameter(t, requires_grad=False) for suffix, t in stack.tensors()
+    }
 
 
 class PackingConverter(WeightConverter):
@@ -149,7 +151,7 @@ class QuantizeOperation(ConversionOps):
         return result
 
 
-# bitsandbytes' names of a packed Linear are patterns that match anywhere in a key, and so a part of a module's name
+# bitsandbytes' names of a packed Linear are patterns that match anywhere in a key, so in a module's name
 # as well (`inject_weight.weight.absmax`): here they match whole components.
 _WHOLE = r"(?<=\.)"
 

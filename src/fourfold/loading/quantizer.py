@@ -130,14 +130,16 @@ class FourfoldQuantizer(HfQuantizer):
             )
 
     def _tie_companions(self, model: PreTrainedModel) -> None:
-        """Experts that share their weights with others (an encoder's with its decoder's) share the scales too."""
+        """Experts that share weights with others (an encoder's with its decoder's) share the scales too."""
         ties = getattr(model, "all_tied_weights_keys", None) or {}
         for name in self.packed:
             module = model.get_submodule(name)
             assert isinstance(module, PackedExperts)
             for projection in module.fourfold_layout.projections:
                 source = ties.get(f"{name}.{projection.name}")
-                for suffix in projection.shape.tensors(module.fourfold_format) if source else ():
+                if source is None:
+                    continue
+                for suffix in projection.shape.tensors(module.fourfold_format):
                     self._tied[stored_name(f"{name}.{projection.name}", suffix)] = stored_name(source, suffix)
         ties.update(self._tied)
 
@@ -337,4 +339,5 @@ def _flatten_inputs_of_8bit_linears(model: PreTrainedModel) -> None:
 
     for module in model.modules():
         if type(module) is Linear8bitLt:
-            module.__class__ = _flattening_class(Linear8bitLt)
+            own: Any = Linear8bitLt
+            module.__class__ = _flattening_class(own)

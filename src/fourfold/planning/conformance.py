@@ -1,11 +1,11 @@
-"""One row of the conformance matrix: a tiny random model of one type, through everything that loading promises.
+"""One row of the conformance matrix: a tiny random model of a type, through everything that loading promises.
 
     float model -> saved -> loaded packed -> saved -> reloaded -> dequantized -> saved -> loaded plainly
 
 The experts module is compared by itself: on tiny random models the logits of the whole hardly notice experts.
 Its output must equal that of the same numbers dequantized (tightly) and resemble that of the original (the
-noise of the format); and three kinds of damage must be seen by both comparisons, or these would prove nothing.
-An exception is a failed row, never the end of the matrix.
+noise of the format); and three kinds of damage must be seen by both comparisons, or these would prove
+nothing. An exception is a failed row, never the end of the matrix.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,17 @@ from fourfold.planning.tiny_models import (
     tiny_config,
 )
 
-CHECKS = ("packed", "same numbers", "noise", "controls", "backward", "forward", "reload", "dequantize", "keys")
+CHECKS = (
+    "packed",
+    "same numbers",
+    "noise",
+    "controls",
+    "backward",
+    "forward",
+    "reload",
+    "dequantize",
+    "keys",
+)
 FORMATS: dict[str, dict[str, Any]] = {
     "NF4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     # (with its default threshold, bitsandbytes' CPU code for outliers fails on batches of 3-D inputs)
@@ -98,7 +109,11 @@ class Row:
 def check_model_type(model_type: str) -> Row | None:
     """The row of a model type; None where it has no experts at all."""
     row = Row(model_type)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+    ):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         try:
@@ -165,7 +180,9 @@ def _inputs(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
     """Token ids; where those are not taken, their embeddings."""
     ids = torch.arange(1, 25).view(2, 12) % (VOCABULARY // 2)
     yield {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
-    yield {"inputs_embeds": torch.randn(2, 12, getattr(model.config.get_text_config(), "hidden_size", HIDDEN))}
+    yield {
+        "inputs_embeds": torch.randn(2, 12, getattr(model.config.get_text_config(), "hidden_size", HIDDEN))
+    }
 
 
 def _forward(model: PreTrainedModel) -> torch.Tensor | None:
@@ -197,17 +214,14 @@ def _routed_arguments(found: FoundExperts, tokens: int = 17) -> tuple[torch.Tens
 def _observe_calls(
     model: PreTrainedModel, found: list[FoundExperts]
 ) -> tuple[list[_Call], torch.Tensor | None]:
-    """One call for each kind and shape: made up for the routed, overheard for those with a forward of their own."""
+    """One call for each kind and shape: made up for the routed, overheard for those that run by themselves."""
     kinds = {(type(f.module), f.layout): f for f in found}
     heard: dict[str, tuple[Any, Any]] = {}
     handles = []
     for f in kinds.values():
         if f.layout is not None and not f.layout.routed:
-            hear: Callable[..., None] = lambda _, args, kwargs, name=f.name: heard.setdefault(  # noqa: E731
-                name, (args, kwargs)
-            ) and None
             reader = model.get_submodule(f.reader)
-            handles.append(reader.register_forward_pre_hook(hear, with_kwargs=True))
+            handles.append(reader.register_forward_pre_hook(partial(_hear, heard, f.name), with_kwargs=True))
     logits = _forward(model)
     for f in kinds.values():
         if f.layout is not None and not f.layout.routed and f.name not in heard:
@@ -221,6 +235,10 @@ def _observe_calls(
         else:
             calls.append(_Call(f, *_vivid(*heard[f.name])))
     return calls, logits
+
+
+def _hear(heard: dict[str, Any], name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+    heard.setdefault(name, (args, kwargs))
 
 
 def _call_around(model: PreTrainedModel, found: FoundExperts, heard: dict[str, Any]) -> None:
@@ -380,7 +398,9 @@ def _run(reader: nn.Module, call: _Call, grad: bool = False) -> list[torch.Tenso
     for module in reader.modules():
         if hasattr(getattr(module, "config", None), "_experts_implementation"):
             module.config._experts_implementation = "eager"
-    args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (call.args, call.kwargs))
+    args, kwargs = tree_map(
+        lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (call.args, call.kwargs)
+    )
     x = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point())
     x.requires_grad_(grad)
     with torch.set_grad_enabled(grad):

@@ -13,33 +13,35 @@ from fourfold.planning.conformance import CHECKS, FAILED, NOT_APPLICABLE, OK, Ro
 _RANK = {OK: 3, "refused": 2, NOT_APPLICABLE: 1, FAILED: 0, "not built": 0}
 _COLUMNS = ("model type", "model", "experts", "noise NF4", "noise INT8", *CHECKS)
 _EXPLANATION = """\
-Written by `fourfold conformance`; do not edit. For every model type of transformers with routed experts, a tiny
-random model is made from its configuration class and taken through loading in NF4 (double-quantized) and in INT8.
-A cell holds for both formats.
+Written by `fourfold conformance`; do not edit. For every model type of transformers with routed experts, a
+tiny random model is made from its configuration class and taken through loading in NF4 (double-quantized) and
+in INT8. A cell holds for both formats.
 
 - *noise*: distance of the experts' own output from that of the unquantized experts, relative, the worst module.
-- *packed*: every experts module is, from an ordinary float checkpoint. *refused*: it cannot be, and loading says so
-  before it reads a weight, naming the setting that leaves it in high precision.
+- *packed*: every experts module is, from an ordinary float checkpoint. *refused*: it cannot be, and loading
+  says so before it reads a weight, naming the setting that leaves it in high precision.
 - *same numbers*: the experts' output equals that of the same numbers dequantized, within 2e-5.
-- *controls*: experts rolled by one, scales of the neighbour, gate and up swapped: both comparisons see each of them.
+- *controls*: experts rolled by one, scales of the neighbour, gate and up swapped: both comparisons see each.
 - *backward*: the gradient of the input equals that of the same numbers dequantized.
 - *forward*: the whole model runs on token ids, and bit-equal after reloading (`-`: it wants other inputs).
 - *reload*: saved and loaded again, every tensor is bit-equal.
-- *dequantize*: the model's own classes come back with exactly the packed numbers; *keys*: saved under the original
-  keys, and loaded from there with the same values.
+- *dequantize*: the model's own classes come back with exactly the packed numbers; *keys*: saved under the
+  original keys, and loaded from there with the same values.
 """
 
 
 def cells_of(row: Row) -> dict[str, str]:
     """The checks' cells of a row; one that could not be built has none."""
     if row.cells.get("built") != OK:
-        return {check: NOT_APPLICABLE for check in CHECKS} | {"packed": "not built"}
+        return dict.fromkeys(CHECKS, NOT_APPLICABLE) | {"packed": "not built"}
     return {check: row.cells.get(check, NOT_APPLICABLE) for check in CHECKS}
 
 
 def render(rows: list[Row]) -> str:
     """The whole file."""
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("transformers", "torch", "bitsandbytes"))
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("transformers", "torch", "bitsandbytes")
+    )
     total, passed = Counter(row.kind for row in rows), Counter(row.kind for row in rows if row.passed)
     summary = f"{versions}. {sum(passed.values())} of {len(rows)} model types pass."
     lines = ["# Conformance", "", _EXPLANATION, summary, ""]

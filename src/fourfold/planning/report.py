@@ -185,7 +185,9 @@ def make_report(model: nn.Module) -> Report:
                 nbytes = shape.nbytes(module.fourfold_format)
                 add("experts", held_as, logical, nbytes, logical * module.fourfold_dtype.itemsize)
                 suffixes = shape.tensors(module.fourfold_format)
-                expert_tensors |= {f"{found.name}.{stored_name(projection.name, suffix)}" for suffix in suffixes}
+                expert_tensors |= {
+                    f"{found.name}.{stored_name(projection.name, suffix)}" for suffix in suffixes
+                }
             continue
         tensors = high_precision_tensors(found)
         expert_tensors |= set(tensors)

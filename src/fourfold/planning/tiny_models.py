@@ -1,9 +1,9 @@
 """Tiny random models of every model type that transformers knows, made from the configuration class alone.
 
-There is no table of names of models: a default configuration is made, and its sizes are cut down by what their
-keys say (layers, heads, experts, widths, vocabulary), in nested configurations and dictionaries too. A key
-that several models use in one sense is a convention of the library; where a cut configuration cannot be built
-the caller is told why.
+There is no table of names of models: a default configuration is made, and its sizes are cut down by what
+their keys say (layers, heads, experts, widths, vocabulary), in nested configurations and dictionaries too. A
+key that several models use in one sense is a convention of the library; where a cut configuration cannot be
+built the caller is told why.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def _fill(key: str) -> Any:
 
 def _last_layer_only(value: dict[Any, Any], layers: int | None) -> dict[Any, Any]:
     """Settings of single layers: of those only the last one is left."""
-    return {LAYERS - 1: shrink(v) for k, v in value.items() if layers is not None and int(k) == layers - 1}
+    last = [shrink(v) for k, v in value.items() if layers is not None and int(k) == layers - 1]
+    return {LAYERS - 1: last[0]} if last else {}
 
 
 def _shrink_list(key: str, value: list[Any], layers: int | None) -> list[Any]:
@@ -130,7 +131,9 @@ def _shrink_list(key: str, value: list[Any], layers: int | None) -> list[Any]:
         # The kinds of layer at both ends; of numbers, which may point at layers, the first ones.
         value = value[:LAYERS] if whole else [value[0]] * (LAYERS - 1) + [value[-1]]
     elif value and whole and "layer" in key:
-        return [v for v in value if v < LAYERS - 1]  # layers of another kind: the last one is of the usual kind
+        return [
+            v for v in value if v < LAYERS - 1
+        ]  # layers of another kind: the last one is of the usual kind
     return [_shrink_value(key, v, None) for v in value]
 
 
@@ -233,14 +236,13 @@ def build(config: PretrainedConfig, model_class: Any, device: str = "cpu") -> Pr
                 model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32)
             return model.eval()
         except AttributeError as error:
-            if not isinstance(error.obj, PretrainedConfig):
-                raise
-            guess = 10000.0 if "theta" in error.name else _ceiling(error.name)
+            name = error.name or ""
+            guess = 10000.0 if "theta" in name else _ceiling(name)
             if guess is None:
-                guess = _find(config.to_dict(), error.name)
-            if guess is None:
+                guess = _find(config.to_dict(), name)
+            if guess is None or not isinstance(error.obj, PretrainedConfig):
                 raise
-            setattr(error.obj, error.name, guess)
+            setattr(error.obj, name, guess)
     raise AssertionError("unreachable: each round adds a setting")
 
 
@@ -277,7 +279,7 @@ def linear_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
         alike = len(children) > 1 and len({type(c) for c in children}) == 1
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
         collection = isinstance(module, nn.ModuleList | nn.ModuleDict)
-        if collection and alike and not inside and re.search("expert|moe", called):
-            if any(isinstance(m, nn.Linear) for m in module.modules()):
-                found.append((name, module))
+        linear = any(isinstance(m, nn.Linear) for m in module.modules())
+        if collection and alike and linear and not inside and re.search("expert|moe", called):
+            found.append((name, module))
     return found
