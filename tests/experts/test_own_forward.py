@@ -1,7 +1,6 @@
 """Undecorated experts: observed, packed, and run by their own forward over decoded weights."""
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from fourfold.errors import AdapterError, NoExpertsError
 from fourfold.experts import PackedExperts, find_experts, pack_module_, prepare_reader_, unpack_module_
 from fourfold.experts.own_forward import ReadsPackedExperts, _Scope, release_readers_
 from fourfold.formats import PackFormat
-from fourfold.planning import tiny_models
+from fourfold.planning.conformance import tiny_models
 
 # Model type -> the kind that must be observed. (Names are in tests only: the code knows none.)
 OBSERVED = {
@@ -115,30 +114,29 @@ def test_output_and_gradients_equal_bitsandbytes_round_trip(model_type: str, fmt
 @pytest.mark.parametrize("model_type", OBSERVED)
 def test_autograd_keeps_no_decoded_weight_and_hooks_around_are_honoured(model_type: str, monkeypatch) -> None:
     packed = pack(build(model_type))
-    decoded: set[int] = set()
+    scopes: list[_Scope] = []
     weight = _Scope.weight
 
     def record(self, module, projection):
-        made = weight(self, module, projection)
-        decoded.add(made.untyped_storage().data_ptr())
-        return made
-
-    kept: list[torch.Tensor] = []
+        scopes.append(self)
+        return weight(self, module, projection)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        assert not any(pointer in scope.origin for scope in scopes)  # of those that are open
         kept.append(tensor)
-        assert tensor.untyped_storage().data_ptr() not in decoded
         return tensor
 
     def run() -> None:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             results(packed)
 
+    kept: list[torch.Tensor] = []
     monkeypatch.setattr(_Scope, "weight", record)
     run()
-    assert decoded
-    kept.clear()
-    gc.collect()
+    assert scopes
+    assert kept
+    assert not any(scope.decoded or scope.origin for scope in scopes)
     monkeypatch.setattr(_Scope, "view", lambda self, tensor: None)  # the control: without views they are kept
     with pytest.raises(AssertionError):
         run()

@@ -12,9 +12,9 @@ import tiny
 from fourfold.cli import main
 from fourfold.errors import ConfigurationError
 from fourfold.experts import OwnForwardLayout
-from fourfold.planning import conformance, tiny_models
-from fourfold.planning import conformance_table as table
-from fourfold.planning.conformance import CHECKS, Row, check_model, check_model_type
+from fourfold.planning.conformance import checks, table, tiny_models
+from fourfold.planning.conformance.checks import check_model, check_model_type
+from fourfold.planning.conformance.row import CHECKS, Row
 
 COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "conformance.md"
 # One of each kind. (Names are in tests only: the program walks through what transformers has.)
@@ -85,7 +85,7 @@ def test_another_forward_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         plain.model.layers[0].mlp.experts.down_proj.data.mul_(2)
         return plain
 
-    monkeypatch.setattr(conformance, "dequantize", doubled)
+    monkeypatch.setattr(checks, "dequantize", doubled)
     row = check_model_type("mixtral")
     assert row is not None
     assert row.cells["dequantize"] == "FAILED"
@@ -96,7 +96,7 @@ def test_an_exception_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_):
         raise RuntimeError("out of paper")
 
-    monkeypatch.setattr(conformance, "randomise_experts_", broken)
+    monkeypatch.setattr(checks, "randomise_experts_", broken)
     row = check_model_type("mixtral")
     assert row is not None
     assert row.kind == "not built"

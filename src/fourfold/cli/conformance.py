@@ -33,9 +33,10 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
 
     import torch
 
-    from fourfold.planning import conformance_table as table
-    from fourfold.planning.conformance import Row, check_model_type
-    from fourfold.planning.tiny_models import known_types, model_types
+    from fourfold.planning.conformance import table
+    from fourfold.planning.conformance.checks import check_model_type
+    from fourfold.planning.conformance.row import Row
+    from fourfold.planning.conformance.tiny_models import known_types, model_types
 
     torch.set_num_threads(1)  # nothing here is large enough for more
     known = known_types()
@@ -69,7 +70,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
 
 
 def _print(console: Console, row: object) -> None:
-    from fourfold.planning.conformance import FORMATS, OK, Row
+    from fourfold.planning.conformance.row import FORMATS, OK, Row
 
     assert isinstance(row, Row)
     noise = ", ".join(f"{name} {row.noise[name]:.2g}" for name in FORMATS if name in row.noise)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fourfold.errors import UnsupportedExpertsError
-from fourfold.experts.layout import ExpertsLayout, Projection
+from fourfold.experts.shapes import ExpertsLayout, Projection
 from fourfold.kernels import LowRank, Routing, combine, dispatch, packed_linear, route
 
 if TYPE_CHECKING:

@@ -12,175 +12,18 @@ all the same, so that it is refused by name instead of staying in high precision
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, TypeAlias
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fourfold.errors import NoExpertsError
-from fourfold.experts.observe import Observed, observe
+from fourfold.experts.shapes import ExpertsLayout, Layout, Projection
+from fourfold.experts.undecorated import read_undecorated, rows_of_embeddings
 from fourfold.formats import StackShape
 
 _DECORATED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-# Built-in layers own 3-D weights that have nothing to do with experts (a convolution over time, for one).
-_BUILTIN = "torch.nn."
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One fused parameter of an experts module, in the canonical out-by-in orientation.
-
-    Attributes:
-        name: of the parameter, e.g. ``gate_up_proj``.
-        shape: E matrices of N (out) by K (in); two parts where gate and up lie one after the other.
-        bias: name of the per-expert bias ``[E, N]``, or None.
-    """
-
-    name: str
-    shape: StackShape
-    bias: str | None = None
-
-
-@dataclass(frozen=True)
-class ExpertsLayout:
-    """How the experts of one module are laid out.
-
-    Attributes:
-        num_experts: E.
-        up: ``gate_up_proj``, or ``up_proj`` where there is no gate.
-        down: ``down_proj``.
-        has_gate: the first product holds gate and up; `_apply_gate` joins them.
-        is_transposed: the model stores in-by-out matrices (packed ones are always out-by-in).
-        is_concatenated: gate and up lie one after the other (False: interleaved).
-        has_post_expert_norm: a norm follows each expert, before the routing weight.
-    """
-
-    routed: ClassVar[bool] = True  # runs through the one routed forward
-
-    num_experts: int
-    up: Projection
-    down: Projection
-    has_gate: bool
-    is_transposed: bool
-    is_concatenated: bool
-    has_post_expert_norm: bool
-
-    @property
-    def projections(self) -> tuple[Projection, Projection]:
-        return self.up, self.down
-
-    def projection(self, name: str) -> Projection | None:
-        return next((p for p in self.projections if p.name == name), None)
-
-    def model_shape(self, projection: Projection) -> tuple[int, int, int]:
-        """Shape of the unquantized parameter in the model's own orientation."""
-        shape = projection.shape
-        if self.is_transposed:
-            return shape.experts, shape.columns, shape.rows
-        return shape.experts, shape.rows, shape.columns
-
-    def is_out_by_in(self, projection: Projection) -> bool:
-        """Whether the model stores this parameter as ``[E, N, K]``, as per-expert files hold matrices."""
-        return not self.is_transposed
-
-    def to_stack(self, weight: torch.Tensor, projection: Projection) -> torch.Tensor:
-        """A fused parameter in the model's orientation -> out-by-in ``[E, N, K]`` (a view)."""
-        return weight.transpose(1, 2) if self.is_transposed else weight
-
-    def from_stack(self, w_ENK: torch.Tensor, projection: Projection) -> torch.Tensor:
-        """Out-by-in matrices -> the model's own orientation, contiguous."""
-        return (w_ENK.transpose(1, 2) if self.is_transposed else w_ENK).contiguous()
-
-    @property
-    def kind(self) -> str:
-        """Short description, e.g. ``gated`` or ``gated, transposed, interleaved, bias``."""
-        words = ["gated" if self.has_gate else "no gate"]
-        words += ["transposed"] * self.is_transposed
-        words += ["interleaved"] * (not self.is_concatenated)
-        words += ["bias"] * (self.up.bias is not None)
-        words += ["norm after experts"] * self.has_post_expert_norm
-        return ", ".join(words)
-
-
-@dataclass(frozen=True)
-class OwnForwardLayout:
-    """How the experts of an undecorated module are laid out; it keeps its own forward.
-
-    Attributes:
-        num_experts: E, the largest of the projections'.
-        projections: in registration order.
-        transposed: names of the projections stored in-by-out.
-        flattened: names of those stored as ``[E * rows, columns]``.
-        reader: who reads the parameters: 0 the module's own forward, 1 its parent's, ...
-    """
-
-    routed: ClassVar[bool] = False
-
-    num_experts: int
-    projections: tuple[Projection, ...]
-    transposed: frozenset[str] = frozenset()
-    flattened: frozenset[str] = frozenset()
-    reader: int = 0
-    _by_name: dict[str, Projection] = field(default_factory=dict, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._by_name.update({p.name: p for p in self.projections})
-
-    def projection(self, name: str) -> Projection | None:
-        return self._by_name.get(name)
-
-    def model_shape(self, projection: Projection) -> tuple[int, ...]:
-        """Shape of the unquantized parameter as the model stores it."""
-        shape = projection.shape
-        rows, columns = shape.rows, shape.columns
-        if projection.name in self.transposed:
-            rows, columns = columns, rows
-        if projection.name in self.flattened:
-            return shape.experts * rows, columns
-        return shape.experts, rows, columns
-
-    def is_out_by_in(self, projection: Projection) -> bool:
-        """Whether the model stores this parameter as ``[E, N, K]``, as per-expert files hold matrices."""
-        return projection.name not in self.transposed | self.flattened
-
-    def to_stack(self, weight: torch.Tensor, projection: Projection) -> torch.Tensor:
-        """A parameter as the model stores it -> out-by-in ``[E, N, K]`` (a view)."""
-        if projection.name in self.flattened:
-            weight = weight.view(projection.shape.experts, -1, weight.shape[-1])
-        return weight.transpose(1, 2) if projection.name in self.transposed else weight
-
-    def from_stack(self, w_ENK: torch.Tensor, projection: Projection) -> torch.Tensor:
-        """Out-by-in matrices -> as the model stores them, contiguous."""
-        weight = w_ENK.transpose(1, 2) if projection.name in self.transposed else w_ENK
-        weight = weight.contiguous()
-        return weight.flatten(0, 1) if projection.name in self.flattened else weight
-
-    @property
-    def kind(self) -> str:
-        """Short description, e.g. ``own forward, transposed``."""
-        words = ["own forward"] + ["flattened"] * bool(self.flattened)
-        if self.transposed:
-            whole = len(self.transposed) == len(self.projections)
-            words.append("transposed" if whole else f"{', '.join(sorted(self.transposed))} transposed")
-        return ", ".join(words)
-
-
-Layout: TypeAlias = "ExpertsLayout | OwnForwardLayout"
-
-
-def stored_name(name: str, suffix: str) -> str:
-    """Name of a stored tensor: the parameter's for the data, with a suffix for its companions.
-
-    bitsandbytes' patterns for the Linears of a packed checkpoint match ``weight_absmax``, so a parameter that
-    is called ``weight`` gets companions of another name.
-    """
-    if not suffix:
-        return name
-    path, dot, leaf = name.rpartition(".")
-    return f"{path}{dot}{leaf.replace('weight', 'packed')}{suffix}"
 
 
 @dataclass(frozen=True)
@@ -260,93 +103,6 @@ def _read_decorated(module: nn.Module) -> ExpertsLayout | str:
     )
 
 
-def _expert_counts(module: nn.Module) -> set[int]:
-    """Values of the module's attributes that count experts (``num_experts``, ``moe_num_experts``, ...)."""
-    return {
-        value
-        for key, value in vars(module).items()
-        if re.search(r"num_(local_|routed_)?experts|n_routed_experts", key)
-        and isinstance(value, int)
-        and value > 1
-    }
-
-
-def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of an undecorated module that are stacks over experts, 3-D or flattened to 2-D.
-
-    Either an attribute counts experts and a stack has as many entries, or the class calls itself experts.
-    (Block-wise recurrences, relative attention and some Mamba mixers hold stacks of matrices too and are
-    none.) Empty for everything else.
-    """
-    if type(module).__module__.startswith(_BUILTIN):
-        return {}
-    parameters = {n: p for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
-    counts = _expert_counts(module)
-    stacks = {n: p for n, p in parameters.items() if p.ndim == 3 and min(p.shape[1:]) > 1 and p.shape[0] > 1}
-    if any(p.shape[0] in counts for p in stacks.values()):
-        return stacks
-    if "expert" in type(module).__name__.lower():
-        named = {n: p for n, p in parameters.items() if p.ndim == 3 and min(p.shape[1:]) > 1}
-        if len(named) >= 2:
-            return named
-    flattened = {
-        n: p
-        for n, p in parameters.items()
-        if p.ndim == 2 and any(p.shape[0] > c and p.shape[0] % c == 0 for c in counts)
-    }
-    return flattened if len(flattened) >= 2 else {}
-
-
-def _rows_of_embeddings(module: nn.Module, name: str) -> bool:
-    """Whether a child embedding holds one expert a row (retrieval: an expert is two vectors)."""
-    child = getattr(module, name)
-    return isinstance(child, nn.Embedding) and child.num_embeddings in _expert_counts(module)
-
-
-# How a class uses its stacks does not depend on where it stands: observed once.
-_OBSERVED: dict[tuple[type[nn.Module], tuple[tuple[str, tuple[int, ...]], ...]], Observed] = {}
-
-
-def _observe_cached(model: nn.Module, name: str, module: nn.Module) -> Observed | None:
-    stacks = _stacks(module)
-    key = (type(module), tuple((n, tuple(p.shape)) for n, p in stacks.items()))
-    if key not in _OBSERVED:
-        found = observe(model, name, stacks)
-        if found is None:
-            return None
-        _OBSERVED[key] = found
-    return _OBSERVED[key]
-
-
-def _from_observed(stacks: dict[str, nn.Parameter], observed: Observed) -> OwnForwardLayout | str:
-    projections: list[Projection] = []
-    transposed, flattened = set(), set()
-    for name, parameter in stacks.items():
-        use = observed.uses[name]
-        experts, odd = divmod(parameter.numel(), use.rows * use.columns)
-        if (
-            odd
-            or parameter.shape[-1] != use.columns
-            or (parameter.ndim == 3 and parameter.shape[0] != experts)
-        ):
-            return f"{name} {tuple(parameter.shape)} is multiplied in pieces of {use.rows} x {use.columns}"
-        rows, columns = (use.rows, use.columns) if use.sums_columns else (use.columns, use.rows)
-        projections.append(Projection(name, StackShape(experts, rows, columns)))
-        transposed |= set() if use.sums_columns else {name}
-        flattened |= {name} if parameter.ndim == 2 else set()
-    # Gate and up in one: two matrices a row, as in per-expert files.
-    if len(projections) == 2 and projections[0].shape.rows == 2 * projections[1].shape.columns:
-        up = projections[0]
-        projections[0] = replace(up, shape=replace(up.shape, parts=2))
-    return OwnForwardLayout(
-        num_experts=max(p.shape.experts for p in projections),
-        projections=tuple(projections),
-        transposed=frozenset(transposed),
-        flattened=frozenset(flattened),
-        reader=observed.reader,
-    )
-
-
 def read_layout(
     module: nn.Module, model: nn.Module | None = None, name: str = ""
 ) -> tuple[Layout | None, str] | None:
@@ -361,14 +117,7 @@ def read_layout(
     if all(hasattr(module, attribute) for attribute in _DECORATED):
         layout = _read_decorated(module)
         return (None, layout) if isinstance(layout, str) else (layout, "")
-    stacks = _stacks(module)
-    if not stacks:
-        return None
-    observed = _observe_cached(model, name, module) if model is not None else None
-    if observed is None:
-        return None, "its fused experts cannot be packed, for how its forward uses them could not be observed"
-    layout = _from_observed(stacks, observed)
-    return (None, f"it cannot be packed: {layout}") if isinstance(layout, str) else (layout, "")
+    return read_undecorated(module, model, name)
 
 
 def clean_name(name: str) -> str:
@@ -388,7 +137,7 @@ def find_experts(model: nn.Module) -> Iterator[FoundExperts]:
         if found is not None:
             yield FoundExperts(clean_name(name), module, *found)
             continue
-        for child in [n for n, _ in module.named_children() if _rows_of_embeddings(module, n)]:
+        for child in [n for n, _ in module.named_children() if rows_of_embeddings(module, n)]:
             where = f"{name}.{child}" if name else child
             reason = "each expert is a row of an embedding, and embeddings are not packed"
             yield FoundExperts(clean_name(where), getattr(module, child), None, reason)

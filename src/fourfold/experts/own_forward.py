@@ -23,8 +23,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fourfold.experts.forward import compute_dtype
-from fourfold.experts.layout import OwnForwardLayout, Projection
 from fourfold.experts.packed import PackedExperts
+from fourfold.experts.shapes import OwnForwardLayout, Projection
 from fourfold.formats import PackedStack
 from fourfold.kernels.decode import decode
 

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from fourfold.experts.forward import routed_forward
-from fourfold.experts.layout import Layout, Projection, read_layout, stored_name
+from fourfold.experts.layout import read_layout
+from fourfold.experts.shapes import Layout, Projection, stored_name
 from fourfold.formats import PackedStack, PackFormat, decode_stack
 from fourfold.formats.quantize import pack_stack
 from fourfold.kernels import LowRank

@@ -19,7 +19,7 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 
 from fourfold.errors import CheckpointError
 from fourfold.experts import PackedExperts, Projection
-from fourfold.experts.layout import stored_name
+from fourfold.experts.shapes import stored_name
 from fourfold.formats import PackedStack
 from fourfold.formats.quantize import Packer, pack_stack
 

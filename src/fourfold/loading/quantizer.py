@@ -29,7 +29,7 @@ from fourfold.experts import (
     release_readers_,
     unpack_module_,
 )
-from fourfold.experts.layout import stored_name
+from fourfold.experts.shapes import stored_name
 from fourfold.formats import COMPANION_SUFFIXES
 from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation, whole_names

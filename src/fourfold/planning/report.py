@@ -14,7 +14,8 @@ from torch import nn
 
 from fourfold.errors import UnquantizedExpertsError
 from fourfold.experts import PackedExperts, find_experts
-from fourfold.experts.layout import clean_name, high_precision_tensors, stored_name
+from fourfold.experts.layout import clean_name, high_precision_tensors
+from fourfold.experts.shapes import stored_name
 
 ROLES = ("experts", "linears", "embeddings", "head", "router", "norms", "adapters", "other")
 

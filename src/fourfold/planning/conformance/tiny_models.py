@@ -57,7 +57,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"max_position|n_positions|seq_len|context|position_embeddings|window|chunk|budget", VOCABULARY),
 )
 # Settings of the router that some classes leave open, for a checkpoint's own configuration to say.
-_FILLED = r"experts$|per_tok|top_k_experts|^head_dim$|moe_intermediate|expert_intermediate|indexer_|^(n|topk)_group$"
+_FILLED = r"experts$|per_tok|^head_dim$|moe_intermediate|expert_intermediate|indexer_|^(n|topk)_group$"
 _LAYERS_KEY = r"^(num_hidden_layers|n_layers?|num_layers|num_decoder_layers)$"
 
 

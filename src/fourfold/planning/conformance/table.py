@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fourfold.errors import ConfigurationError
-from fourfold.planning.conformance import CHECKS, FAILED, NOT_APPLICABLE, OK, Row
+from fourfold.planning.conformance.row import CHECKS, FAILED, NOT_APPLICABLE, OK, Row
 
 _RANK = {OK: 3, "refused": 2, NOT_APPLICABLE: 1, FAILED: 0, "not built": 0}
 _COLUMNS = ("model type", "model", "experts", "noise NF4", "noise INT8", *CHECKS)
@@ -17,7 +17,7 @@ Written by `fourfold conformance`; do not edit. For every model type of transfor
 tiny random model is made from its configuration class and taken through loading in NF4 (double-quantized) and
 in INT8. A cell holds for both formats.
 
-- *noise*: distance of the experts' own output from that of the unquantized experts, relative, the worst module.
+- *noise*: distance of the experts' own output from that of the unquantized experts, relative; the worst.
 - *packed*: every experts module is, from an ordinary float checkpoint. *refused*: it cannot be, and loading
   says so before it reads a weight, naming the setting that leaves it in high precision.
 - *same numbers*: the experts' output equals that of the same numbers dequantized, within 2e-5.
