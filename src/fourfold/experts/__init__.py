@@ -3,8 +3,8 @@
 - `layout`, `shapes`: read off the module's own attributes and shapes; there is no table of model names.
 - `packed`: the dynamic subclass that holds packed parameters.
 - `forward`: rows to experts, products, gate, and back.
-- `undecorated`, `observe`, `own_forward`: modules that do not say what they are, watched, and run by their own
-  code over decoded weights.
+- `undecorated`, `observe`, `own_forward`: modules that do not say what they are, watched, and run by their
+  own code over decoded weights.
 """
 
 from fourfold.experts.layout import FoundExperts, expert_targets, find_experts

@@ -153,7 +153,7 @@ class QuantizeOperation(ConversionOps):
 
 # bitsandbytes' names of a packed Linear are patterns that match anywhere in a key, so in a module's name
 # as well (`inject_weight.weight.absmax`): here they match whole components.
-_WHOLE = r"(?<=\.)"
+_BEGIN, _END = r"(?<=\.)", r"(?!\w)"
 
 
 class ReadLinearOperation(ConversionOps):
@@ -166,7 +166,10 @@ class ReadLinearOperation(ConversionOps):
         return self
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        plain = {key.removeprefix(_WHOLE).replace(r"\.", "."): value for key, value in input_dict.items()}
+        plain = {
+            key.removeprefix(_BEGIN).removesuffix(_END).replace(r"\.", "."): value
+            for key, value in input_dict.items()
+        }
         result: dict[str, Any] = self.operation.convert(plain, **kwargs)
         return result
 
@@ -175,7 +178,7 @@ def whole_names(converter: WeightConverter) -> WeightConverter:
     """A converter that reads packed Linears, matching whole components of a key only."""
     names = sorted(converter._original_source_patterns, key=len, reverse=True)
     return WeightConverter(
-        source_patterns=[_WHOLE + name.replace(".", r"\.") for name in names],
+        source_patterns=[_BEGIN + name.replace(".", r"\.") + _END for name in names],
         target_patterns=list(converter._original_target_patterns),
         operations=[ReadLinearOperation(op) for op in converter.operations],
     )

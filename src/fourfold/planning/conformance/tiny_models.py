@@ -29,7 +29,9 @@ EXPERTS = 4
 HEAD_DIM = 16
 HIDDEN = 64
 MROPE_SECTION = (3, 3, 2)  # of HEAD_DIM / 2
-_DERIVED = ("out_features", "out_indices", "stage_names", "transformers_version", "quantization_config")
+# What a configuration computes, and what belongs to published files or to the library, is left out.
+_DERIVED = ("out_features", "out_indices", "stage_names", "quantization_config")
+_LIBRARY = ("transformers_version", "_name_or_path", "output_attentions")
 # First match wins. A number is a ceiling: what is smaller already stays as it is.
 _SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab", VOCABULARY),
@@ -76,7 +78,9 @@ def shrink(settings: dict[str, Any], layers: int | None = None) -> dict[str, Any
     """A configuration's dictionary with every size cut down."""
     own = next((v for k, v in settings.items() if re.search(_LAYERS_KEY, str(k))), layers)
     layers = own if isinstance(own, int) else layers
-    result = {k: _shrink_value(str(k), v, layers) for k, v in settings.items() if k not in _DERIVED}
+    result = {
+        k: _shrink_value(str(k), v, layers) for k, v in settings.items() if k not in _DERIVED + _LIBRARY
+    }
     heads = [k for k in settings if re.search(r"num_attention_heads$|^n_heads?$", str(k))]
     for kv in [k for k in settings if re.search(r"key_value_heads$|kv_heads$", str(k))]:
         for q in heads:  # no grouped queries stay no grouped queries
@@ -230,7 +234,7 @@ def build(config: PretrainedConfig, model_class: Any, device: str = "cpu") -> Pr
 
     A setting that the model reads and its configuration class lacks is added by the same conventions.
     """
-    for _ in range(6):
+    for left in reversed(range(6)):
         try:
             with torch.device(device):
                 model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32)
@@ -240,10 +244,10 @@ def build(config: PretrainedConfig, model_class: Any, device: str = "cpu") -> Pr
             guess = 10000.0 if "theta" in name else _ceiling(name)
             if guess is None:
                 guess = _find(config.to_dict(), name)
-            if guess is None or not isinstance(error.obj, PretrainedConfig):
+            if not left or guess is None or not isinstance(error.obj, PretrainedConfig):
                 raise
             setattr(error.obj, name, guess)
-    raise AssertionError("unreachable: each round adds a setting")
+    raise AssertionError("unreachable: the last round returns or raises")
 
 
 def _find(settings: dict[str, Any], key: str) -> Any:
