@@ -10,9 +10,17 @@ from torch import nn
 import fourfold
 import tiny
 from fourfold.errors import AdapterError, NoExpertsError
-from fourfold.experts import PackedExperts, find_experts, pack_module_, prepare_reader_, unpack_module_
+from fourfold.experts import (
+    PackedExperts,
+    find_experts,
+    own_forward,
+    pack_module_,
+    prepare_reader_,
+    unpack_module_,
+)
 from fourfold.experts.own_forward import ReadsPackedExperts, _Scope, release_readers_
 from fourfold.formats import PackFormat
+from fourfold.kernels.decode import decode
 from fourfold.planning.conformance import tiny_models
 
 # Model type -> the kind that must be observed. (Names are in tests only: the code knows none.)
@@ -140,6 +148,42 @@ def test_autograd_keeps_no_decoded_weight_and_hooks_around_are_honoured(model_ty
     monkeypatch.setattr(_Scope, "view", lambda self, tensor: None)  # the control: without views they are kept
     with pytest.raises(AssertionError):
         run()
+
+
+VIEWS = {
+    "one expert": lambda w: w[2],
+    "some experts, transposed": lambda w: w[1:3].transpose(1, 2),
+    "rows of one expert": lambda w: w[3, 5:11],
+    "columns of all": lambda w: w[..., 7:40:3],
+    "one row": lambda w: w[1, 4],
+    "all": lambda w: w,
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+@pytest.mark.parametrize("model_type", ["llama4_text", "dbrx", "step3p5"])
+def test_a_view_is_decoded_again_from_its_experts_alone(model_type: str, view, monkeypatch) -> None:
+    packed = pack(build(model_type))
+    module = next(m for m in packed.modules() if isinstance(m, PackedExperts))
+    counts: list[int] = []
+
+    def counting(stack, dtype):
+        counts.append(stack.shape.experts)
+        return decode(stack, dtype)
+
+    monkeypatch.setattr(own_forward, "decode", counting)
+    for projection in module.fourfold_layout.projections:
+        scope = _Scope(torch.float32)
+        weight = scope.weight(module, projection)
+        expected = view(weight.view(projection.shape.experts, -1, weight.shape[-1]))
+        saved = scope.view(expected)
+        counts.clear()
+        assert torch.equal(saved.decode(), expected)
+        touched = expected.shape[0] if expected.ndim == 3 else 1
+        assert counts == [touched]
+        scope.close()
+        assert scope.view(expected) is None
+        assert torch.equal(saved.decode(), expected)
 
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "dbrx"])

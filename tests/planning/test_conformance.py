@@ -34,6 +34,10 @@ KINDS = [
     "dbrx",  # flattened
     "diffusion_gemma",  # experts tied to others
     "qwen3_vl_moe",  # inside a vision-language model
+    "deepseek_v3",  # Linears that are fed four dimensions
+    "qwen4_exp_text",  # a Linear with `weight` in its name
+    "inkling2_text",  # Linears that are renamed, but not what belongs to them
+    "unlimited_ocr",  # Linears that files hold in another cut
     "switch_transformers",  # Linears
     "doge",  # refused
 ]

@@ -19,7 +19,7 @@ from torch import nn
 
 from fourfold.experts.forward import routed_forward
 from fourfold.experts.layout import read_layout
-from fourfold.experts.shapes import Layout, Projection, stored_name
+from fourfold.experts.shapes import Layout, Projection
 from fourfold.formats import PackedStack, PackFormat, decode_stack
 from fourfold.formats.quantize import pack_stack
 from fourfold.kernels import LowRank
@@ -46,7 +46,7 @@ class PackedExperts(nn.Module):
         """The packed weights of one projection."""
         suffixes = projection.shape.tensors(self.fourfold_format)
         # (not by attribute: a module that runs its own forward shows decoded weights there)
-        tensors = {suffix: self._parameters[stored_name(projection.name, suffix)] for suffix in suffixes}
+        tensors = {suffix: self._parameters[projection.name + suffix] for suffix in suffixes}
         return PackedStack.from_tensors(self.fourfold_format, projection.shape, cast(Any, tensors))
 
     def forward(
@@ -123,7 +123,7 @@ def prepare_module_(
     for projection in layout.projections:
         for suffix, tensor in PackedStack.empty(fmt, projection.shape, "meta").tensors():
             if suffix or packed_on_disk:
-                module._parameters[stored_name(projection.name, suffix)] = _frozen(tensor)
+                module._parameters[projection.name + suffix] = _frozen(tensor)
     return module
 
 
@@ -158,7 +158,7 @@ def pack_module_(
 def set_stack_(module: PackedExperts, projection: Projection, stack: PackedStack) -> None:
     """Register the tensors of a stack as the frozen parameters of a projection."""
     for suffix, tensor in stack.tensors():
-        module._parameters[stored_name(projection.name, suffix)] = _frozen(tensor)
+        module._parameters[projection.name + suffix] = _frozen(tensor)
 
 
 def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
@@ -170,7 +170,7 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
         decoded[projection.name] = _frozen(layout.from_stack(weight, projection))
         for suffix in projection.shape.tensors(module.fourfold_format):
             if suffix:
-                del module._parameters[stored_name(projection.name, suffix)]
+                del module._parameters[projection.name + suffix]
         module._parameters[projection.name] = decoded[projection.name]
     for attribute in (
         "fourfold_layout",

@@ -154,15 +154,3 @@ class OwnForwardLayout:
 
 
 Layout: TypeAlias = "ExpertsLayout | OwnForwardLayout"
-
-
-def stored_name(name: str, suffix: str) -> str:
-    """Name of a stored tensor: the parameter's for the data, with a suffix for its companions.
-
-    bitsandbytes' patterns for the Linears of a packed checkpoint match ``weight_absmax``, so a parameter that
-    is called ``weight`` gets companions of another name.
-    """
-    if not suffix:
-        return name
-    path, dot, leaf = name.rpartition(".")
-    return f"{path}{dot}{leaf.replace('weight', 'packed')}{suffix}"

@@ -19,7 +19,6 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 
 from fourfold.errors import CheckpointError
 from fourfold.experts import PackedExperts, Projection
-from fourfold.experts.shapes import stored_name
 from fourfold.formats import PackedStack
 from fourfold.formats.quantize import Packer, pack_stack
 
@@ -41,9 +40,7 @@ def packed_parameters(full_name: str, stack: PackedStack) -> dict[str, nn.Parame
 
     (A plain tensor that is returned to the loader becomes a trainable parameter if it is floating point.)
     """
-    return {
-        stored_name(full_name, suffix): nn.Parameter(t, requires_grad=False) for suffix, t in stack.tensors()
-    }
+    return {full_name + suffix: nn.Parameter(t, requires_grad=False) for suffix, t in stack.tensors()}
 
 
 class PackingConverter(WeightConverter):

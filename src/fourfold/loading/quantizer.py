@@ -29,7 +29,6 @@ from fourfold.experts import (
     release_readers_,
     unpack_module_,
 )
-from fourfold.experts.shapes import stored_name
 from fourfold.formats import COMPANION_SUFFIXES
 from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation, whole_names
@@ -140,7 +139,7 @@ class FourfoldQuantizer(HfQuantizer):
                 if source is None:
                     continue
                 for suffix in projection.shape.tensors(module.fourfold_format):
-                    self._tied[stored_name(f"{name}.{projection.name}", suffix)] = stored_name(source, suffix)
+                    self._tied[f"{name}.{projection.name}{suffix}"] = source + suffix
         ties.update(self._tied)
 
     # --- while loading
@@ -222,7 +221,7 @@ class FourfoldQuantizer(HfQuantizer):
             assert isinstance(module, PackedExperts)
             for projection in module.fourfold_layout.projections:
                 for suffix, (shape, dtype) in projection.shape.tensors(module.fourfold_format).items():
-                    leaf = stored_name(projection.name, suffix)
+                    leaf = projection.name + suffix
                     tensor = module._parameters[leaf]
                     assert tensor is not None
                     loaded = getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta

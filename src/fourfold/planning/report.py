@@ -15,7 +15,6 @@ from torch import nn
 from fourfold.errors import UnquantizedExpertsError
 from fourfold.experts import PackedExperts, find_experts
 from fourfold.experts.layout import clean_name, high_precision_tensors
-from fourfold.experts.shapes import stored_name
 
 ROLES = ("experts", "linears", "embeddings", "head", "router", "norms", "adapters", "other")
 
@@ -186,9 +185,7 @@ def make_report(model: nn.Module) -> Report:
                 nbytes = shape.nbytes(module.fourfold_format)
                 add("experts", held_as, logical, nbytes, logical * module.fourfold_dtype.itemsize)
                 suffixes = shape.tensors(module.fourfold_format)
-                expert_tensors |= {
-                    f"{found.name}.{stored_name(projection.name, suffix)}" for suffix in suffixes
-                }
+                expert_tensors |= {f"{found.name}.{projection.name}{suffix}" for suffix in suffixes}
             continue
         tensors = high_precision_tensors(found)
         expert_tensors |= set(tensors)

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from fourfold.experts import FoundExperts, PackedExperts
 from fourfold.experts.observe import blocks_around, possible_inputs
-from fourfold.experts.shapes import stored_name
 from fourfold.planning.conformance.row import NOISE, TIGHT, Row
 from fourfold.planning.conformance.tiny_models import HIDDEN, VOCABULARY
 
@@ -173,7 +172,7 @@ def check_output(
 
 
 def _replace(module: PackedExperts, name: str, suffix: str, tensor: torch.Tensor) -> None:
-    module._parameters[stored_name(name, suffix)] = nn.Parameter(tensor, requires_grad=False)
+    module._parameters[name + suffix] = nn.Parameter(tensor, requires_grad=False)
 
 
 def _roll_experts(module: PackedExperts, data: bool = True) -> None:
