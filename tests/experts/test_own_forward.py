@@ -123,15 +123,15 @@ def test_output_and_gradients_equal_bitsandbytes_round_trip(model_type: str, fmt
 def test_autograd_keeps_no_decoded_weight_and_hooks_around_are_honoured(model_type: str, monkeypatch) -> None:
     packed = pack(build(model_type))
     scopes: list[_Scope] = []
-    weight = _Scope.weight
+    decode_ = _Scope._decode
 
-    def record(self, module, projection):
+    def record(self, *args):
         scopes.append(self)
-        return weight(self, module, projection)
+        return decode_(self, *args)
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        pointer = tensor.untyped_storage().data_ptr()
-        assert not any(pointer in scope.origin for scope in scopes)  # of those that are open
+        identity = tensor.untyped_storage()._cdata
+        assert not any(identity in scope.origin for scope in scopes)  # of those that are open
         kept.append(tensor)
         return tensor
 
@@ -140,7 +140,7 @@ def test_autograd_keeps_no_decoded_weight_and_hooks_around_are_honoured(model_ty
             results(packed)
 
     kept: list[torch.Tensor] = []
-    monkeypatch.setattr(_Scope, "weight", record)
+    monkeypatch.setattr(_Scope, "_decode", record)
     run()
     assert scopes
     assert kept
@@ -148,6 +148,21 @@ def test_autograd_keeps_no_decoded_weight_and_hooks_around_are_honoured(model_ty
     monkeypatch.setattr(_Scope, "view", lambda self, tensor: None)  # the control: without views they are kept
     with pytest.raises(AssertionError):
         run()
+
+
+@pytest.mark.parametrize("model_type", OBSERVED)
+def test_experts_taken_by_index_are_decoded_one_at_a_time(model_type: str, monkeypatch) -> None:
+    packed = pack(build(model_type))
+    counts: set[int] = set()
+
+    def counting(stack, dtype):
+        counts.add(stack.shape.experts)
+        return decode(stack, dtype)
+
+    monkeypatch.setattr(own_forward, "decode", counting)
+    results(packed)
+    products_of_stacks = model_type in ("llama4_text", "inkling_text")
+    assert (counts == {1}) != products_of_stacks
 
 
 VIEWS = {
