@@ -288,6 +288,33 @@ def test_a_newer_format_is_refused(mixtral: Path, tmp_path: Path) -> None:
         load(folder)
 
 
+def test_packed_tensors_may_also_have_the_names_of_the_original(mixtral: Path, tmp_path: Path) -> None:
+    """As a checkpoint that was packed without building the model has them."""
+    folder = packed_folder(mixtral, tmp_path / "packed")
+    expected = logits(load(folder))
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {re.sub(r"\.mlp\.", ".block_sparse_moe.", name): t for name, t in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"].pop("tensor_names") == "model"
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load(folder)
+    assert torch.equal(logits(model), expected)
+    fourfold.dequantize(model).save_pretrained(tmp_path / "plain")
+    original = {key for file in mixtral.glob("*.safetensors") for key in load_file(file)}
+    assert set(load_file(tmp_path / "plain" / "model.safetensors")) == original
+
+
+def test_unknown_tensor_names_are_refused(mixtral: Path, tmp_path: Path) -> None:
+    folder = packed_folder(mixtral, tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["tensor_names"] = "sorted"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="newer fourfold"):
+        load(folder)
+
+
 def test_not_finite_weights_are_refused_with_their_name(tmp_path: Path) -> None:
     model = tiny.build(tiny.mixtral())
     with torch.no_grad():

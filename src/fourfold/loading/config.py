@@ -103,6 +103,11 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
                 f"experts_quant_type={self.experts_quant_type!r}; valid are None (as the Linears), nf4, fp4, "
                 "int8, none"
             )
+        if self.tensor_names not in (None, MODEL_NAMES):
+            raise CheckpointError(
+                f"this checkpoint has tensor_names={self.tensor_names!r}, which this release does not know; "
+                "install a newer fourfold"
+            )
         fmt = self.experts_format()
         if fmt is None and not self.is_linear_quantized:
             raise ConfigurationError(

@@ -253,7 +253,7 @@ class FourfoldQuantizer(HfQuantizer):
         if not self.packed:  # a plain bitsandbytes checkpoint, as stock would write it
             model._weight_conversions = [c for c in conversions if not _reads_linears(c)]
             return
-        if not self._names_are_the_models:
+        if not self.pre_quantized:  # (of a packed checkpoint, the default ones lead to the original keys)
             self._original_conversions = [c for c in conversions if not _reads_linears(c)]
         self.config.tensor_names = MODEL_NAMES
         model._weight_conversions = []
