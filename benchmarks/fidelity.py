@@ -33,7 +33,7 @@ from fourfold.experts import PackedExperts, find_experts
 from fourfold.formats import PackFormat
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "examples" / "quickstart"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "examples" / "quickstart"), str(ROOT / "tests" / "helpers")]
 
 ROWS: dict[str, dict[str, Any]] = {
     "INT8": {"experts_quant_type": "int8"},

@@ -268,6 +268,29 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was to be reached: a value and its bound for each target that the variants measured can tell."""
+    by_name = {r["variant"]: r for r in results}
+    found: list[dict[str, Any]] = []
+
+    def expect(what: str, value: float, bound: float) -> None:
+        found.append({"what": what, "value": value, "bound": bound, "reached": value <= bound})
+
+    for name in ("fourfold", "fourfold-nf4"):
+        if ours := by_name.get(name):
+            expect(f"{name}: resident bytes", ours["resident_bytes"], 1.01 * ours["target_bytes"])
+            expect(f"{name}: peak loading", ours["peak_loading_bytes"], ours["resident_bytes"] + 256 * 2**20)
+    for ours, others in (
+        ("fourfold", ("bf16", "bnb-4bit", "parametrization")),
+        ("fourfold-attention", ("parametrization-attention",)),
+    ):
+        for other in others:
+            if ours in by_name and "step_ms" in by_name.get(other, {}):
+                for key in ("step_ms", "peak_training_bytes"):
+                    expect(f"{ours}: {key} against {other}", by_name[ours][key], by_name[other][key])
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -308,11 +331,16 @@ def main() -> int:
         results.append(json.loads(part.read_text()))
         part.unlink()
         print(table(results[-1:]), flush=True)
-    record = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions(),
+    }
     record |= {
         "layers": arguments.layers,
         "batch": arguments.batch,
         "length": arguments.length,
+        "targets": targets(results),
         "results": results,
     }
     arguments.out.write_text(json.dumps(record, indent=1))
@@ -322,7 +350,11 @@ def main() -> int:
     arguments.out.write_text(json.dumps(record, indent=1))
     print(json.dumps(record["versions"]))
     print(table(results))
-    return 0
+    for target in record["targets"]:
+        word = "ok" if target["reached"] else "NO"
+        print(f"{word}  {target['what']}: {target['value']:.0f} <= {target['bound']:.0f}")
+    missing = set(arguments.variants) - {r["variant"] for r in results}
+    return 0 if all(t["reached"] for t in record["targets"]) and not missing else 1
 
 
 if __name__ == "__main__":

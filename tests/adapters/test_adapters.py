@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fourfold
@@ -106,14 +106,17 @@ def test_every_factor_gets_stocks_gradient(pair, checkpointing: bool) -> None:
         assert (ours - wanted).norm() <= 1e-5 * wanted.norm(), name
 
 
+def packed_config() -> fourfold.MoeBitsAndBytesConfig:
+    return fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4")
+
+
 @pytest.fixture
 def packed(tmp_path: Path):
     tiny.save(tiny.mixtral(), tmp_path)
-    config = fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4")
-    return AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    return AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=packed_config())
 
 
-def test_two_adapters_switch_and_add(packed) -> None:
+def test_two_adapters_switch_and_add(packed, tmp_path: Path) -> None:
     model = get_peft_model(packed, lora(packed))
     first = logits(model)
     torch.manual_seed(9)
@@ -126,9 +129,12 @@ def test_two_adapters_switch_and_add(packed) -> None:
     both = logits(model)
     with model.disable_adapter():
         base = logits(model)
-    # Additive inside each projection, so to first order in the logits of a model this shallow.
-    assert not torch.allclose(both, first, atol=1e-3)
-    assert not torch.allclose(both, second, atol=1e-3)
+    model.save_pretrained(tmp_path / "adapters")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=packed_config())
+    stock = PeftModel.from_pretrained(fourfold.dequantize(plain), tmp_path / "adapters")
+    stock.load_adapter(tmp_path / "adapters" / "second", "second")
+    stock.base_model.set_adapter(["default", "second"])
+    assert torch.allclose(both, logits(stock), atol=1e-6)
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
     model.delete_adapter("second")
@@ -145,10 +151,43 @@ def test_one_projection_alone(packed) -> None:
     assert all(gradient is not None for gradient in gradients(model).values())
 
 
-def test_merging_into_packed_weights_is_refused(packed) -> None:
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_merging_into_packed_weights_is_refused_and_leaves_the_model_whole(packed, how: str) -> None:
     model = get_peft_model(packed, lora(packed))
+    before = logits(model)
     with pytest.raises(AdapterError, match="dequantize"):
-        model.merge_and_unload()
+        getattr(model, how)()
+    assert not any(getattr(m, "merged", False) for m in model.modules())
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"init_lora_weights": "eva"}, "init_lora_weights='eva'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "orthogonal", "r": 4}, "init_lora_weights='orthogonal'"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"exclude_modules": ["mlp.experts"]}, "exclude_modules"),
+        ({"exclude_modules": r".*layers\.0\..*"}, "exclude_modules"),
+    ],
+)
+def test_what_peft_would_ignore_on_experts_is_refused(packed, setting, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        get_peft_model(packed, lora(packed, target_modules=["q_proj"], **setting))
+
+
+def test_a_second_adapter_is_checked_as_the_first(packed) -> None:
+    model = get_peft_model(packed, lora(packed))
+    with pytest.raises(AdapterError, match="layers_to_transform"):
+        model.add_adapter("second", lora(packed, layers_to_transform=[0]))
+
+
+def test_excluding_other_modules_is_left_to_peft(packed) -> None:
+    model = get_peft_model(packed, lora(packed, exclude_modules=r".*layers\.0\..*q_proj"))
+    names = [n for n, _ in model.named_parameters() if "lora_" in n]
+    assert not any("layers.0.self_attn.q_proj" in n for n in names)
+    assert any("layers.0.mlp.experts" in n for n in names)
 
 
 @pytest.mark.parametrize("setting", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
@@ -227,3 +266,34 @@ def test_helpers_add_save_and_load(packed, tmp_path: Path) -> None:
         add_lora(packed, dropout=0.1, **arguments)
     with pytest.raises(AdapterError, match="train nothing"):
         add_lora(packed, r=4, alpha=8, target_modules=None, target_parameters=None)
+
+
+@pytest.mark.parametrize("change", ["missing", "added", "truncated", "pickled"])
+def test_an_adapter_that_does_not_fit_is_refused(packed, tmp_path: Path, change: str) -> None:
+    folder = tmp_path / "adapter"
+    get_peft_model(packed, lora(packed)).save_pretrained(folder)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith("experts.lora_B.weight"))
+    if change == "missing":
+        del tensors[name]
+    elif change == "added":
+        tensors[name.replace("layers.0", "layers.7")] = tensors[name].clone()
+    save_file(tensors, file)
+    if change == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif change == "pickled":
+        torch.save(tensors, folder / "adapter_model.bin")
+        file.unlink()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=packed_config())
+    words = {"missing": "lacks", "added": "layers.7", "truncated": "truncated", "pickled": "safetensors"}
+    with pytest.raises(AdapterError, match=words[change]):
+        load_adapter(plain, folder)
+
+
+def test_a_different_adapter_per_row_and_unmerging_are_refused(packed) -> None:
+    model = get_peft_model(packed, lora(packed)).eval()
+    with pytest.raises(ValueError, match="mixed adapter batches"), torch.no_grad():
+        model(IDS, adapter_names=["default", "__base__"])
+    with pytest.raises(AdapterError, match="nothing is ever merged"):
+        model.unmerge_adapter()

@@ -4,19 +4,21 @@ mistake."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from tiny_chat import Settings
 
 from fourfold import errors
 from fourfold.cli import main
 from fourfold.cli.main import COMMANDS, explain
+from tiny_chat import Settings
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -25,7 +27,17 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
     """Exit status, what standard output holds (nothing but JSON), standard error."""
     status = main([*arguments, "--json"])
     captured = capsys.readouterr()
-    return status, json.loads(captured.out), captured.err
+    return status, strictly(captured.out), captured.err
+
+
+def strictly(text: str) -> dict[str, Any]:
+    """JSON as the standard has it: Python's own reader takes NaN and Infinity as well."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    result: dict[str, Any] = json.loads(text, parse_constant=refuse)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +99,57 @@ def test_train(capsys: pytest.CaptureFixture[str], settings: Settings, write_con
     assert data == json.loads(Path(data["adapter"], "report.json").read_text())
 
 
+def test_overrides_may_stand_after_options(
+    capsys: pytest.CaptureFixture[str], settings: Settings, write_config: Write
+) -> None:
+    config = str(write_config(settings(eval_steps=0)))
+    for arguments in (
+        [config, "--json", "lora_rnk=1"],
+        ["--json", config, "lora_rnk=1"],
+        [config, "seed=2", "--json", "lora_rnk=1"],
+    ):
+        assert main(["train", *arguments]) == 2
+        assert "command line, lora_rnk: unknown key" in strictly(capsys.readouterr().out)["error"]["message"]
+    assert main(["train", config, "--json", "--fast"]) == 2
+    assert "unrecognized arguments: --fast" in capsys.readouterr().err
+    assert main(["verify", "folder", "another"]) == 2
+    assert "unrecognized arguments: another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train"], "required: config"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["generate", "m", "--prompt", "a", "--max-new-tokens", "abc"], "'abc' is no positive whole number"),
+        (["generate", "m", "--prompt", "a", "--max-new-tokens", "0"], "'0' is no positive whole number"),
+    ],
+)
+def test_wrong_usage_is_json_too(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    status = main([*arguments, "--json"])
+    captured = capsys.readouterr()
+    assert status == 2
+    assert said in strictly(captured.out)["error"]["message"]
+    assert said in captured.err
+    assert captured.err.startswith("usage: fourfold")
+    assert main(arguments) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_single_held_out_answer_gives_valid_json(
+    capsys: pytest.CaptureFixture[str], settings: Settings, write_config: Write
+) -> None:
+    config = write_config(settings(max_steps=2, eval_steps=0, test_datasets=None, val_set_size=1))
+    status, data, _ = run_json(capsys, "train", str(config))
+    assert status == 0
+    assert data["held_out_loss"]["improvement"]["standard_error"] is None
+    strictly(Path(data["adapter"], "report.json").read_text())
+
+
 def test_train_shows_the_table(
     capsys: pytest.CaptureFixture[str], settings: Settings, write_config: Write
 ) -> None:
-    assert main(["train", str(write_config(settings(max_steps=1, eval_steps=0)))]) == 0
+    assert main(["train", str(write_config(settings(max_steps=1, warmup_steps=0, eval_steps=0)))]) == 0
     out = capsys.readouterr().out
     assert "held-out after" in out
     assert "NF4" in out
@@ -169,6 +228,48 @@ def test_verify(
     assert "no such folder" in capsys.readouterr().err
 
 
+def test_verify_reads_the_headers_of_the_files(
+    capsys: pytest.CaptureFixture[str], packed_folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    def verify(change) -> tuple[int, str]:
+        folder = tmp_path / "copy"
+        shutil.copytree(packed_folder, folder)
+        change(folder)
+        status, data, _ = run_json(capsys, "verify", str(folder))
+        shutil.rmtree(folder)
+        return status, data["message"]
+
+    def edit(mend):
+        def change(folder: Path) -> None:
+            tensors = load_file(folder / "model.safetensors")
+            save_file(mend(tensors), folder / "model.safetensors")
+
+        return change
+
+    def in_bf16(tensors):
+        return {k: v.bfloat16() if k.endswith("experts.down_proj") else v for k, v in tensors.items()}
+
+    def without_absmax(tensors):
+        return {k: v for k, v in tensors.items() if not k.endswith("experts.down_proj_absmax")}
+
+    def cut(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+
+    def outside(folder: Path) -> None:
+        index = {"weight_map": {"a": "../model.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    assert verify(lambda folder: (folder / "model.safetensors").unlink()) == (1, mock.ANY)
+    assert "high precision" in verify(edit(in_bf16))[1]
+    assert "no tensor" in verify(edit(without_absmax))[1]
+    assert "truncated" in verify(cut)[1]
+    assert "outside its folder" in verify(outside)[1]
+    assert all(verify(c)[0] == 1 for c in (edit(in_bf16), edit(without_absmax), cut, outside))
+
+
 def test_verify_a_dense_model(capsys: pytest.CaptureFixture[str], dense_folder: Path) -> None:
     assert main(["verify", str(dense_folder)]) == 0
     assert "no experts" in capsys.readouterr().out
@@ -215,7 +316,7 @@ def test_bad_input_of_generate(
         ([str(moe_folder), "--prompt", "a", "--adapter", str(tmp_path)], "no adapter there"),
         ([str(packed_folder), "--prompt", "a", "--load-in-8bit"], "packed already"),
         ([str(moe_folder), "--prompt", "a", "--load-in-8bit", "--load-in-4bit"], "not allowed with"),
-        ([str(moe_folder), "--prompt", "a", "--max-new-tokens", "0"], "not positive"),
+        ([str(moe_folder), "--prompt", "a", "--max-new-tokens", "0"], "no positive whole number"),
     ]
     for arguments, said in cases:
         assert main(["generate", *arguments]) == 2, arguments

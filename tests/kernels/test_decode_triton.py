@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+import needs
 from fourfold.formats import PackedStack, PackFormat, StackShape, decode_stack
 from fourfold.formats.quantize import pack_stack
 
-triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
+triton = needs.triton()
 
 FORMATS = [
     PackFormat("nf4"),

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+import needs
 from fourfold.kernels import combine, dispatch, route
 
-triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
+triton = needs.triton()
 T, K, E, H = 37, 3, 6, 72
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationMethod
@@ -201,6 +202,73 @@ def test_a_dense_model_is_plain_bitsandbytes(tmp_path: Path) -> None:
         load(tmp_path / "dense", experts_quant_type="nf4")
 
 
+@pytest.mark.parametrize("width", [96, 32])
+def test_linears_that_this_cpu_would_compute_wrongly_are_refused(
+    tmp_path: Path, width: int, monkeypatch
+) -> None:
+    from fourfold.loading import cpu_linears
+
+    monkeypatch.setattr(cpu_linears, "decodes_rows_of", lambda *_: False)
+    tiny.save(tiny.mixtral(head_dim=width // 4), tmp_path)
+    with pytest.raises(ConfigurationError, match=rf"self_attn.o_proj \({width}\)") as raised:
+        load(tmp_path, load_in_4bit=True)
+    patterns = json.loads(re.search(r"skip_modules=(\[.+?\])", str(raised.value)).group(1).replace("'", '"'))
+    model = load(tmp_path, load_in_4bit=True, llm_int8_skip_modules=patterns)
+    assert type(model.model.layers[0].self_attn.o_proj) is torch.nn.Linear
+
+
+def test_the_probe_of_this_cpu_agrees_with_bitsandbytes() -> None:
+    import bitsandbytes.functional as bnb
+
+    from fourfold.loading.cpu_linears import decodes_rows_of
+
+    assert decodes_rows_of(128, 64, "nf4")
+    for columns in (32, 96, 160):
+        w = torch.randn(64, columns)
+        error = (
+            bnb.dequantize_4bit(*bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")) - w
+        ).norm() / w.norm()
+        assert decodes_rows_of(columns, 64, "nf4") == (error < 0.12)
+
+
+def test_gates_of_shared_experts_stay_in_high_precision() -> None:
+    from fourfold.loading.skeleton import build_skeleton
+
+    config = transformers.Qwen2MoeConfig(**tiny.COMMON, hidden_size=64, num_experts=4, decoder_sparse_step=1)
+    model = build_skeleton(config, Config(load_in_4bit=True))
+    assert type(model.model.layers[0].mlp.shared_expert_gate) is torch.nn.Linear
+    assert type(model.model.layers[0].mlp.shared_expert.up_proj) is not torch.nn.Linear
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
+def test_device_maps(mixtral: Path, tmp_path: Path, device_map) -> None:
+    config = Config(experts_quant_type="nf4")
+    mapped = AutoModelForCausalLM.from_pretrained(mixtral, quantization_config=config, device_map=device_map)
+    assert torch.equal(logits(mapped), logits(load(mixtral, experts_quant_type="nf4")))
+
+
+def test_device_maps_count_packed_bytes(mixtral: Path) -> None:
+    """`device_map="auto"` and the allocator's warm-up multiply by this; bf16 would be four times as much."""
+    model = load(mixtral, experts_quant_type="nf4")
+    experts = tiny.experts_of(model)
+    quantizer = model.hf_quantizer
+    for name in ("gate_up_proj", "down_proj"):
+        packed = getattr(experts, name)
+        shape = experts.fourfold_layout.model_shape(experts.fourfold_layout.projection(name))
+        full = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        size = quantizer.param_element_size(model, f"model.layers.0.mlp.experts.{name}", full)
+        assert size * full.numel() == packed.numel()
+    head = model.lm_head.weight
+    assert quantizer.param_element_size(model, "lm_head.weight", head) == head.element_size()
+
+
+def test_expert_parallelism_is_refused(mixtral: Path) -> None:
+    model = load(mixtral, experts_quant_type="nf4")
+    tiny.experts_of(model)._is_expert_parallel = True
+    with pytest.raises(UnsupportedExpertsError, match="expert parallelism"):
+        logits(model)
+
+
 def test_guards_of_quantized_models_are_kept(mixtral: Path) -> None:
     model = load(mixtral, load_in_4bit=True)
     assert model.is_loaded_in_4bit
@@ -270,6 +338,45 @@ def test_a_missing_packed_tensor_is_an_error_with_its_name(
         load(folder)
 
 
+def test_scales_stored_in_another_dtype_are_refused(mixtral: Path, tmp_path: Path) -> None:
+    """The loader would cast them by value into int32: all zero."""
+    folder = packed_folder(mixtral, tmp_path / "packed")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(k for k in tensors if re.search(r"layers\.1\..*experts\.down_proj_absmax$", k))
+    tensors[name] = tensors[name].view(torch.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*down_proj_absmax is F32"):
+        load(folder)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_scales_that_are_no_numbers_are_refused(mixtral: Path, tmp_path: Path, double_quant: bool) -> None:
+    settings = {"experts_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant}
+    folder = packed_folder(mixtral, tmp_path / "packed", **settings)
+    tensors = load_file(folder / "model.safetensors")
+    suffix = "absmax_offset" if double_quant else "absmax"
+    name = next(k for k in tensors if re.search(rf"layers\.1\..*experts\.down_proj_{suffix}$", k))
+    tensors[name].view(torch.float32).view(-1)[0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"layers\.1\.mlp\.experts\.down_proj_{suffix} hold NaN"):
+        load(folder)
+
+
+def test_high_precision_experts_under_a_packed_configuration_are_refused(
+    mixtral: Path, tmp_path: Path
+) -> None:
+    folder = packed_folder(mixtral, tmp_path / "packed")
+    fourfold.dequantize(load(folder)).save_pretrained(tmp_path / "plain")
+    config = json.loads((folder / "config.json").read_text())
+    stored = load_file(tmp_path / "plain" / "model.safetensors")
+    fused = load(tmp_path / "plain").state_dict()
+    stored |= {k.replace("mlp", "block_sparse_moe"): v for k, v in fused.items() if "experts" in k}
+    save_file({k: v.contiguous() for k, v in stored.items()}, tmp_path / "plain" / "model.safetensors")
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="stored in high precision"):
+        load(tmp_path / "plain")
+
+
 def test_a_missing_expert_is_an_error_with_its_name(mixtral: Path, tmp_path: Path) -> None:
     tiny.save(tiny.mixtral(), tmp_path / "one")
     tensors = load_file(tmp_path / "one" / "model.safetensors")
@@ -315,14 +422,14 @@ def test_unknown_tensor_names_are_refused(mixtral: Path, tmp_path: Path) -> None
         load(folder)
 
 
-def test_not_finite_weights_are_refused_with_their_name(tmp_path: Path) -> None:
-    model = tiny.build(tiny.mixtral())
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_not_finite_weights_are_refused_with_their_name(tmp_path: Path, kind: str) -> None:
+    model = tiny.build(tiny.KINDS[kind]())
+    name, experts = [(f.name, f.module) for f in find_experts(model)][-1]
     with torch.no_grad():
-        model.model.layers[1].mlp.experts.down_proj[3, 0, 0] = float("nan")
+        experts.down_proj[3, 0, 0] = float("nan")
     model.save_pretrained(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"layers\.1\.mlp\.experts\.down_proj: weights of expert\(s\) 3"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}\.down_proj: weights of expert\(s\) 3"):
         load(tmp_path, experts_quant_type="nf4")
 
 
@@ -335,6 +442,7 @@ def test_not_finite_weights_are_refused_with_their_name(tmp_path: Path) -> None:
         ({"load_in_4bit": True, "experts_quant_type": "int4"}, "valid are"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "nf5"),
         ({"load_in_8bit": True, "experts_blocksize": 32}, "experts_blocksize"),
+        ({"load_in_8bit": True, "bnb_4bit_quant_type": "nf4"}, "bnb_4bit_quant_type='nf4' has no meaning"),
         ({"load_in_8bit": True, "bnb_4bit_use_double_quant": True}, "double"),
         ({"load_in_4bit": True, "bnb_4bit_qant_type": "nf4"}, "bnb_4bit_qant_type"),
     ],
@@ -362,7 +470,7 @@ def test_experts_that_cannot_be_packed_are_refused_before_weights_are_read(tmp_p
     build_skeleton(tmp_path, Config(load_in_4bit=True, experts_quant_type="none"))
 
 
-def test_importing_fourfold_is_light_and_changes_nothing() -> None:
+def test_importing_fourfold_is_light() -> None:
     code = (
         "import sys, time; t = time.perf_counter(); import fourfold; t = time.perf_counter() - t;"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules and 'peft' not in "

@@ -46,6 +46,15 @@ def test_left_on_request_is_reported_not_refused(folder: Path) -> None:
     assert report.left_on_request == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
 
 
+def test_left_on_request_is_remembered_by_a_plain_checkpoint(folder: Path, tmp_path: Path) -> None:
+    load(folder, load_in_4bit=True, experts_quant_type="none").save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert fourfold.verify(again).left_on_request == [
+        "model.layers.0.mlp.experts",
+        "model.layers.1.mlp.experts",
+    ]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -71,7 +80,11 @@ def test_logical_parameters_and_bytes(folder: Path, settings) -> None:
         "norms",
     }
     json.dumps(report.to_dict())
-    assert "experts" in str(report)
+    header, *lines = str(report).split("\n")[: len(report.rows) + 2]
+    numbers = [[int(word.replace(",", "")) for word in line.split()[-3:]] for line in lines]
+    assert [line.split()[0] for line in lines] == [row.role for row in report.rows] + ["total"]
+    assert [sum(column) for column in zip(*numbers[:-1], strict=True)] == numbers[-1]
+    assert len(header) == len(lines[0])
 
 
 def test_bytes_of_four_bit_linears_are_those_stored(folder: Path) -> None:

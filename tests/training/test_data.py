@@ -7,18 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_chat import conversation, write_jsonl
+import trl
 
 from fourfold.errors import DataError
-from fourfold.training.data import (
-    IGNORED,
-    Conversation,
-    encode,
-    load_conversations,
-    read_conversations,
-    tokenize,
-)
+from fourfold.training.data import IGNORED, encode, load_conversations, tokenize
+from fourfold.training.records import Conversation, read_conversations
 from fourfold.training.schema import DatasetConfig, TrainConfig
+from tiny_chat import conversation, write_jsonl
 
 
 def turns(*contents: str, first: str = "user") -> list[dict[str, str]]:
@@ -28,7 +23,7 @@ def turns(*contents: str, first: str = "user") -> list[dict[str, str]]:
 
 def labelled(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[str], list[str]]:
     """All tokens, and those with a label (others as -)."""
-    ids, labels = encode(Conversation(messages, "here"), tokenizer)
+    [(ids, labels)] = encode(Conversation(messages, "here"), tokenizer)
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     names = tokenizer.convert_ids_to_tokens(ids)
     return names, [name if label != IGNORED else "-" for name, label in zip(names, labels, strict=True)]
@@ -55,7 +50,18 @@ def test_a_system_turn_is_not_labelled(tokenizer: Any) -> None:
     assert [name for name in labelled(messages, tokenizer)[1] if name != "-"] == ["the", "rose", "<|end|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(
+def answers_of(conversation: Conversation, tokenizer: Any) -> list[tuple[str, str]]:
+    """For each example what is shown before its first label, and what is labelled."""
+    result = []
+    for ids, labels in encode(conversation, tokenizer):
+        assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+        first = next(index for index, label in enumerate(labels) if label != IGNORED)
+        trained = [label for label in labels if label != IGNORED]
+        result.append((tokenizer.decode(ids[:first]), tokenizer.decode(trained)))
+    return result
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_an_answer(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Drops what the assistant said before, as reasoning templates drop earlier thoughts.
@@ -65,9 +71,94 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(
         "{% if add_generation_prompt %}<|assistant|> {% endif %}"
     )
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    labelled(turns("what is red", "the rose"), tokenizer)
-    with pytest.raises(DataError, match=r"here: the chat template is not prefix-consistent.*messages\[1\]"):
-        labelled(turns("what is red", "the rose", "what is green", "the grass"), tokenizer)
+    both = Conversation(turns("what is red", "the rose", "what is green", "the grass"), "here")
+    [(shown, first), (then, second)] = answers_of(both, tokenizer)
+    assert (first, second) == ("the rose <|end|>", "the grass <|end|>")
+    assert "rose" not in shown
+    assert "rose" not in then  # dropped by the template: as the model will see it
+    assert tokenize([both], tokenizer, 64, "datasets").to_dict()["examples"] == 2
+
+
+def test_a_template_that_rewrites_what_the_answer_follows_is_refused(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = (
+        "{% for m in messages %}<|{{ m['role'] }}|> {% if loop.last %}{{ m['content'] }} {% endif %}"
+        "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|> {% endif %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(
+        DataError, match=r"here: .* before messages\[1\] differently once that answer follows"
+    ):
+        labelled(turns("what is red", "the rose"), tokenizer)
+
+
+TRL_TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+# Their content is lists of parts, and not text.
+PARTS_ONLY = ("idefics3", "llava_next", "smolvlm")
+
+
+def byte_tokenizer(template: str) -> Any:
+    """Every text to ids and back, as real tokenizers do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|eos|>", bos_token="<|bos|>")
+    fast.chat_template = template
+    return fast
+
+
+@pytest.mark.parametrize("path", TRL_TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("answers", [1, 2, 3])
+def test_templates_of_published_models(path: Path, answers: int) -> None:
+    said = ["It is alpha.", "It is beta.", "It is gamma."][:answers]
+    asked = [f"Question {letter}?" for letter in "PQR"][:answers]
+    messages = turns(*(text for pair in zip(asked, said, strict=True) for text in pair))
+    tokenizer = byte_tokenizer(path.read_text(encoding="utf-8"))
+    if path.stem.startswith(PARTS_ONLY):
+        with pytest.raises(DataError, match=r"leaves out the text of messages\[1\]|refuses the turns"):
+            encode(Conversation(messages, "here"), tokenizer)
+        return
+    examples = encode(Conversation(messages, "here"), tokenizer)
+    assert len(examples) in (1, answers)
+    labelled_text = ""
+    for ids, labels in examples:
+        text = tokenizer.decode([label for label in labels if label != IGNORED])
+        assert "Question" not in text
+        labelled_text += text
+        assert asked[0] in tokenizer.decode(ids)
+    for answer in said:
+        assert labelled_text.count(answer) == 1, labelled_text
+
+
+def test_an_end_of_text_token_within_an_answer_does_not_cut_it(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Turns end otherwise here, and the end-of-text token is a word like any other.
+    template = (
+        "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    trained = labelled(turns("what is red", "the rose <|end|> is red the sky"), tokenizer)[1]
+    assert [name for name in trained if name != "-"] == ["the", "rose", "<|end|>", "is", "red", "the", "sky"]
+
+
+def test_weight_0_is_shown_and_not_trained(tokenizer: Any, tmp_path: Path) -> None:
+    messages: list[dict[str, Any]] = [
+        *turns("what is red", "the rose", "what is green", "the grass", "what is white", "the snow")
+    ]
+    for index, weight in ((1, 0), (3, 1), (5, 0)):
+        messages[index]["weight"] = weight
+    path = write_jsonl(tmp_path / "d.jsonl", [{"messages": messages, "id": 7, "tools": None}])
+    [record] = read_conversations(DatasetConfig(path=str(path)))
+    [(shown, trained)] = answers_of(record, tokenizer)
+    assert trained == "the grass <|end|>"
+    assert "rose" in shown
 
 
 def test_a_template_that_refuses_a_role(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,30 +173,52 @@ def test_a_tokenizer_without_template(tokenizer: Any, monkeypatch: pytest.Monkey
         tokenize([Conversation(turns("what", "red"), "here")], tokenizer, 64, "datasets")
 
 
-def test_long_examples_are_cut_and_counted(tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("excess", "lengths", "counts"),
+    [
+        ("drop", [8, 8, 8], {"truncated": 0, "dropped": 2, "tokens": 24, "trained_tokens": 6}),
+        ("truncate", [8, 16, 8, 8], {"truncated": 1, "dropped": 1, "tokens": 40, "trained_tokens": 17}),
+    ],
+)
+def test_long_examples_are_dropped_or_cut_and_counted(
+    tokenizer: Any, excess: str, lengths: list[int], counts: dict[str, int]
+) -> None:
     short, long = turns("what", "red"), turns("what", " ".join(["red"] * 40))
     hopeless = turns(" ".join(["what"] * 40), "red")
-    result = tokenize(
-        [Conversation(messages, "here") for messages in (short, long, short, hopeless)],
-        tokenizer,
-        16,
-        "datasets",
-    )
-    assert [len(ids) for ids in result.dataset["input_ids"]] == [8, 16, 8]
-    assert result.to_dict() == {
-        "examples": 3,
-        "truncated": 2,
-        "dropped": 1,
-        "tokens": 32,
-        "trained_tokens": 2 + 11 + 2,
-    }
+    records = [Conversation(messages, "here") for messages in (short, long, short, hopeless, short)]
+    result = tokenize(records, tokenizer, 16, "datasets", excess)
+    assert [len(ids) for ids in result.dataset["input_ids"]] == lengths
+    assert result.to_dict() == {"examples": len(lengths), **counts}
     assert all(len(row["input_ids"]) == len(row["labels"]) == row["length"] for row in result.dataset)
 
 
-def test_answers_lost_to_truncation_are_an_error(tokenizer: Any) -> None:
+def test_long_examples_may_be_an_error(tokenizer: Any) -> None:
+    long = Conversation(turns("what", " ".join(["red"] * 40)), "d.jsonl, line 3")
+    with pytest.raises(DataError, match=r"d\.jsonl, line 3: 47 tokens, and sequence_len is 16"):
+        tokenize([long], tokenizer, 16, "datasets", "raise")
+
+
+@pytest.mark.parametrize(
+    ("excess", "said"), [("drop", "are longer than"), ("truncate", "have no token of an answer within")]
+)
+def test_most_examples_dropped_is_an_error(tokenizer: Any, excess: str, said: str) -> None:
     hopeless = Conversation(turns(" ".join(["what"] * 40), "red"), "here")
-    with pytest.raises(DataError, match=r"datasets: 3 of 3 .* no token of an answer within sequence_len: 16"):
-        tokenize([hopeless] * 3, tokenizer, 16, "datasets")
+    with pytest.raises(DataError, match=rf"datasets: 3 of 3 examples {said} sequence_len: 16"):
+        tokenize([hopeless] * 3, tokenizer, 16, "datasets", excess)
+
+
+def test_the_digest_tells_data_apart(tokenizer: Any) -> None:
+    records = [Conversation(turns("what", answer), "here") for answer in ("red", "green")]
+    digests = {tokenize(some, tokenizer, 64, "d").digest for some in (records, records[::-1], records[:1])}
+    assert len(digests) == 3
+    assert tokenize(records, tokenizer, 64, "d").digest in digests
+
+
+def with_turn(**fields: Any) -> dict[str, Any]:
+    """A sound record whose answer has further fields."""
+    messages: list[dict[str, Any]] = [*turns("a", "b")]
+    messages[1].update(fields)
+    return {"messages": messages}
 
 
 BAD_ROWS: list[tuple[Any, str]] = [
@@ -125,6 +238,19 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"messages": [{"role": "asistant", "content": "a"}]}, "messages[0].role is 'asistant'. Did you mean"),
     ({"messages": [{"role": "assistant", "content": "a"}]}, "messages[0] is the assistant's"),
     ({"messages": turns("a")}, "no turn of the assistant"),
+    ('""', "a str, not an object with `messages`"),
+    ('"hello"', "a str, not an object with `messages`"),
+    ("[" * 100_000, "no JSON that can be read"),
+    ("1" * 5000, "no JSON that can be read"),
+    (with_turn(content="a\ud800"), "messages[1].content holds half a character (\\ud800 alone)"),
+    ({**with_turn(), "tools": [{"name": "f"}]}, "`tools` is not supported and would be left out"),
+    (with_turn(tool_calls=[{"id": 1}]), "messages[1].tool_calls is not supported"),
+    (with_turn(reasoning_content="hm"), "messages[1].reasoning_content is not supported"),
+    (with_turn(name="Bo"), "messages[1].name is not supported"),
+    (with_turn(weight=0.5), "messages[1].weight is 0.5"),
+    (with_turn(weight=True), "messages[1].weight is True"),
+    (with_turn(weight=0), "every turn of the assistant has weight 0"),
+    ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "messages[0].weight is 1, but only"),
 ]
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_chat import conversation
 
 from fourfold.errors import TrainingError
 from fourfold.training.data import Conversation, tokenize
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers, evaluating
 from fourfold.training.trainer import make_collator
+from tiny_chat import conversation
 
 
 @pytest.fixture(scope="module")

@@ -1,27 +1,21 @@
-"""Whole runs on a tiny random Mixtral: 4 bit, adapters, report, resumption; and what stops one before it is
-slow."""
+"""Whole runs on a tiny random Mixtral: 4 bit, adapters, report; and what stops one on the way."""
 
 from __future__ import annotations
 
-import io
+import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
-from tiny_chat import Settings, conversation
 
 from fourfold.errors import (
-    AdapterError,
-    ConfigurationError,
-    DataError,
-    FourfoldError,
     TrainingError,
     UnquantizedExpertsError,
-    UnsupportedExpertsError,
 )
 from fourfold.training import run as run_module
 from fourfold.training.evaluate import evaluate_answers
@@ -31,38 +25,7 @@ from fourfold.training.run import run
 from fourfold.training.schema import TrainConfig
 from fourfold.training.summary import RunResult, show
 from fourfold.training.trainer import make_collator
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=100)
-
-
-@pytest.fixture(scope="module")
-def trained(
-    moe_folder: Path, data_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RunResult, str]:
-    """One run that most tests look at, and what it printed."""
-    train, held_out = data_files
-    config = TrainConfig(
-        base_model=str(moe_folder),
-        adapter="qlora",
-        load_in_4bit=True,
-        datasets=[{"path": str(train)}],
-        test_datasets=[{"path": str(held_out)}],
-        sequence_len=64,
-        micro_batch_size=8,
-        max_steps=12,
-        learning_rate=0.02,
-        warmup_steps=1,
-        bf16=False,
-        eval_steps=6,
-        save_steps=4,  # an epoch is 6 steps: checkpoints in the middle of the first and of the second
-        output_dir=str(tmp_path_factory.mktemp("run") / "out"),
-    )
-    console = quiet()
-    result = run(config, console)
-    show(result, console)
-    return result, console.file.getvalue()  # type: ignore[attr-defined]
+from tiny_chat import Settings, conversation, quiet, write_jsonl
 
 
 def test_the_loss_falls(trained: tuple[RunResult, str]) -> None:
@@ -155,37 +118,6 @@ def test_the_saved_adapter_is_the_trained_one(
     assert again.per_answer == pytest.approx(result.before.per_answer, abs=1e-5)
 
 
-@pytest.mark.parametrize("step", [4, 8])
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
-    trained: tuple[RunResult, str], settings: Settings, step: int
-) -> None:
-    result, _ = trained
-    checkpoint = Path(result.adapter) / f"checkpoint-{step}"
-    torch.manual_seed(123)  # no help from a random state that happens to be the same
-    resumed = run(TrainConfig(**settings(resume_from_checkpoint=str(checkpoint))), quiet())
-    assert resumed.steps == 12
-    losses, expected = dict(resumed.curve.train), dict(result.curve.train)
-    assert list(losses) == list(range(step + 1, 13))
-    assert losses == pytest.approx({number: expected[number] for number in losses}, abs=1e-5)
-    whole, halves = (
-        load_file(Path(folder) / "adapter_model.safetensors") for folder in (result.adapter, resumed.adapter)
-    )
-    assert whole.keys() == halves.keys()
-    for name, tensor in whole.items():
-        torch.testing.assert_close(halves[name], tensor, rtol=1e-5, atol=1e-6)
-    assert resumed.before is not None
-    assert result.before is not None
-    assert resumed.before.per_answer == result.before.per_answer  # "before" is the base model, here too
-
-
-def test_resume_true_takes_the_last_checkpoint(trained: tuple[RunResult, str], settings: Settings) -> None:
-    result, _ = trained
-    config = TrainConfig(**settings(output_dir=result.adapter, resume_from_checkpoint=True, max_steps=13))
-    assert check(config).checkpoint == str(Path(result.adapter) / "checkpoint-12")
-    with pytest.raises(ConfigurationError, match="is at step 12 of 12 already"):
-        check(TrainConfig(**settings(output_dir=result.adapter, resume_from_checkpoint=True)))
-
-
 @pytest.mark.parametrize(
     ("changes", "experts"),
     [
@@ -213,9 +145,28 @@ def test_without_held_out_data_and_by_epochs(settings: Settings) -> None:
     assert checkpoints == ["checkpoint-2", "checkpoint-4"]
 
 
+def test_long_examples_are_dropped_and_reported(settings: Settings, tmp_path: Path) -> None:
+    long = conversation(0)
+    long["messages"][1]["content"] += " red" * 80
+    files = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [long, *(conversation(index) for index in range(1, 9))])
+        for name in ("train", "held-out")
+    ]
+    entries = [[{"path": str(path)}] for path in files]
+    config = TrainConfig(**settings(datasets=entries[0], test_datasets=entries[1], max_steps=2, eval_steps=0))
+    console = quiet()
+    result = run(config, console)
+    show(result, console)
+    assert (result.data["train"]["examples"], result.data["train"]["dropped"]) == (8, 1)
+    assert "1 longer ones dropped" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert result.sample["reference"] == conversation(1)["messages"][1]["content"]  # one that is evaluated
+    cut = run(config.model_copy(update={"excess_length_strategy": "truncate"}), console)
+    assert (cut.data["train"]["examples"], cut.data["train"]["truncated"]) == (9, 1)
+
+
 def test_targets_may_be_chosen(settings: Settings) -> None:
     only = {"lora_target_modules": ["q_proj"], "lora_target_parameters": []}
-    result = run(TrainConfig(**settings(max_steps=1, eval_steps=0, **only)), quiet())
+    result = run(TrainConfig(**settings(max_steps=1, warmup_steps=0, eval_steps=0, **only)), quiet())
     names = load_file(Path(result.adapter) / "adapter_model.safetensors")
     assert len(names) == 4
     assert all("q_proj" in name for name in names)
@@ -227,9 +178,69 @@ def test_a_dense_model_is_trained_without_experts(settings: Settings, dense_fold
     assert result.packed["experts"] == []
 
 
-def test_a_diverging_run_is_stopped(settings: Settings) -> None:
-    with pytest.raises(TrainingError, match=r"The loss .* is (nan|inf)"):
-        run(TrainConfig(**settings(learning_rate=1e30, lr_scheduler="constant", warmup_steps=0)), quiet())
+@pytest.mark.parametrize(("save_steps", "left"), [(0, "Nothing was saved."), (1, "Nothing was saved.")])
+def test_a_diverging_run_is_stopped(settings: Settings, save_steps: int, left: str) -> None:
+    # The first step's update is what ruins: the checkpoint of that step is not recommended.
+    changes = {"learning_rate": 1e30, "lr_scheduler": "constant", "warmup_steps": 0}
+    with pytest.raises(TrainingError, match=r"at step 2 is (nan|inf|not finite)") as caught:
+        run(TrainConfig(**settings(save_steps=save_steps, **changes)), quiet())
+    assert str(caught.value).endswith(left)
+    assert "unharmed" not in str(caught.value)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_adapters(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run_module.MoeTrainer.training_step
+    seen: dict[str, Any] = {}
+
+    def spoil(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = plain(self, model, inputs, *args, **kwargs)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if self.state.global_step == 3:
+            trainable[-1].grad.view(-1)[0] = float("nan")
+            seen.update(parameters=trainable, before=[p.detach().clone() for p in trainable])
+        return loss
+
+    monkeypatch.setattr(run_module.MoeTrainer, "training_step", spoil)
+    config = TrainConfig(**settings(save_steps=2))
+    with pytest.raises(TrainingError, match="A gradient at step 4 is not finite; the step was not") as caught:
+        run(config, quiet())
+    for parameter, before in zip(seen["parameters"], seen["before"], strict=True):
+        assert torch.equal(parameter, before)
+    last = Path(config.output_dir) / "checkpoint-2"
+    assert str(caught.value).endswith(f"The last checkpoint before that is {last}.")
+
+
+def test_the_report_is_written_before_the_curve(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise OSError("no room for a picture")
+
+    monkeypatch.setattr(run_module, "write_loss_curve", fails)
+    config = TrainConfig(**settings(max_steps=2, eval_steps=0))
+    with pytest.raises(OSError, match="no room"):
+        run(config, quiet())
+    assert json.loads((Path(config.output_dir) / "report.json").read_text())["steps"] == 2
+
+
+def test_a_missing_matplotlib_is_noticed_at_once() -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from fourfold.errors import ConfigurationError\n"
+        "try:\n    import fourfold.training.run\n"
+        "except ConfigurationError as error:\n    assert 'matplotlib' in str(error), error\n"
+        "else:\n    raise SystemExit('not noticed')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_gpus_are_reported(trained: tuple[RunResult, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _ = trained
+    assert result.to_dict()["unused_gpus"] == max(0, torch.cuda.device_count() - 1)
+    console = quiet()
+    show(dataclasses.replace(result, device="NVIDIA H100", unused_gpus=3), console)
+    assert "NVIDIA H100; 3 more visible, a run uses one" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_an_adapter_beside_the_path_of_the_data_stops_the_run(
@@ -259,130 +270,3 @@ def test_experts_that_stayed_unquantized_stop_the_run(
     monkeypatch.setattr(run_module.AutoModelForCausalLM, "from_pretrained", forgetful)
     with pytest.raises(UnquantizedExpertsError, match=r"mlp\.experts\.gate_up_proj"):
         run(TrainConfig(**settings()), quiet())
-
-
-def write_model_config(folder: Path, tokenizer: Any, config: Any) -> Path:
-    """A folder with a configuration and no weights at all."""
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def unsupported(kind: str) -> Any:
-    """Tiny configurations of models whose experts are of another kind."""
-    import transformers
-
-    if kind == "llama4":
-        return transformers.Llama4TextConfig(
-            vocab_size=32,
-            hidden_size=64,
-            intermediate_size=128,
-            intermediate_size_mlp=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            interleave_moe_layer_step=1,
-            pad_token_id=0,
-            architectures=["Llama4ForCausalLM"],
-        )
-    if kind == "dbrx":
-        return transformers.DbrxConfig(
-            d_model=64,
-            n_heads=4,
-            n_layers=2,
-            max_seq_len=64,
-            vocab_size=32,
-            attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
-            ffn_config={"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
-            architectures=["DbrxForCausalLM"],
-        )
-    return transformers.JetMoeConfig(
-        vocab_size=32,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_key_value_heads=2,
-        kv_channels=16,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        architectures=["JetMoeForCausalLM"],
-    )
-
-
-def test_bad_input_is_found_before_weights_are_read(
-    settings: Settings, moe_folder: Path, dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def must_not_load(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(run_module.AutoModelForCausalLM, "from_pretrained", must_not_load)
-    monkeypatch.chdir(Path(__file__).parents[2])
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps(conversation(0)) + "\n\n{}\n")
-    blocked = tmp_path / "blocked"
-    blocked.write_text("a file where a folder should be")
-    cases: list[tuple[dict[str, Any], type[FourfoldError], str]] = [
-        ({"base_model": str(tmp_path / "nowhere")}, ConfigurationError, "there is no folder"),
-        ({"base_model": "tests/no-such-model"}, ConfigurationError, "there is no folder"),
-        ({"base_model": str(empty)}, ConfigurationError, "has no config.json"),
-        (
-            {"base_model": str(dense_folder), "lora_target_parameters": ["mlp.experts.gate_up_proj"]},
-            AdapterError,
-            "dense",
-        ),
-        ({"lora_target_parameters": ["mlp.experts.gate_up_prj"]}, AdapterError, "mlp.experts.gate_up_proj"),
-        ({"lora_target_modules": ["q_porj"]}, AdapterError, "q_proj"),
-        ({"datasets": [{"path": str(rows)}]}, DataError, f"{rows}, line 2: empty row"),
-        ({"datasets": [{"path": str(tmp_path / "no.jsonl")}]}, DataError, "no such file"),
-        ({"output_dir": str(blocked / "out")}, ConfigurationError, "cannot write to"),
-        ({"resume_from_checkpoint": True}, ConfigurationError, "holds no checkpoint"),
-        ({"resume_from_checkpoint": str(empty)}, ConfigurationError, "is no checkpoint of a run"),
-        ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}}, ConfigurationError, "nf5"),
-        ({"bnb_config_kwargs": {"bnb_4bit_compute_dtype": "bf61"}}, ConfigurationError, "bnb_config_kwargs"),
-    ]
-    if not torch.cuda.is_available():
-        cases.append(({"optimizer": "paged_adamw_8bit"}, ConfigurationError, "needs a GPU"))
-    for changes, kind, said in cases:
-        with pytest.raises(kind) as caught:
-            run(TrainConfig(**settings(**changes)), quiet())
-        assert said in str(caught.value), changes
-        assert caught.value.exit_status == 2
-
-
-@pytest.mark.parametrize("kind", ["llama4", "dbrx", "jetmoe"])
-def test_experts_of_another_kind_are_refused_from_the_configuration_alone(
-    settings: Settings, tokenizer: Any, tmp_path: Path, kind: str
-) -> None:
-    folder = write_model_config(tmp_path / kind, tokenizer, unsupported(kind))
-    with pytest.raises(UnsupportedExpertsError, match="experts") as caught:
-        run(TrainConfig(**settings(base_model=str(folder))), quiet())
-    assert caught.value.exit_status == 2
-
-
-def test_checkpoints_that_are_quantized_otherwise_are_refused(
-    settings: Settings, moe_folder: Path, tokenizer: Any, tmp_path: Path
-) -> None:
-    stored = json.loads((moe_folder / "config.json").read_text())
-    stored["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    tokenizer.save_pretrained(tmp_path / "gptq")
-    (tmp_path / "gptq" / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(ConfigurationError, match=r"quantized already \(gptq\)"):
-        run(TrainConfig(**settings(base_model=str(tmp_path / "gptq"))), quiet())
-
-
-def test_a_packed_checkpoint_is_trained_as_it_is(
-    settings: Settings, moe_folder: Path, tmp_path: Path
-) -> None:
-    packed = tmp_path / "packed"
-    model, tokenizer = load_for_generation(str(moe_folder), 4)
-    model.save_pretrained(packed)
-    tokenizer.save_pretrained(packed)
-    result = run(TrainConfig(**settings(base_model=str(packed), max_steps=2, eval_steps=0)), quiet())
-    rows = result.packed["rows"]
-    assert [r["dtype"] for r in rows if r["role"] == "experts"] == ["NF4 /64 double-quantized"]
-    changes = {"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}
-    with pytest.raises(ConfigurationError, match="packed already and these settings cannot"):
-        run(TrainConfig(**settings(base_model=str(packed), **changes)), quiet())

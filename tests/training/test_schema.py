@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fourfold.errors import ConfigurationError
-from fourfold.training.contradictions import BNB_4BIT, BNB_8BIT, BNB_BOTH
+from fourfold.loading.arguments import BNB_4BIT, BNB_8BIT, BNB_BOTH
 from fourfold.training.schema import TrainConfig, load_config
 
 SOUND = """\
@@ -53,6 +53,7 @@ EVERY_KEY: dict[str, tuple[str, Any]] = {
     "lora_target_parameters": ("[]", []),
     "val_set_size": ("0.1", 0.1),
     "sequence_len": ("99", 99),
+    "excess_length_strategy": ("truncate", "truncate"),
     "micro_batch_size": ("3", 3),
     "gradient_accumulation_steps": ("2", 2),
     "max_steps": ("7", 7),
@@ -117,6 +118,8 @@ def test_a_null_where_a_value_is_needed(tmp_path: Path) -> None:
         ("val_set_size: -0.1", "line 7, val_set_size: -0.1 should be greater than or equal to 0"),
         ("val_set_size: 1.5", "line 7, val_set_size: 1.5 is no number of examples"),
         ("save_steps: 2.5", "line 7, save_steps: 2.5 is no number of steps"),
+        ("seed: 5000000000", "line 7, seed: 5000000000 should be less than 4294967296"),
+        ("excess_length_strategy: cut", "line 7, excess_length_strategy: 'cut' is not one of 'drop'"),
         ("sequence_len: 1", "line 7, sequence_len: 1 should be greater than or equal to 8"),
     ],
 )
@@ -136,6 +139,14 @@ def test_a_wrong_value_is_named_with_line_and_remedy(tmp_path: Path, wrong: str,
         ("eval_steps: 5", "eval_steps", "there is nothing to evaluate on. Set val_set_size or test_datasets"),
         ("val_set_size: 4\ntest_datasets: [{path: t.json}]", "val_set_size", "contradicts test_datasets"),
         ("test_datasets: [{path: train.jsonl}]", "test_datasets", "train.jsonl is trained on as well"),
+        ("test_datasets: [{path: ./train.jsonl}]", "test_datasets", "./train.jsonl is trained on as well"),
+        (
+            "learning_rate: 1e-8\nlr_scheduler: polynomial",
+            "learning_rate",
+            "lr_scheduler: polynomial ends at 1e-07",
+        ),
+        ("max_steps: 5\nwarmup_steps: 5", "warmup_steps", "5 of 5 steps: learning_rate would never be"),
+        ("max_steps: 5\nlogging_steps: 6", "logging_steps", "6, and the run has 5: no loss would be shown"),
         ("lr_scheduler: constant\nwarmup_steps: 3", "warmup_steps", "lr_scheduler: constant has no warm-up"),
         (
             "lora_target_modules: []\nlora_target_parameters: []",
@@ -223,6 +234,21 @@ def test_duplicates_name_both_lines(tmp_path: Path) -> None:
 def test_anchors_and_merges_are_no_duplicates(tmp_path: Path) -> None:
     text = SOUND.replace("  - path", "  - &one\n    path") + "  - <<: *one\n    path: other.jsonl\n"
     assert [entry.path for entry in load(tmp_path, text).datasets] == ["train.jsonl", "other.jsonl"]
+
+
+def test_home_is_expanded_wherever_a_path_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    text = SOUND.replace("some/model", "~/model").replace("train.jsonl", "~/train.jsonl")
+    text += (
+        "output_dir: ~/out\nresume_from_checkpoint: ~/out/checkpoint-1\ntest_datasets: [{path: ~/t.json}]\n"
+    )
+    config = load(tmp_path, text)
+    assert config.base_model == "/home/me/model"
+    assert config.datasets[0].path == "/home/me/train.jsonl"
+    assert config.test_datasets is not None
+    assert config.test_datasets[0].path == "/home/me/t.json"
+    assert config.output_dir == "/home/me/out"
+    assert config.resume_from_checkpoint == "/home/me/out/checkpoint-1"
 
 
 def test_overrides(tmp_path: Path) -> None:

@@ -154,6 +154,23 @@ def test_settings_reach_the_trainer(tmp_path: Any) -> None:
     assert {key: getattr(arguments, key) for key in expected} == expected
 
 
+def test_one_process_trains_on_one_card(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl import SFTConfig
+
+    plain = SFTConfig.__post_init__
+
+    def as_with_two_cards(self: Any) -> None:
+        plain(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(SFTConfig, "__post_init__", as_with_two_cards)
+    arguments = trainer_arguments(
+        config(output_dir=str(tmp_path), micro_batch_size=3), bf16=False, use_cpu=True
+    )
+    assert arguments.n_gpu == 1  # more is DataParallel, which TRL refuses
+    assert arguments.train_batch_size == 3
+
+
 @pytest.mark.parametrize(
     ("save_steps", "strategy", "value"), [(None, "epoch", 500), (0, "no", 500), (0.5, "steps", 0.5)]
 )
@@ -184,6 +201,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch: pytest.MonkeyPatch
     trainer.tokens_seen = 0
     trainer.state = SimpleNamespace(global_step=4)
     monkeypatch.setattr(SFTTrainer, "training_step", lambda *_: torch.tensor(math.nan))
-    with pytest.raises(TrainingError, match="The loss at step 5 is nan; the adapters of step 4 are unharmed"):
+    with pytest.raises(TrainingError, match="The loss at step 5 is nan: the last update has ruined"):
         trainer.training_step(None, {"attention_mask": torch.ones(2, 3)})  # type: ignore[arg-type]
     assert trainer.tokens_seen == 6

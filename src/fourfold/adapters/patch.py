@@ -1,11 +1,16 @@
-"""The one patch: how PEFT chooses the class of a parameter wrapper.
+"""What is patched in PEFT, all of it here. Both pieces answer for packed experts only and pass everything
+else on.
 
-`LoraModel._create_new_module` tries a fixed list of dispatchers and has no registry (`LoraConfig.
-_register_custom_module` is not saved with the adapter, so reloading would not know it). On a packed parameter
-stock raises nothing and builds factors for the width of the packed bytes, half of the real one. The wrapper
-below answers for packed experts only and passes everything else on. To be dropped when PEFT can register
-wrappers: https://github.com/huggingface/peft/issues (custom modules that survive saving), not there up to
-0.21.
+`LoraModel._create_new_module`, which chooses the class of a wrapper, tries a fixed list of dispatchers and
+has no registry (`LoraConfig._register_custom_module` is not saved with the adapter, so reloading would not
+know it). On a packed parameter stock raises nothing and builds factors for the width of the packed bytes,
+half of the real one.
+
+`LoraModel._check_merge_allowed` is asked before any layer is merged. Without a word there, the refusal of the
+first packed layer would leave the layers before it merged, and a later save without their factors.
+
+No issue of PEFT asks for a registry of wrappers yet (up to 0.21); with one, the first piece ends, and the
+second can become a method of what is registered.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ _MARK = "_fourfold"
 
 def install() -> None:
     """Install the dispatch; once, whoever calls first."""
-    from fourfold.adapters.wrapper import ParamWrapper
+    from fourfold.adapters.wrapper import ParamWrapper, refuse_merging, refuse_what_would_be_ignored
     from fourfold.errors import AdapterError
     from fourfold.experts import PackedExperts
 
@@ -38,8 +43,19 @@ def install() -> None:
                     "supported, for these experts run through their own forward; target its Linears "
                     "(target_modules), such as attention, instead"
                 )
+            refuse_what_would_be_ignored(lora_config, base)
             return ParamWrapper(target, adapter_name, config=lora_config, **kwargs)
         return stock(lora_config, adapter_name, target, **kwargs)
 
     setattr(create_new_module, _MARK, True)
     LoraModel._create_new_module = staticmethod(create_new_module)
+
+    check_merge_allowed = LoraModel._check_merge_allowed
+
+    @functools.wraps(check_merge_allowed)
+    def check_merge(self: LoraModel) -> None:
+        if any(isinstance(module, ParamWrapper) for module in self.model.modules()):
+            refuse_merging()
+        check_merge_allowed(self)
+
+    LoraModel._check_merge_allowed = check_merge

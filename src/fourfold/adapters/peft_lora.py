@@ -8,16 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from fourfold.adapters.patch import install
 from fourfold.errors import AdapterError
 from fourfold.experts import find_experts
-from fourfold.experts.layout import clean_name
+from fourfold.experts.layout import clean_name, name_suffix
 
 install()
+
+
+# What PEFT has LoRA layers for.
+_WRAPPABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 
 def _nearest(target: str, known: Sequence[str]) -> str:
@@ -40,28 +45,55 @@ def check_targets(
         AdapterError: naming the target that matches nothing, and the nearest names that exist.
     """
     modules = [clean_name(n) for n, m in model.named_modules() if n and not list(m.children())]
+    wrappable = [clean_name(n) for n, m in model.named_modules() if isinstance(m, _WRAPPABLE)]
     if isinstance(target_modules, str):
         if target_modules != "all-linear" and not any(re.fullmatch(target_modules, name) for name in modules):
             raise AdapterError(f"target_modules={target_modules!r} (a regular expression) matches no module")
         target_modules = None
     for target in target_modules or ():
         if not any(name == target or name.endswith(f".{target}") for name in modules):
-            leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+            leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in wrappable))
             raise AdapterError(f"target_modules: {target!r} matches no module; {_nearest(target, leaves)}")
-    experts = list(find_experts(model))
-    packable = {t for e in experts if e.layout and e.layout.routed for t in e.tensors()}
-    parameters = [clean_name(name) for name, _ in model.named_parameters()]
-    for target in target_parameters or ():
-        if not any(name == target or name.endswith(f".{target}") for name in parameters):
-            suffixes = list(dict.fromkeys(re.sub(r"^.*\.\d+\.", "", t) for t in packable))
-            if not suffixes:
-                raise AdapterError(
-                    f"target_parameters: {target!r} matches nothing, for {type(model).__name__} is dense: "
-                    "it has no "
-                    "fused experts. Leave target_parameters out"
-                )
+        hits = [name for name in modules if name == target or name.endswith(f".{target}")]
+        if not any(name in wrappable for name in hits):
+            leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in wrappable))
+            kind = type(model.get_submodule(hits[0])).__name__
             raise AdapterError(
-                f"target_parameters: {target!r} matches no parameter; {_nearest(target, suffixes)}"
+                f"target_modules: {target!r} names {hits[0]}, a {kind}, which LoRA cannot wrap; "
+                f"{_nearest(target, leaves)}"
+            )
+    _check_target_parameters(model, target_parameters or ())
+
+
+def _check_target_parameters(model: nn.Module, targets: Sequence[str]) -> None:
+    """Each must be a fused parameter of experts, or a matrix that no module wrapper takes (a router's)."""
+    experts = list(find_experts(model))
+    known = list(
+        dict.fromkeys(name_suffix(t) for e in experts if e.layout and e.layout.routed for t in e.tensors())
+    )
+    fused = {t for e in experts for t in e.tensors()}
+    parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
+    in_modules = {f"{clean_name(n)}.weight" for n, m in model.named_modules() if isinstance(m, _WRAPPABLE)}
+
+    def is_matrix(name: str) -> bool:
+        parameter = parameters[name]
+        return name not in in_modules and parameter.ndim in (2, 3) and parameter.is_floating_point()
+
+    for target in targets:
+        hits = [name for name in parameters if name == target or name.endswith(f".{target}")]
+        if not hits and not experts:
+            raise AdapterError(
+                f"target_parameters: {target!r} matches nothing, for {type(model).__name__} is dense: "
+                "it has no fused experts. Leave target_parameters out"
+            )
+        if not hits:
+            near = _nearest(target, known)
+            raise AdapterError(f"target_parameters: {target!r} matches no parameter; {near}")
+        unfit = [name for name in hits if name not in fused and not is_matrix(name)]
+        if unfit:
+            raise AdapterError(
+                f"target_parameters: {target!r} names {unfit[0]}, which LoRA cannot wrap as a parameter; "
+                f"{_nearest(target, known)}. Linears belong into target_modules"
             )
 
 
@@ -112,9 +144,27 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, is_trainable: bo
     """Put a saved adapter on ``model``.
 
     Raises:
-        AdapterError: the folder holds no adapter.
+        AdapterError: the folder holds no adapter, or one that does not fit the model key by key.
     """
     directory = Path(directory)
     if not (directory / "adapter_config.json").is_file():
         raise AdapterError(f"{directory} holds no adapter (no adapter_config.json in it)")
-    return PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
+    weights = directory / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise AdapterError(f"{directory} holds no adapter_model.safetensors; other formats are not read")
+    try:
+        with safe_open(weights, framework="pt") as reader:
+            stored = set(reader.keys())
+    except SafetensorError as error:
+        raise AdapterError(f"{weights} is truncated or damaged ({error}); copy it again") from error
+    loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
+    wanted = set(get_peft_model_state_dict(loaded, adapter_name=loaded.active_adapter))
+    # PEFT warns of both; either means that another model answers than the one that was trained.
+    for names, what in ((wanted - stored, "lacks"), (stored - wanted, "holds what the model lacks:")):
+        if names:
+            first = sorted(names)[0]
+            raise AdapterError(
+                f"{weights} {what} {first} and {len(names) - 1} more; it belongs to another model or is "
+                "damaged"
+            )
+    return loaded

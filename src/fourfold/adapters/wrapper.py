@@ -13,7 +13,8 @@ E experts, r rank, K in, N out of the projection.
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
@@ -22,6 +23,53 @@ from torch import nn
 from fourfold.errors import AdapterError
 from fourfold.experts import PackedExperts, Projection
 from fourfold.kernels import LowRank
+
+
+def refuse_merging() -> NoReturn:
+    """The one answer to every way of merging."""
+    raise AdapterError(
+        "an adapter cannot be merged into packed weights: the sum would have to be quantized again. Load "
+        "the base in "
+        "high precision, or call `dequantize()` on it first, and merge there"
+    )
+
+
+def refuse_what_would_be_ignored(config: Any, experts: PackedExperts) -> None:
+    """Settings that PEFT applies to modules but not to parameters, or that need the weights' numbers.
+
+    Args:
+        config: PEFT's `LoraConfig`.
+        experts: the module whose parameter is targeted.
+
+    Raises:
+        AdapterError: naming the setting.
+    """
+    init = config.init_lora_weights
+    if isinstance(init, str) and init != "gaussian":
+        raise AdapterError(
+            f"init_lora_weights={init!r} starts from the base weight's numbers, which packed experts do not "
+            "offer; "
+            "use True, 'gaussian' or False, or leave the experts out of target_parameters"
+        )
+    for setting in ("layers_to_transform", "layers_pattern"):
+        if getattr(config, setting, None):
+            raise AdapterError(
+                f"{setting} would be ignored for target_parameters: LoRA would go on the experts of every "
+                "layer. "
+                "Name the layers in target_parameters, e.g. 'layers.0.mlp.experts.down_proj'"
+            )
+    excluded = getattr(config, "exclude_modules", None) or []
+    name = experts.fourfold_name
+    if isinstance(excluded, str):
+        hits = [excluded] if re.fullmatch(excluded, name) else []
+    else:
+        hits = [e for e in excluded if name == e or name.endswith(f".{e}")]
+    if hits:
+        raise AdapterError(
+            f"exclude_modules={hits[0]!r} names {name}, but would be ignored for target_parameters; leave "
+            "those experts "
+            "out of target_parameters"
+        )
 
 
 # PEFT finds existing wrappers by comparing class NAMES, so this class must be called ParamWrapper too.
@@ -39,8 +87,8 @@ class ParamWrapper(StockParamWrapper):
             names = ", ".join(p.name for p in self._experts().fourfold_layout.projections)
             raise AdapterError(
                 f"{self.parameter_name!r} is no projection of {type(self._experts()).__name__}; LoRA on "
-                "packed "
-                f"experts can target {names}"
+                "packed experts "
+                f"can target {names}"
             )
         return projection
 
@@ -77,8 +125,7 @@ class ParamWrapper(StockParamWrapper):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Called on the outermost wrapper of a nest; the inner ones only lend their factors."""
         self._check_forward_args(x, *args, **kwargs)
-        if kwargs.pop("adapter_names", None) is not None:
-            raise AdapterError("batches with a different adapter per row are not supported on packed experts")
+        kwargs.pop("adapter_names", None)  # None, or the check above would have refused it
         low_rank: dict[str, LowRank] = {}
         layer: nn.Module = self
         while isinstance(layer, ParamWrapper):
@@ -88,12 +135,15 @@ class ParamWrapper(StockParamWrapper):
             layer = layer.base_layer
         return layer(x, *args, low_rank=low_rank, **kwargs)
 
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Called for each adapter that is added, the first one included."""
+        config = kwargs.get("config")
+        if config is not None:
+            refuse_what_would_be_ignored(config, self._experts())
+        super().update_layer(*args, **kwargs)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise AdapterError(
-            "an adapter cannot be merged into packed weights: the sum would have to be quantized again. "
-            "Load the base "
-            "in high precision, or call `dequantize()` on it first, and merge there"
-        )
+        refuse_merging()
 
     def unmerge(self) -> None:
         raise AdapterError("nothing is ever merged into packed weights, so there is nothing to unmerge")

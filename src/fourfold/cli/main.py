@@ -11,17 +11,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 
 from fourfold.cli.outcome import BROKEN, INTERRUPTED, WRONG_INPUT, Outcome
 from fourfold.errors import FourfoldError
+from fourfold.training.strict_json import dumps
+from fourfold.version import __version__
 
 COMMANDS = {
     "train": "train an adapter as a YAML file says",
@@ -39,23 +39,62 @@ OUT_OF_MEMORY_ADVICE = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        args = build_parser(arguments).parse_args(arguments)
-    except SystemExit as stop:  # argparse has said why: 0 after --help, 2 after wrong usage
-        return int(stop.code or 0)
     stdout = sys.stdout
+    try:
+        args = parse(arguments)
+    except SystemExit as stop:  # after --help or --version
+        return int(stop.code or 0)
+    except UsageError as error:
+        print(error.usage, f"{error.program}: {error}", sep="", file=sys.stderr)
+        if "--json" in arguments:
+            print(dumps(_problem(error, WRONG_INPUT, str(error))), file=stdout)
+        return WRONG_INPUT
     # With --json standard output is for the result alone; whatever a library prints goes to standard error.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         outcome = _execute(args, Console(stderr=args.json))
     if args.json:
-        print(json.dumps(outcome.data, ensure_ascii=False), file=stdout)
+        print(dumps(outcome.data), file=stdout)
     return outcome.status
+
+
+class UsageError(Exception):
+    """Arguments that cannot be understood; argparse itself would end the process there."""
+
+    def __init__(self, parser: argparse.ArgumentParser, message: str) -> None:
+        super().__init__(message)
+        self.usage = parser.format_usage()
+        self.program = parser.prog
+
+
+class Parser(argparse.ArgumentParser):
+    """``argparse``'s parser, which raises instead of leaving: with ``--json`` there is something to print."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ``UsageError``."""
+        raise UsageError(self, message)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments; ``key=value`` pairs may stand after options too.
+
+    Raises:
+        UsageError: they cannot be understood.
+    """
+    parser = build_parser(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse gives a verb's positional arguments out once, before or after the options: what is left of a
+    # list of them is appended here.
+    if rest and hasattr(args, "overrides") and not any(text.startswith("-") for text in rest):
+        args.overrides = [*args.overrides, *rest]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """The parser, with the arguments of the verb that is asked for."""
-    parser = argparse.ArgumentParser(prog="fourfold", description="QLoRA of Mixture-of-Experts models.")
-    parser.add_argument("--version", action="version", version=f"fourfold {metadata.version('fourfold')}")
+    parser = Parser(prog="fourfold", description="QLoRA of Mixture-of-Experts models.")
+    parser.add_argument("--version", action="version", version=f"fourfold {__version__}")
     verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
     asked_for = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, purpose in COMMANDS.items():
@@ -80,8 +119,11 @@ def _execute(args: argparse.Namespace, console: Console) -> Outcome:
             traceback.print_exc()
         status, message = explain(error)
         print(f"fourfold {args.command}: {message}", file=sys.stderr)
-        problem = {"type": type(error).__name__, "message": message, "exit_status": status}
-        return Outcome(status, {"error": problem})
+        return Outcome(status, _problem(error, status, message))
+
+
+def _problem(error: BaseException, status: int, message: str) -> dict[str, Any]:
+    return {"error": {"type": type(error).__name__, "message": message, "exit_status": status}}
 
 
 def explain(error: BaseException) -> tuple[int, str]:

@@ -1,4 +1,7 @@
-"""``fourfold verify DIR``: bytes by role and dtype of a checkpoint, and whether every expert is packed."""
+"""``fourfold verify DIR``: bytes by role and dtype of a checkpoint, and whether every expert is packed.
+
+Reads config.json and the headers of the safetensors files; no weight is read.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fourfold.cli.outcome import DONE, SAYS_NO, Outcome
-from fourfold.errors import ConfigurationError, UnquantizedExpertsError
+from fourfold.errors import CheckpointError, ConfigurationError, UnquantizedExpertsError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +28,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
 
     import fourfold
     from fourfold.cli.libraries import quiet
+    from fourfold.loading.headers import check_packed, checkpoint_files, read_headers
     from fourfold.loading.skeleton import build_skeleton
     from fourfold.planning.report import make_report
     from fourfold.training.summary import packed_table
@@ -32,11 +36,21 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     quiet(args.debug)
     model = build_skeleton(args.directory)
     report = make_report(model).to_dict()
-    status, unpacked, message = DONE, [], "every expert is packed"
+    status, unpacked, message = DONE, [], "every expert is packed (by config.json and the files' headers)"
     try:
         fourfold.verify(model)
+        unpacked = check_packed(model, read_headers(checkpoint_files(Path(args.directory))), complete=True)
     except UnquantizedExpertsError as error:
         status, unpacked, message = SAYS_NO, error.tensors, str(error)
+    except CheckpointError as error:
+        status, message = SAYS_NO, str(error)
+    if unpacked and status == DONE:
+        status = SAYS_NO
+        message = (
+            f"config.json says that experts are packed, but the files hold {len(unpacked)} of their tensors "
+            f"in high precision ({unpacked[0]}, ...). Take the right files, or quantization_config out of "
+            "config.json"
+        )
     if not report["experts"]:
         message = "no experts: a dense model"
     console.print(packed_table(report))

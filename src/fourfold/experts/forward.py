@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 def compute_dtype(module: PackedExperts, hidden_states: torch.Tensor) -> torch.dtype:
-    """The configured dtype, else autocast's, else that of the input."""
+    """The configured dtype, else autocast's, else that of the unquantized weights."""
     if module.compute_dtype is not None:
         return module.compute_dtype
     kind = hidden_states.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
-    return hidden_states.dtype
+    return module.fourfold_dtype
 
 
 def _project(

@@ -143,7 +143,7 @@ def find_experts(model: nn.Module) -> Iterator[FoundExperts]:
             yield FoundExperts(clean_name(where), getattr(module, child), None, reason)
 
 
-def _suffix(name: str) -> str:
+def name_suffix(name: str) -> str:
     """What repeats in every layer: the name after the last numbered component."""
     parts = name.split(".")
     numbered = [i for i, part in enumerate(parts) if part.isdigit()]
@@ -165,7 +165,7 @@ def expert_targets(model: nn.Module) -> list[str]:
     """
     layouts = [experts for experts in find_experts(model) if experts.layout is not None]
     found = [
-        _suffix(tensor)
+        name_suffix(tensor)
         for experts in layouts
         if experts.layout is not None and experts.layout.routed
         for tensor in _registered(experts)

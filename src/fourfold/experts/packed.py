@@ -29,6 +29,7 @@ class PackedExperts(nn.Module):
     """Mixin of packed experts modules.
 
     Attributes:
+        fourfold_name: full name of the module in its model.
         fourfold_layout: how the experts were laid out before packing.
         fourfold_format: how they are packed.
         fourfold_dtype: dtype of the unquantized parameters.
@@ -36,6 +37,7 @@ class PackedExperts(nn.Module):
         workspace_bytes: limit of the decoding workspace; None is one projection of the layer.
     """
 
+    fourfold_name: str
     fourfold_layout: Layout
     fourfold_format: PackFormat
     fourfold_dtype: torch.dtype
@@ -98,6 +100,7 @@ def prepare_module_(
     module: nn.Module,
     fmt: PackFormat,
     *,
+    name: str,
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None = None,
     packed_on_disk: bool = False,
@@ -115,7 +118,7 @@ def prepare_module_(
     mixin: Any = _mixin(layout)
     module.__class__ = packed_class(own_class, mixin)
     assert isinstance(module, PackedExperts)
-    module.fourfold_layout, module.fourfold_format = layout, fmt
+    module.fourfold_name, module.fourfold_layout, module.fourfold_format = name, layout, fmt
     module.fourfold_dtype, module.compute_dtype, module.workspace_bytes = dtype, compute_dtype, None
     # transformers initialises what a checkpoint lacks, with normal numbers; on packed bytes that is an error
     # from the inside of torch. The loader's own check names what is missing.
@@ -146,7 +149,8 @@ def pack_module_(
     """
     weights = {n: p.data for n, p in module.named_parameters(recurse=False)}
     layout = layout or _read(module)
-    packed = prepare_module_(module, fmt, dtype=weights[layout.projections[0].name].dtype, layout=layout)
+    dtype = weights[layout.projections[0].name].dtype
+    packed = prepare_module_(module, fmt, name=name, dtype=dtype, layout=layout)
     for projection in packed.fourfold_layout.projections:
         weight = weights[projection.name]
         stack = PackedStack.empty(fmt, projection.shape, weight.device)
@@ -164,15 +168,14 @@ def set_stack_(module: PackedExperts, projection: Projection, stack: PackedStack
 def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
     """Back to the module's own class with the same numbers in ``dtype``, in place."""
     layout = module.fourfold_layout
-    decoded: dict[str, nn.Parameter] = {}
     for projection in layout.projections:
         weight = decode_stack(module.stack(projection), dtype)
-        decoded[projection.name] = _frozen(layout.from_stack(weight, projection))
         for suffix in projection.shape.tensors(module.fourfold_format):
             if suffix:
                 del module._parameters[projection.name + suffix]
-        module._parameters[projection.name] = decoded[projection.name]
+        module._parameters[projection.name] = _frozen(layout.from_stack(weight, projection))
     for attribute in (
+        "fourfold_name",
         "fourfold_layout",
         "fourfold_format",
         "fourfold_dtype",

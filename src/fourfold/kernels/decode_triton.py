@@ -72,15 +72,16 @@ def decode_triton(stack: PackedStack, dtype: torch.dtype) -> torch.Tensor:
     if not fmt.is_4bit:
         out_ENK = torch.empty(E, N, K, dtype=dtype, device=device)
         tile = min(2048, triton.next_power_of_2(K))
-        _decode_int8_kernel[(E * N, triton.cdiv(K, tile))](
-            stack.data,
-            stack.absmax.view(torch.float32),
-            out_ENK,
-            K,
-            STEP=INT8_STEP,
-            TILE=tile,
-            enable_fp_fusion=False,
-        )
+        with torch.cuda.device_of(stack.data):  # Triton launches on the current device
+            _decode_int8_kernel[(E * N, triton.cdiv(K, tile))](
+                stack.data,
+                stack.absmax.view(torch.float32),
+                out_ENK,
+                K,
+                STEP=INT8_STEP,
+                TILE=tile,
+                enable_fp_fusion=False,
+            )
         return out_ENK
     B = shape.blocks(fmt)
     out_ENKp = torch.empty(E, N, B * fmt.blocksize, dtype=dtype, device=device)
@@ -97,21 +98,22 @@ def decode_triton(stack: PackedStack, dtype: torch.dtype) -> torch.Tensor:
     else:
         absmax = scale = offset = stack.absmax.view(torch.float32)
         groups, code_map = 0, codes
-    _decode_4bit_kernel[(triton.cdiv(n_blocks, tile),)](
-        stack.data,
-        absmax,
-        scale,
-        offset,
-        codes,
-        code_map,
-        out_ENKp,
-        n_blocks,
-        N // shape.parts * B,
-        groups,
-        DOUBLE_QUANT=fmt.double_quant,
-        GROUP=ABSMAX_GROUP,
-        HALF=half,
-        TILE=tile,
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(stack.data):
+        _decode_4bit_kernel[(triton.cdiv(n_blocks, tile),)](
+            stack.data,
+            absmax,
+            scale,
+            offset,
+            codes,
+            code_map,
+            out_ENKp,
+            n_blocks,
+            N // shape.parts * B,
+            groups,
+            DOUBLE_QUANT=fmt.double_quant,
+            GROUP=ABSMAX_GROUP,
+            HALF=half,
+            TILE=tile,
+            enable_fp_fusion=False,
+        )
     return out_ENKp[..., :K]

@@ -67,9 +67,10 @@ def sum_rows_triton(
     out_TH = torch.empty(T, H, dtype=dtype, device=rows_SH.device)
     tile = min(1024, triton.next_power_of_2(H))
     weights = rows_SH if weights_Tk is None else weights_Tk.contiguous()
-    _sum_rows_kernel[(T, triton.cdiv(H, tile))](
-        rows_SH, position_Tk, weights, out_TH, H, K=k, WEIGHTED=weights_Tk is not None, TILE=tile
-    )
+    with torch.cuda.device_of(rows_SH):  # Triton launches on the current device
+        _sum_rows_kernel[(T, triton.cdiv(H, tile))](
+            rows_SH, position_Tk, weights, out_TH, H, K=k, WEIGHTED=weights_Tk is not None, TILE=tile
+        )
     return out_TH
 
 
@@ -81,15 +82,16 @@ def combine_backward_triton(
     weights_Tk = weights_Tk.contiguous()
     grad_rows_SH = torch.empty_like(rows_SH)
     grad_weights_Tk = torch.empty_like(weights_Tk)
-    _combine_backward_kernel[(S,)](
-        grad_TH,
-        rows_SH,
-        weights_Tk,
-        order_S,
-        grad_rows_SH,
-        grad_weights_Tk,
-        H,
-        weights_Tk.shape[1],
-        TILE=min(1024, triton.next_power_of_2(H)),
-    )
+    with torch.cuda.device_of(rows_SH):
+        _combine_backward_kernel[(S,)](
+            grad_TH,
+            rows_SH,
+            weights_Tk,
+            order_S,
+            grad_rows_SH,
+            grad_weights_Tk,
+            H,
+            weights_Tk.shape[1],
+            TILE=min(1024, triton.next_power_of_2(H)),
+        )
     return grad_rows_SH, grad_weights_Tk

@@ -9,6 +9,7 @@ from transformers import BitsAndBytesConfig
 
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.formats import PackFormat
+from fourfold.loading.arguments import LINEARS_ONLY
 from fourfold.version import __version__
 
 QUANT_METHOD = "fourfold"
@@ -17,21 +18,14 @@ MODEL_NAMES = (
     "model"  # tensors are stored under the model's own names (absent: under the names of the original)
 )
 _EXPERTS_TYPES = (None, "nf4", "fp4", "int8", "none")
-# The arguments of BitsAndBytesConfig that concern Linears alone; the report says so.
-LINEARS_ONLY = (
-    "bnb_4bit_quant_storage",
-    "llm_int8_threshold",
-    "llm_int8_enable_fp32_cpu_offload",
-    "llm_int8_has_fp16_weight",
-)
 
 
 class MoeBitsAndBytesConfig(BitsAndBytesConfig):
     """Quantization of Linears by bitsandbytes, and of fused experts in the same formats.
 
-    Takes every argument of transformers' `BitsAndBytesConfig` with its meaning and default, except that
-    ``bnb_4bit_compute_dtype`` left unset means the model's dtype (bitsandbytes' own default multiplies in
-    fp32).
+    Takes every argument of transformers' `BitsAndBytesConfig` with its meaning and default (4 bit is FP4
+    unless ``bnb_4bit_quant_type`` says otherwise), except that ``bnb_4bit_compute_dtype`` left unset means
+    the model's dtype (bitsandbytes' own default multiplies in fp32).
 
     Args:
         experts_quant_type: ``None`` follows the Linears (``load_in_4bit``: ``bnb_4bit_quant_type``;
@@ -54,7 +48,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         llm_int8_enable_fp32_cpu_offload: bool = False,
         llm_int8_has_fp16_weight: bool = False,
         bnb_4bit_compute_dtype: torch.dtype | str | None = None,
-        bnb_4bit_quant_type: str = "fp4",
+        bnb_4bit_quant_type: str | None = None,
         bnb_4bit_use_double_quant: bool = False,
         bnb_4bit_quant_storage: torch.dtype | str | None = None,
         experts_quant_type: str | None = None,
@@ -76,6 +70,12 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             )
         if load_in_4bit and load_in_8bit:
             raise ConfigurationError("load_in_4bit and load_in_8bit are both set; choose one")
+        if bnb_4bit_quant_type is not None and stored is None and load_in_8bit:
+            raise ConfigurationError(
+                f"bnb_4bit_quant_type={bnb_4bit_quant_type!r} has no meaning with load_in_8bit; set "
+                "load_in_4bit "
+                "instead, or experts_quant_type for 4-bit experts beside 8-bit Linears"
+            )
         super().__init__(
             load_in_8bit=load_in_8bit,
             load_in_4bit=load_in_4bit,
@@ -84,7 +84,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             llm_int8_enable_fp32_cpu_offload=llm_int8_enable_fp32_cpu_offload,
             llm_int8_has_fp16_weight=llm_int8_has_fp16_weight,
             bnb_4bit_compute_dtype=bnb_4bit_compute_dtype,
-            bnb_4bit_quant_type=bnb_4bit_quant_type,
+            bnb_4bit_quant_type="fp4" if bnb_4bit_quant_type is None else bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
             bnb_4bit_quant_storage=bnb_4bit_quant_storage,
         )

@@ -142,9 +142,12 @@ class QuantizeOperation(ConversionOps):
             module, projection = found
             weight = value[0] if isinstance(value, list) else value
             stack = PackedStack.empty(module.fourfold_format, projection.shape, weight.device)
-            result |= packed_parameters(
-                name, pack_stack(stack, module.fourfold_layout.to_stack(weight, projection), name)
-            )
+            try:
+                pack_stack(stack, module.fourfold_layout.to_stack(weight, projection), name)
+            except CheckpointError as error:
+                self.quantizer.failure = self.quantizer.failure or error
+                continue
+            result |= packed_parameters(name, stack)
         return result
 
 

@@ -5,12 +5,11 @@ It is reached through `register_quantizer`; nothing in transformers is patched.
 
 from __future__ import annotations
 
-import functools
-import re
+import itertools
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.base import HfQuantizer
@@ -18,7 +17,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
-from fourfold.errors import CheckpointError, NoExpertsError, UnsupportedExpertsError
+from fourfold.errors import CheckpointError, ConfigurationError, NoExpertsError, UnsupportedExpertsError
 from fourfold.experts import (
     FoundExperts,
     PackedExperts,
@@ -29,9 +28,12 @@ from fourfold.experts import (
     release_readers_,
     unpack_module_,
 )
+from fourfold.experts.layout import name_suffix
 from fourfold.formats import COMPANION_SUFFIXES
 from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation, whole_names
+from fourfold.loading.cpu_linears import flatten_inputs, keep_trainable, refuse_wrong_widths
+from fourfold.loading.headers import check_packed, read_headers
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
 
 
@@ -59,9 +61,11 @@ class FourfoldQuantizer(HfQuantizer):
         self.left_on_request: list[str] = []
         self._tied: dict[str, str] = {}
         self._original_conversions: list[Any] | None = None
+        # transformers logs what a conversion raises and goes on; the first error is kept and raised at the
+        # end.
+        self.failure: CheckpointError | None = None
 
     # --- before loading
-    # -------------------------------------------------------------------------------------------
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         import bitsandbytes  # noqa: F401  (a dependency; registers the quantization operators)
@@ -85,6 +89,7 @@ class FourfoldQuantizer(HfQuantizer):
             plain.llm_int8_skip_modules = modules_to_skip(model, requested, experts)
             self.linears.quantization_config = plain
             self.linears._process_model_before_weight_loading(model, **kwargs)
+            refuse_wrong_widths(model, kwargs.get("device_map"))
         fmt = self.config.experts_format()
         for found in experts:
             if fmt is None or is_skipped(found.name, requested):
@@ -93,6 +98,7 @@ class FourfoldQuantizer(HfQuantizer):
             prepare_module_(
                 found.module,
                 fmt,
+                name=found.name,
                 dtype=dtype,
                 compute_dtype=self.config.bnb_4bit_compute_dtype
                 if self.config.compute_dtype_is_set
@@ -105,6 +111,8 @@ class FourfoldQuantizer(HfQuantizer):
             self.packed.append(found.name)
         if self.packed:
             self._tie_companions(model)
+            if self.pre_quantized:
+                self._check_headers(model, kwargs.get("checkpoint_files"))
             return
         if self.linears is None:
             raise NoExpertsError(
@@ -112,8 +120,22 @@ class FourfoldQuantizer(HfQuantizer):
                 "load_in_8bit is "
                 "set for its Linears"
             )
-        # Nothing here is ours: what is saved from this model is a plain bitsandbytes checkpoint.
+        # Nothing here is ours: what is saved from this model is a plain bitsandbytes checkpoint. It says
+        # which experts were left alone, so that `verify` knows when it is loaded again.
         self.quantization_config = self.linears.quantization_config
+        left = {name_suffix(name) for name in self.left_on_request}
+        self.quantization_config.llm_int8_skip_modules += sorted(left)
+
+    def _check_headers(self, model: PreTrainedModel, files: list[str] | None) -> None:
+        """The files must hold packed tensors as the configuration says; found before a weight is read."""
+        files = [file for file in files or [] if str(file).endswith(".safetensors")]
+        unpacked = check_packed(model, read_headers(map(Path, files)), complete=False)
+        if unpacked:
+            raise CheckpointError(
+                f"config.json says that experts are packed, but {unpacked[0]} and {len(unpacked) - 1} more "
+                "are "
+                "stored in high precision; take quantization_config out of config.json, or the right files"
+            )
 
     def _refuse_unsupported(self, experts: list[FoundExperts], requested: list[str] | None) -> None:
         if self.config.experts_format() is None:
@@ -121,11 +143,12 @@ class FourfoldQuantizer(HfQuantizer):
         refused = [f for f in experts if f.layout is None and not is_skipped(f.name, requested)]
         if refused:
             first = refused[0]
-            patterns = list(dict.fromkeys(re.sub(r"^.*\.\d+\.", "", f.name) for f in refused))
+            patterns = list(dict.fromkeys(name_suffix(f.name) for f in refused))
             raise UnsupportedExpertsError(
                 f"{first.name} ({type(first.module).__name__}, and {len(refused) - 1} more) cannot be "
-                f"packed: {first.reason}. To leave such experts in high precision on purpose, pass "
-                f"llm_int8_skip_modules={patterns!r} or experts_quant_type='none'"
+                "packed: "
+                f"{first.reason}. To leave such experts in high precision on purpose, pass "
+                f"llm_int8_skip_modules={patterns} or experts_quant_type='none'"
             )
 
     def _tie_companions(self, model: PreTrainedModel) -> None:
@@ -143,7 +166,6 @@ class FourfoldQuantizer(HfQuantizer):
         ties.update(self._tied)
 
     # --- while loading
-    # --------------------------------------------------------------------------------------------
 
     def packing_target(self, model: PreTrainedModel, name: str) -> tuple[PackedExperts, Projection] | None:
         """The packed module and projection that parameter ``name`` belongs to; None for everything else."""
@@ -192,14 +214,16 @@ class FourfoldQuantizer(HfQuantizer):
         return conversions
 
     # --- after loading
-    # --------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.failure is not None:
+            raise self.failure
         self._check_complete(model)
+        self._check_finite(model)
         if self.linears is not None:
             model = self.linears._process_model_after_weight_loading(model, **kwargs)
-            _keep_linears_trainable_on_cpu(model)
-            _flatten_inputs_of_8bit_linears(model)
+            keep_trainable(model)
+            flatten_inputs(model)
         fmt = self.config.experts_format() if self.packed else None
         if fmt is not None and self.linears is None:
             setattr(model, "is_loaded_in_4bit" if fmt.is_4bit else "is_loaded_in_8bit", True)
@@ -236,9 +260,31 @@ class FourfoldQuantizer(HfQuantizer):
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise CheckpointError(
-                f"the checkpoint lacks {', '.join(missing[:5])}{more}, or holds them in another format "
-                "than its "
+                f"the checkpoint lacks {', '.join(missing[:5])}{more}, or holds them in another format than "
+                "its "
                 "config.json says; experts cannot be read without them. Save or download the checkpoint again"
+            )
+
+    def _check_finite(self, model: PreTrainedModel) -> None:
+        """Scales of a packed checkpoint must be numbers (one synchronisation with the device, at the end)."""
+        if not self.pre_quantized:
+            return
+        names, flags = [], []
+        for name in self.packed:
+            module = model.get_submodule(name)
+            assert isinstance(module, PackedExperts)
+            for projection in module.fourfold_layout.projections:
+                for suffix, (_, dtype) in projection.shape.tensors(module.fourfold_format).items():
+                    if dtype == torch.int32:
+                        names.append(f"{name}.{projection.name}{suffix}")
+                        scales = getattr(module, projection.name + suffix).view(torch.float32)
+                        flags.append(torch.isfinite(scales).all())
+        damaged = [name for name, fine in zip(names, flags, strict=True) if not fine]
+        if damaged:
+            raise CheckpointError(
+                f"the scales {', '.join(damaged[:5])} hold NaN or infinite numbers; the file is damaged, "
+                "get another "
+                "copy"
             )
 
     def _set_conversions_for_saving(self, model: PreTrainedModel) -> None:
@@ -270,19 +316,30 @@ class FourfoldQuantizer(HfQuantizer):
         return True
 
     # --- back
-    # -----------------------------------------------------------------------------------------------------
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The same numbers in high precision, in the model's own classes.
+        """The same numbers in high precision, in the model's own classes; all of it in ``dtype`` if given.
 
         (Handles ``config.dtype`` as a string, which `save_pretrained` makes of it and stock code then trips
         over.)
         """
-        if dtype is None:
-            dtype = model.config.dtype or torch.float32
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype)
-        return super().dequantize(model, dtype=dtype)
+        if getattr(model, "peft_config", None):
+            raise ConfigurationError(
+                "take the adapter off first (`model.unload()`), then dequantize the base model: its layers "
+                "compute "
+                "with packed experts only"
+            )
+        loaded_in = model.config.dtype or torch.float32
+        if isinstance(loaded_in, str):
+            loaded_in = getattr(torch, loaded_in)
+        wanted = dtype or loaded_in
+        model = super().dequantize(model, dtype=wanted)
+        if wanted != loaded_in:  # the rest of the model follows, or its products would mix dtypes
+            for tensor in itertools.chain(model.parameters(), model.buffers()):
+                if tensor.dtype == loaded_in:
+                    tensor.data = tensor.data.to(wanted)
+            model.config.dtype = wanted
+        return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for module in list(model.modules()):
@@ -306,37 +363,3 @@ class FourfoldQuantizer(HfQuantizer):
 def _reads_linears(conversion: Any) -> bool:
     operations = getattr(conversion, "operations", ())
     return any(getattr(op, "hf_quantizer", None) is not None for op in operations)
-
-
-def _keep_linears_trainable_on_cpu(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit Linears on CPUs with AVX512-BF16.
-
-    Its evaluation there rewrites the weight in another layout with bf16 scales, after which the layer has no
-    backward (training after an evaluation learns nothing below it, without an error) and dequantizes to
-    garbage. The layer asks an attribute of its own, so no code is patched.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-@functools.cache
-def _flattening_class(cls: type[nn.Module]) -> type[nn.Module]:
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if x.ndim <= 3:
-            return cls.forward(self, x)
-        return cls.forward(self, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
-
-
-def _flatten_inputs_of_8bit_linears(model: PreTrainedModel) -> None:
-    """bitsandbytes' 8-bit product takes inputs of two or three dimensions; latent attention feeds it four."""
-    from bitsandbytes.nn import Linear8bitLt
-
-    for module in model.modules():
-        if type(module) is Linear8bitLt:
-            own: Any = Linear8bitLt
-            module.__class__ = _flattening_class(own)

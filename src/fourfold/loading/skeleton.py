@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from fourfold.errors import CheckpointError
 from fourfold.loading.config import QUANT_METHOD, MoeBitsAndBytesConfig
+from fourfold.loading.paths import ensure_reachable, is_meant_as_path
 from fourfold.loading.register import register
 
 register()
@@ -27,16 +29,17 @@ def read_config(model: str | Path) -> PretrainedConfig:
 
     Raises:
         CheckpointError: there is no such folder or file, or no configuration in it.
+        ConfigurationError: there is no such folder, and no hub within reach to ask for that id.
     """
-    path = Path(model)
-    looks_local = path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") != 1
+    path = Path(model).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(f"{path} holds no config.json, so it is no model folder")
-    if looks_local and not path.exists():
-        raise CheckpointError(f"there is no model folder or config.json at {path}")
+    if is_meant_as_path(model) and not path.exists():
+        raise CheckpointError(f"there is no model folder or config.json at {path} (seen from {Path.cwd()})")
+    ensure_reachable(model)
     try:
-        return AutoConfig.from_pretrained(str(model), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        return AutoConfig.from_pretrained(str(path) if path.exists() else str(model), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"cannot read the configuration of {model}: {reason}") from error
 

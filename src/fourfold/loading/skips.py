@@ -2,8 +2,8 @@
 
 transformers' default keeps the output head and tied weights out of quantization, but drops that default as
 soon as somebody passes ``llm_int8_skip_modules`` and so quantizes ``lm_head``; routers that are ``nn.Linear``
-it quantizes always, although they are tiny and everything depends on them. Here both stay in high precision
-in every case.
+it quantizes always, although they are tiny and everything depends on them. So are the gates of shared
+experts, one row each. Here all of them stay in high precision in every case.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def router_names(model: nn.Module, experts: list[FoundExperts]) -> list[str]:
     """Names of the Linears that choose experts.
 
     A router is a Linear in the block that holds an experts module (but not inside the experts), with one
-    output per expert. That is a matter of shapes, so it needs no names.
+    output per expert, or with a single output (how much a shared expert counts). That is a matter of shapes,
+    so it needs no names.
     """
     routers: list[str] = []
     for found in experts:
@@ -33,7 +34,7 @@ def router_names(model: nn.Module, experts: list[FoundExperts]) -> list[str]:
             full = f"{block_name}.{name}" if block_name else name
             if full == found.name or full.startswith(found.name + "."):
                 continue
-            if isinstance(module, nn.Linear) and module.out_features == found.layout.num_experts:
+            if isinstance(module, nn.Linear) and module.out_features in (1, found.layout.num_experts):
                 routers.append(full)
     return routers
 

@@ -15,6 +15,7 @@ from torch import nn
 from fourfold.errors import UnquantizedExpertsError
 from fourfold.experts import PackedExperts, find_experts
 from fourfold.experts.layout import clean_name, high_precision_tensors
+from fourfold.loading.skips import is_skipped
 
 ROLES = ("experts", "linears", "embeddings", "head", "router", "norms", "adapters", "other")
 
@@ -84,7 +85,6 @@ class Report:
         for row in self.rows:
             lines.append(
                 f"{row.role:<12}{row.dtype:<28}{row.logical_params:>16,}{row.bytes:>16,}{row.bytes_before:>16,}"
-                f"{row.role:<12}{row.dtype:<28}{row.logical_params:>16,}{row.bytes:>16,}{row.bytes_before:>16,}"
             )
         lines.append(f"{'total':<40}{self.logical_params:>16,}{self.bytes:>16,}{self.bytes_before:>16,}")
         lines.append(
@@ -133,22 +133,20 @@ def _role(name: str, module: nn.Module, model: nn.Module, routers: set[str]) -> 
 def _routers(model: nn.Module) -> set[str]:
     """Modules beside an experts module with a weight of one row per expert."""
     names: set[str] = set()
+    modules = list(model.named_modules())
     for found in find_experts(model):
         if found.layout is None:
             continue
         block = found.block
-        for name, module in model.named_modules():
+        for name, module in modules:
             clean = clean_name(name)
             weight = getattr(module, "weight", None)
             inside = clean.startswith(f"{block}.") and not clean.startswith(f"{found.name}.")
-            if (
-                inside
-                and isinstance(weight, torch.Tensor)
-                and weight.ndim == 2
-                and not hasattr(module, "lora_A")
-            ):
+            if not inside or not isinstance(weight, torch.Tensor) or hasattr(module, "lora_A"):
+                continue
+            if weight.ndim == 2:
                 rows = getattr(module, "out_features", weight.shape[0])
-                if rows == found.layout.num_experts:
+                if rows in (1, found.layout.num_experts):
                     names.add(clean)
     return names
 
@@ -168,6 +166,7 @@ def make_report(model: nn.Module) -> Report:
     expert_tensors: set[str] = set()
     quantizer = getattr(model, "hf_quantizer", None)
     requested = set(getattr(quantizer, "left_on_request", ()))
+    skips = getattr(getattr(quantizer, "quantization_config", None), "llm_int8_skip_modules", None)
     for found in find_experts(model):
         module = found.module
         packed = isinstance(module, PackedExperts)
@@ -193,7 +192,7 @@ def make_report(model: nn.Module) -> Report:
             parameter = getattr(module, tensor.rpartition(".")[2])
             nbytes = parameter.numel() * parameter.element_size()
             add("experts", str(parameter.dtype).removeprefix("torch."), parameter.numel(), nbytes, nbytes)
-        if found.name in requested:
+        if found.name in requested or is_skipped(found.name, skips):
             report.left_on_request.append(found.name)
         else:
             report.unquantized += tensors

@@ -122,6 +122,30 @@ class FirstStepGradients(TrainerCallback):
             )
 
 
+class FiniteGradients(TrainerCallback):
+    """Stops the run before an optimizer step with a gradient that is not finite.
+
+    The loss may be finite all the same, and one such step ruins every adapter whose gradients were clipped by
+    the common norm.
+    """
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Look at the norm of each gradient, with one transfer from the device.
+
+        Raises:
+            TrainingError: a norm is NaN or infinite.
+        """
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if not gradients:
+            return
+        norms = torch.stack([norm.float().to(gradients[0].device) for norm in torch._foreach_norm(gradients)])
+        if not bool(torch.isfinite(norms).all()):
+            raise TrainingError(
+                f"A gradient at step {state.global_step + 1} is not finite; the step was not taken. Lower "
+                "learning_rate, or look for damaged rows in the data."
+            )
+
+
 class HeldOut(TrainerCallback):
     """Evaluates at the steps asked for, with the same measure as before and after the run.
 

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from fourfold.loading.arguments import BNB_4BIT, BNB_8BIT, BNB_BOTH
 from fourfold.training.yaml_file import Problem, nearest
 
 if TYPE_CHECKING:
     from fourfold.training.schema import TrainConfig
 
-# What `bnb_config_kwargs` may hold: MoeBitsAndBytesConfig's arguments less those with a key of their own. (A
-# test compares these lists with its signature; the class itself cannot be imported here without
-# transformers.)
-BNB_4BIT = (
-    "bnb_4bit_quant_type",
-    "bnb_4bit_use_double_quant",
-    "bnb_4bit_compute_dtype",
-    "bnb_4bit_quant_storage",
-)
 DOUBLE_QUANT = "bnb_4bit_use_double_quant"
-BNB_8BIT = ("llm_int8_threshold", "llm_int8_has_fp16_weight")
-BNB_BOTH = (
-    "llm_int8_skip_modules",
-    "llm_int8_enable_fp32_cpu_offload",
-    "experts_quant_type",
-    "experts_blocksize",
-)
+# The trainer's polynomial schedule ends here and must begin higher.
+POLYNOMIAL_END = 1e-7
 
 
 class ContradictionError(ValueError):
@@ -78,18 +66,36 @@ def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Probl
         yield found(
             ("eval_steps", "val_set_size", "test_datasets"), "there is nothing to evaluate on", remedy
         )
-    shared = {entry.path for entry in config.datasets} & {entry.path for entry in config.test_datasets or ()}
+    trained = {os.path.realpath(entry.path) for entry in config.datasets}
+    shared = [entry.path for entry in config.test_datasets or () if os.path.realpath(entry.path) in trained]
     if shared:
-        what = f"{', '.join(sorted(shared))} is trained on as well, so its loss would say nothing"
+        what = f"{', '.join(sorted(set(shared)))} is trained on as well, so its loss would say nothing"
         yield found(("test_datasets", "datasets"), what, "Hold out another file, or use val_set_size.")
     if config.lr_scheduler == "constant" and config.warmup_steps:
         remedy = "Write lr_scheduler: constant_with_warmup, or warmup_steps: 0."
         yield found(("warmup_steps", "lr_scheduler"), "lr_scheduler: constant has no warm-up", remedy)
+    if config.lr_scheduler == "polynomial" and config.learning_rate <= POLYNOMIAL_END:
+        what = f"lr_scheduler: polynomial ends at {POLYNOMIAL_END}, which is no lower"
+        yield found(("learning_rate", "lr_scheduler"), what, "Raise it, or choose another lr_scheduler.")
+    if config.max_steps is not None:
+        yield from ignored_within(config, config.max_steps, ("max_steps",))
     if config.lora_target_modules == [] and config.lora_target_parameters == []:
         both = ("lora_target_modules", "lora_target_parameters")
         yield found(
             both, "both lists are empty: nothing would be trained", "Name a target, or drop one of the keys."
         )
+
+
+def ignored_within(
+    config: TrainConfig, steps: int, keys: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    """Settings without effect in a run of ``steps`` steps, decided by the further ``keys``."""
+    if config.warmup_steps and config.warmup_steps >= steps:
+        what = f"{config.warmup_steps} of {steps} steps: learning_rate would never be reached"
+        yield ("warmup_steps", *keys), Problem("warmup_steps", what, "Lower it, or train for more steps.")
+    if config.logging_steps > steps:
+        what = f"{config.logging_steps}, and the run has {steps}: no loss would be shown"
+        yield ("logging_steps", *keys), Problem("logging_steps", what, "Lower it, or train for more steps.")
 
 
 def _bnb_contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Problem]]:

@@ -1,43 +1,33 @@
-"""Conversations from a file to token ids, with loss on the assistant's turns only.
+"""Conversations to token ids, with loss on the assistant's turns only, and the split that holds some out.
 
-A record holds a list of messages. The tokenizer's own chat template is applied incrementally: for each answer
-once up to and including the generation prompt (what the model will be shown), once with the answer. What the
-second adds is the answer, end-of-turn token included; everything else gets the label -100. A template for
-which the shorter text is no prefix of the longer one cannot be labelled this way and is an error. Labels are
-not shifted (models do that).
+The tokenizer's own chat template is applied incrementally: for each answer once up to and including the
+generation prompt (what the model will be shown), once with the answer. What the second adds is the answer,
+end-of-turn token included; everything else gets the label -100. Labels are not shifted (models do that).
 
-Every row is validated before anything is loaded; a bad one is an error naming file and line, never skipped.
+Two habits of templates are allowed for. A generation prompt may end in text that the rendered answer does not
+begin with (an opened thought, ``<think>``): the answer is then what follows their common beginning. And a
+template may render an earlier answer differently once more turns follow (thoughts dropped, another end
+token): such a conversation becomes one example an answer, each as the model will see it.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fourfold.errors import DataError
-from fourfold.training.schema import DatasetConfig, TrainConfig
-from fourfold.training.yaml_file import nearest
+from fourfold.training.records import Conversation, Messages, read_conversations
+from fourfold.training.schema import TrainConfig
 
 IGNORED = -100
-ROLES = ("system", "user", "assistant", "tool")
-SHOWN_PROBLEMS = 5
-# Above this share of examples that lost their whole answer to truncation, sequence_len is wrong, not the
-# data.
+# Above this share of examples that are dropped for their length, sequence_len is wrong, not the data.
 MAX_DROPPED = 0.5
 
-Messages = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One validated record and where it stands."""
-
-    messages: Messages
-    source: str
+Example = tuple[list[int], list[int]]
 
 
 @dataclass
@@ -46,10 +36,13 @@ class Tokenized:
 
     Attributes:
         dataset: a ``datasets.Dataset`` with ``input_ids``, ``labels`` and ``length``.
-        truncated: how many examples were cut to ``sequence_len``.
-        dropped: how many of those had no token of an answer left, and are not in ``dataset``.
+        truncated: how many of its examples were cut to ``sequence_len``.
+        dropped: how many examples were longer than that and are not in ``dataset``.
         tokens: all tokens in ``dataset``.
         trained_tokens: those with a label.
+        largest_id: the largest token id.
+        digest: a hash of ids and labels, in their order.
+        first: the index of the first conversation that is in ``dataset``.
     """
 
     dataset: Any
@@ -57,6 +50,9 @@ class Tokenized:
     dropped: int
     tokens: int
     trained_tokens: int
+    largest_id: int
+    digest: str
+    first: int
 
     def to_dict(self) -> dict[str, int]:
         """Counts only."""
@@ -96,110 +92,25 @@ def load_conversations(config: TrainConfig) -> tuple[list[Conversation], list[Co
     )
 
 
-def read_conversations(entry: DatasetConfig) -> list[Conversation]:
-    """Read one .jsonl (a record a line) or .json (a list of records) file.
-
-    Raises:
-        DataError: names the file and line (or record) of every problem, up to a handful.
-    """
-    path = Path(entry.path)
-    if path.suffix not in (".jsonl", ".json"):
-        raise DataError(
-            f"{path}: not a .jsonl or .json file. Only local files of these kinds can be read for now."
-        )
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Relative paths start at the current directory, {Path.cwd()}.")
-    records: list[Conversation] = []
-    problems: list[str] = []
-    for source, record in _records(path):
-        problem = record if isinstance(record, str) else find_problem(record, entry.field_messages)
-        if problem:
-            problems.append(f"{source}: {problem}")
-        else:
-            turns = [
-                {"role": turn["role"], "content": turn["content"]} for turn in record[entry.field_messages]
-            ]
-            records.append(Conversation(turns, source))
-    if problems:
-        more = f"\n  and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        shown = "\n  ".join(problems[:SHOWN_PROBLEMS])
-        raise DataError(f"{path}: {len(problems)} bad rows; mend or remove them:\n  {shown}{more}")
-    if not records:
-        raise DataError(
-            f"{path}: holds no record. Each is an object with `{entry.field_messages}`, a list of turns."
-        )
-    return records
-
-
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each record with its place; a string in place of a record is a problem."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}). Convert the file.") from None
-    if path.suffix == ".json":
-        try:
-            records = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}.") from None
-        if not isinstance(records, list):
-            raise DataError(f"{path}: holds a {type(records).__name__}, not a list of records.")
-        yield from ((f"{path}, record {index}", record) for index, record in enumerate(records, 1))
-        return
-    # Not str.splitlines: it also splits at U+2028 and the like, which JSON strings may hold unescaped.
-    lines = text.split("\n")
-    if lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        source = f"{path}, line {number}"
-        if not line.strip():
-            yield source, "empty row"
-            continue
-        try:
-            yield source, json.loads(line)
-        except json.JSONDecodeError as error:
-            yield source, f"not valid JSON: {error.msg} (column {error.colno})"
-
-
-def find_problem(record: Any, field: str) -> str | None:
-    """What is wrong with one record, or None."""
-    if not isinstance(record, dict):
-        return f"a {type(record).__name__}, not an object with `{field}`"
-    if field not in record:
-        return (
-            f"no field `{field}`. {nearest(field, record)} (field_messages names another)"
-            if record
-            else "empty"
-        )
-    turns = record[field]
-    if not isinstance(turns, list) or not turns:
-        return f"`{field}` is no list of turns" if not isinstance(turns, list) else f"`{field}` is empty"
-    for index, turn in enumerate(turns):
-        where = f"{field}[{index}]"
-        if not isinstance(turn, dict):
-            return f"{where} is a {type(turn).__name__}, not an object with role and content"
-        for key in ("role", "content"):
-            if not isinstance(turn.get(key), str):
-                return f"{where}.{key} is {'missing' if key not in turn else 'no string'}"
-        if turn["role"] not in ROLES:
-            return f"{where}.role is {turn['role']!r}. {nearest(turn['role'], ROLES)}"
-        if not turn["content"].strip() and turn["role"] != "system":
-            return f"{where}.content is empty"
-    if turns[0]["role"] == "assistant":
-        return f"{field}[0] is the assistant's: a conversation begins with another turn"
-    if not any(turn["role"] == "assistant" for turn in turns):
-        return "no turn of the assistant, so nothing to train on"
-    return None
-
-
 def tokenize(
-    conversations: Sequence[Conversation], tokenizer: Any, sequence_len: int, what: str
+    conversations: Sequence[Conversation],
+    tokenizer: Any,
+    sequence_len: int,
+    what: str,
+    excess: str = "drop",
 ) -> Tokenized:
-    """Token ids and labels of every conversation, cut to ``sequence_len``.
+    """Token ids and labels of every conversation, none longer than ``sequence_len``.
+
+    Args:
+        conversations: validated records.
+        tokenizer: with a chat template.
+        sequence_len: the most tokens an example may have.
+        what: what the conversations are, for messages.
+        excess: what becomes of longer ones: ``drop``, ``truncate`` or ``raise``.
 
     Raises:
-        DataError: no chat template, one that is not prefix-consistent, or too many answers lost to
-        truncation.
+        DataError: no chat template, one whose answers cannot be told apart, a long example where
+            ``excess`` is ``raise``, or too many examples dropped.
     """
     import datasets
 
@@ -209,58 +120,106 @@ def tokenize(
             "Use the model's chat variant, or put a chat_template.jinja beside its tokenizer."
         )
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-    truncated = dropped = 0
-    for conversation in conversations:
-        ids, labels = encode(conversation, tokenizer)
-        if len(ids) > sequence_len:
-            truncated += 1
+    digest = hashlib.sha256()
+    total = truncated = dropped = largest = 0
+    first: int | None = None
+    for index, conversation in enumerate(conversations):
+        for ids, labels in encode(conversation, tokenizer):
+            total += 1
+            is_long = len(ids) > sequence_len
+            if is_long and excess == "raise":
+                raise DataError(
+                    f"{conversation.source}: {len(ids)} tokens, and sequence_len is {sequence_len}. Raise "
+                    "it, shorten the example, or set excess_length_strategy: drop or truncate."
+                )
             ids, labels = ids[:sequence_len], labels[:sequence_len]
-        # The first label is never predicted: models shift.
-        if all(label == IGNORED for label in labels[1:]):
-            dropped += 1
-            continue
-        columns["input_ids"].append(ids)
-        columns["labels"].append(labels)
-        columns["length"].append(len(ids))
-    if dropped > MAX_DROPPED * len(conversations):
+            # The first label is never predicted: models shift.
+            if is_long and (excess == "drop" or all(label == IGNORED for label in labels[1:])):
+                dropped += 1
+                continue
+            truncated += is_long
+            largest = max(largest, *ids)
+            first = index if first is None else first
+            digest.update(array("q", [len(ids), *ids, *labels]).tobytes())
+            columns["input_ids"].append(ids)
+            columns["labels"].append(labels)
+            columns["length"].append(len(ids))
+    if dropped > MAX_DROPPED * total:
+        reason = "are longer than" if excess == "drop" else "have no token of an answer within"
+        remedy = ", or set excess_length_strategy: truncate" if excess == "drop" else ""
         raise DataError(
-            f"{what}: {dropped} of {len(conversations)} examples have no token of an answer within "
-            f"sequence_len: {sequence_len}. Raise sequence_len."
+            f"{what}: {dropped} of {total} examples {reason} sequence_len: {sequence_len}. "
+            f"Raise sequence_len{remedy}."
         )
     trained = sum(label != IGNORED for labels in columns["labels"] for label in labels[1:])
-    return Tokenized(datasets.Dataset.from_dict(columns), truncated, dropped, sum(columns["length"]), trained)
+    return Tokenized(
+        dataset=datasets.Dataset.from_dict(columns),
+        truncated=truncated,
+        dropped=dropped,
+        tokens=sum(columns["length"]),
+        trained_tokens=trained,
+        largest_id=largest,
+        digest=digest.hexdigest(),
+        first=first or 0,
+    )
 
 
-def encode(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids and labels (-100 outside the assistant's turns) of one conversation.
+def encode(conversation: Conversation, tokenizer: Any) -> list[Example]:
+    """Token ids and labels (-100 outside the trained answers) of one conversation.
+
+    Returns:
+        One example; or one for each answer, where the template renders earlier turns differently once later
+        ones follow.
 
     Raises:
-        DataError: the template renders a longer conversation differently from the start of it.
+        DataError: the template renders the turns before an answer differently once the answer follows, or
+            leaves the answer's text out.
     """
-    messages = conversation.messages
-    # Turns after the last answer carry no label and nothing after them is predicted: leave them out.
-    last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
-    messages = messages[: last + 1]
-    text, ids = _render(messages, tokenizer, prompt=False, source=conversation.source)
-    labels = [IGNORED] * len(ids)
-    for index, turn in enumerate(messages):
-        if turn["role"] != "assistant":
-            continue
-        prompt_text, prompt_ids = _render(
-            messages[:index], tokenizer, prompt=True, source=conversation.source
-        )
-        turn_text, turn_ids = text, ids
-        if index != last:
-            turn_text, turn_ids = _render(
-                messages[: index + 1], tokenizer, prompt=False, source=conversation.source
-            )
-        if not (text.startswith(turn_text) and turn_text.startswith(prompt_text)):
+    whole = _encode(conversation, conversation.answers, tokenizer)
+    if whole is not None:
+        return [whole]
+    examples = [_encode(conversation, [index], tokenizer) for index in conversation.answers]
+    for index, example in zip(conversation.answers, examples, strict=True):
+        if example is None:
             raise DataError(
-                f"{conversation.source}: the chat template is not prefix-consistent: it renders the turns "
-                f"before messages[{index}] differently once later turns follow, so the answers cannot be "
-                "told from the rest. Use a template that renders each turn on its own, or split the "
-                "conversation into single answers."
+                f"{conversation.source}: the chat template renders the turns before messages[{index}] "
+                "differently once that answer follows, so it cannot be told from the rest. Use a template "
+                "that leaves earlier turns as they are."
             )
+    return [example for example in examples if example is not None]
+
+
+def _encode(conversation: Conversation, answers: Sequence[int], tokenizer: Any) -> Example | None:
+    """One example with labels on ``answers``, ending with the last of them; None where what comes before any
+    of them is rendered differently there."""
+
+    def render(length: int, prompt: bool = False) -> tuple[str, list[int]]:
+        return _render(conversation.messages[:length], tokenizer, prompt, conversation.source)
+
+    # Turns after the last answer carry no label and nothing after them is predicted: leave them out.
+    last = answers[-1]
+    text, ids = render(last + 1)
+    labels = [IGNORED] * len(ids)
+    for index in answers:
+        # Templates for content in parts render nothing of a plain text, and raise nothing. The last word:
+        # what comes first may be a thought, which templates rewrite.
+        if conversation.messages[index]["content"].split()[-1] not in text:
+            if len(answers) > 1:
+                return None  # an earlier one may be left out once later turns follow: tried one by one
+            raise DataError(
+                f"{conversation.source}: the chat template leaves out the text of messages[{index}]. It may "
+                "be one for images; put a chat_template.jinja for plain text beside the tokenizer."
+            )
+        prompt_text, prompt_ids = render(index, prompt=True)
+        before_text, _ = render(index)
+        # The two differ in what opens the answer alone; all that precedes it must be there in the end.
+        if not text.startswith(prompt_text[: _common_prefix(before_text, prompt_text)]):
+            return None
+        turn_ids = ids
+        if index != last:
+            turn_text, turn_ids = render(index + 1)
+            if not text.startswith(turn_text):
+                return None
         # Where a token straddles the boundary it belongs to the answer: the common prefix ends before it.
         start, stop = _common_prefix(prompt_ids, ids), _common_prefix(turn_ids, ids)
         stop = _end_of_turn(ids, start, stop, tokenizer)
@@ -277,7 +236,7 @@ def _render(messages: Messages, tokenizer: Any, prompt: bool, source: str) -> tu
     return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _common_prefix(left: list[int], right: list[int]) -> int:
+def _common_prefix(left: Sequence[Any], right: Sequence[Any]) -> int:
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return index
@@ -285,8 +244,11 @@ def _common_prefix(left: list[int], right: list[int]) -> int:
 
 
 def _end_of_turn(ids: list[int], start: int, stop: int, tokenizer: Any) -> int:
-    """``stop``, less what templates put after the end-of-turn token (a newline): it is never generated."""
+    """``stop``, less the white space that templates put after the end-of-turn token: it is never generated.
+
+    Only white space: where turns end otherwise, an end-of-text token may stand within an answer.
+    """
     for index in range(stop - 1, start - 1, -1):
         if ids[index] == tokenizer.eos_token_id:
-            return index + 1
+            return index + 1 if not tokenizer.decode(ids[index + 1 : stop]).strip() else stop
     return stop

@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from fourfold.errors import TrainingError
-
-IGNORED = -100
+from fourfold.training.data import IGNORED
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,7 @@ class Improvement:
 
 
 def _standard_error(values: Sequence[float], weights: Sequence[int]) -> float:
-    """Of the weighted mean: a ratio estimator over independent answers (Cochran, Sampling Techniques, 6.4).
-    Of the weighted mean: a ratio estimator over independent answers (Cochran, Sampling Techniques, 6.4)."""
+    """Of the weighted mean: a ratio estimator over independent answers (Cochran, Sampling Techniques 6.4)."""
     n, total = len(values), sum(weights)
     if n < 2:
         return math.inf
@@ -91,11 +89,18 @@ def _standard_error(values: Sequence[float], weights: Sequence[int]) -> float:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, each module's own mode restored afterwards."""
+    """Evaluation mode without gradients, each module's own mode restored afterwards.
+
+    A model in bf16 computes under autocast, as the trainer does: adapters are fp32, and without it their
+    products would be too. A model is then evaluated by the same arithmetic before, within and after training,
+    and when it is loaded again (0.03 nats on single answers lay between the two).
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    low = weight.dtype in (torch.bfloat16, torch.float16)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(weight.device.type, weight.dtype if low else None, enabled=low):
             yield
     finally:
         for module, mode in modes.items():
@@ -107,7 +112,6 @@ def evaluate_answers(
     dataset: Any,
     collate: Callable[[list[dict[str, list[int]]]], dict[str, torch.Tensor]],
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
 ) -> AnswerLosses:
     """The loss of ``model`` on each answer of ``dataset`` (``input_ids``, ``labels`` not shifted, -100
     elsewhere).
@@ -117,7 +121,6 @@ def evaluate_answers(
         dataset: rows with ``input_ids`` and ``labels``.
         collate: makes a right-padded batch of rows.
         batch_size: how many answers at once; the result does not depend on it.
-        on_batch: called with the number of answers done after each batch.
 
     Raises:
         TrainingError: a loss is not finite; the message names the row.
@@ -135,8 +138,6 @@ def evaluate_answers(
                 if not math.isfinite(loss):
                     raise TrainingError(f"The loss on held-out row {index} is {loss}. Are the weights sound?")
                 losses[index], tokens[index] = loss, count
-            if on_batch is not None:
-                on_batch(start + len(chosen))
     return AnswerLosses(losses, tokens)
 
 

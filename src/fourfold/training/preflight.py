@@ -1,13 +1,14 @@
 """Everything that can be found wrong with a run before a weight is read.
 
-In order of cost: paths, the data's rows, the tokenizer and its template, then the model's skeleton on the
-meta device with its LoRA targets. A run that passes this has only the machine's limits left to meet.
+In order of cost: paths, settings, the data's rows, the model's skeleton on the meta device with its LoRA
+targets, then the tokenized data; last of all the output folder is made. A run that passes this has only the
+machine's limits left to meet.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,11 @@ from typing import Any
 import torch
 
 from fourfold.errors import ConfigurationError, NoExpertsError
-from fourfold.training.data import Conversation, Messages, Tokenized, load_conversations, tokenize
+from fourfold.loading.paths import ensure_reachable, is_meant_as_path
+from fourfold.training.contradictions import ignored_within
+from fourfold.training.data import Tokenized, load_conversations, tokenize
+from fourfold.training.records import Conversation, Messages
+from fourfold.training.resume import check_unchanged, find_checkpoint, fixed_settings, run_settings
 from fourfold.training.schema import TrainConfig
 
 BNB_OPTIMIZERS = ("8bit", "paged_", "lion_")
@@ -38,6 +43,7 @@ class Checked:
         target_parameters: LoRA targets among the parameters (experts).
         bf16: whether to compute in bf16.
         checkpoint: the checkpoint to resume from.
+        settings: what a run that resumes this one has to agree with.
     """
 
     tokenizer: Any
@@ -50,6 +56,7 @@ class Checked:
     target_parameters: list[str]
     bf16: bool
     checkpoint: str | None
+    settings: dict[str, Any]
 
 
 def check(config: TrainConfig) -> Checked:
@@ -60,17 +67,31 @@ def check(config: TrainConfig) -> Checked:
     """
     check_model_folder(config.base_model)
     checkpoint = find_checkpoint(config)
-    check_writable(Path(config.output_dir))
-    train, held_out = load_conversations(config)
+    if checkpoint is not None:
+        check_unchanged(checkpoint, fixed_settings(config))
     check_device(config)
-    tokenizer = load_tokenizer(config.base_model)
-    tokenized = tokenize(train, tokenizer, config.sequence_len, "datasets")
-    tokenized_held_out = (
-        tokenize(held_out, tokenizer, config.sequence_len, "held-out data") if held_out else None
-    )
-    sample, reference = _sample((held_out or train)[0])
+    train, held_out = load_conversations(config)
     quantization_config = make_quantization_config(config)
-    modules, parameters = find_targets(config, quantization_config)
+    skeleton = make_skeleton(config, quantization_config)
+    modules, parameters = find_targets(config, skeleton)
+    tokenizer = load_tokenizer(config.base_model)
+    cut = (config.sequence_len, "datasets", config.excess_length_strategy)
+    tokenized = tokenize(train, tokenizer, *cut)
+    tokenized_held_out = None
+    if held_out:
+        cut = (config.sequence_len, "held-out data", config.excess_length_strategy)
+        tokenized_held_out = tokenize(held_out, tokenizer, *cut)
+    check_vocabulary(tokenizer, skeleton, (tokenized, tokenized_held_out))
+    check_steps(config, len(tokenized.dataset))
+    bf16 = resolve_bf16(config)
+    settings = run_settings(config, modules, parameters, bf16, tokenized.digest)
+    if checkpoint is not None:
+        check_unchanged(checkpoint, settings)
+    check_writable(Path(config.output_dir))  # last: it makes the folder
+    shown = train[tokenized.first]
+    if tokenized_held_out is not None:
+        shown = held_out[tokenized_held_out.first]
+    sample, reference = sample_of(shown)
     return Checked(
         tokenizer=tokenizer,
         train=tokenized,
@@ -80,60 +101,50 @@ def check(config: TrainConfig) -> Checked:
         quantization_config=quantization_config,
         target_modules=modules,
         target_parameters=parameters,
-        bf16=resolve_bf16(config),
+        bf16=bf16,
         checkpoint=checkpoint,
+        settings=settings,
     )
 
 
 def check_model_folder(name: str) -> None:
-    """A base model that can only be a folder must be one that holds a model."""
+    """A base model that can only be a folder must be one that holds a model; another must be within reach."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigurationError(
                 f"base_model: the folder {path} has no config.json, so it holds no model."
             )
+        stored_quantization(name)  # reads the file: a broken one is found here, not by the tokenizer
         return
-    # An id on the hub is `name` or `owner/name`; anything else is meant to be a path, and so is `folder/name`
-    # beside an existing folder: asking the hub takes most of a minute where there is none.
-    looks_local = path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_local or (len(path.parts) == 2 and Path(path.parts[0]).is_dir()):
+    if is_meant_as_path(name):
         raise ConfigurationError(
             f"base_model: there is no folder {name}. Relative paths start at the current directory, "
             f"{Path.cwd()}."
         )
+    ensure_reachable(name)
 
 
-def find_checkpoint(config: TrainConfig) -> str | None:
-    """The checkpoint that ``resume_from_checkpoint`` means."""
-    wanted = config.resume_from_checkpoint
-    if wanted is False:
-        return None
-    if wanted is True:
-        steps = [
-            (int(path.name.removeprefix("checkpoint-")), path)
-            for path in Path(config.output_dir).glob("checkpoint-*")
-            if path.name.removeprefix("checkpoint-").isdigit() and (path / "trainer_state.json").is_file()
-        ]
-        if not steps:
-            raise ConfigurationError(
-                f"resume_from_checkpoint: true, but {config.output_dir} holds no checkpoint. "
-                "Set it to false to start anew, or name a checkpoint's folder."
-            )
-        wanted = str(max(steps)[1])
-    state = Path(wanted) / "trainer_state.json"
-    if not state.is_file():
+def check_steps(config: TrainConfig, examples: int) -> None:
+    """Settings without effect in a run of so few steps, where num_epochs and the data decide how many."""
+    if config.max_steps is not None:
+        return  # looked at with the other contradictions
+    batches = math.ceil(examples / config.micro_batch_size)
+    steps = math.ceil(config.num_epochs * math.ceil(batches / config.gradient_accumulation_steps))
+    problems = [str(problem) for _, problem in ignored_within(config, steps)]
+    if problems:
+        raise ConfigurationError("\n".join(problems))
+
+
+def check_vocabulary(tokenizer: Any, skeleton: Any, data: Any) -> None:
+    """Every token id of the data must have a row in the embeddings; beyond them a GPU reads anything."""
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.pad_token_id, *(part.largest_id for part in data if part is not None))
+    if largest >= rows:
         raise ConfigurationError(
-            f"resume_from_checkpoint: {wanted} is no checkpoint of a run (it has no trainer_state.json). "
-            "Name a folder such as output_dir/checkpoint-20."
+            f"base_model: the tokenizer gives token {largest}, and the model has embeddings for {rows} "
+            "tokens only. It is another model's tokenizer, or tokens were added without embeddings."
         )
-    done = int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
-    if config.max_steps is not None and done >= config.max_steps:
-        raise ConfigurationError(
-            f"resume_from_checkpoint: {wanted} is at step {done} of {config.max_steps} already: nothing is "
-            "left to train. Raise max_steps."
-        )
-    return wanted
 
 
 def check_writable(folder: Path) -> None:
@@ -172,12 +183,17 @@ def load_tokenizer(name: str) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # by the tokenizer's class: a damaged file raises what its reader raises
+        reason = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
         raise ConfigurationError(
             f"base_model: {name} gives no tokenizer ({reason}). It must be a folder with a model and its "
             "tokenizer, or a model's id on the hub (which must be within reach)."
         ) from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ConfigurationError(
+            f"base_model: the tokenizer of {name} has neither a pad_token nor an eos_token, so batches "
+            "cannot be padded. Add one to its tokenizer_config.json."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -210,6 +226,14 @@ def make_quantization_config(config: TrainConfig) -> Any:
             f"base_model: {config.base_model} is packed already: say so with load_in_4bit or load_in_8bit, "
             "or take the original weights."
         )
+    bits = stored_bits(packed)
+    if bits is not None and bits != (4 if config.load_in_4bit else 8):
+        wanted = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+        raise ConfigurationError(
+            f"{wanted}: {config.base_model} is packed in {bits} bit already, and that cannot be changed. Set "
+            f"load_in_{bits}bit: true instead (adapter: {'qlora' if bits == 4 else 'lora'}), or take the "
+            "original weights."
+        )
     if config.bnb_config_kwargs or config.quantize_moe_experts is False:
         raise ConfigurationError(
             f"bnb_config_kwargs, quantize_moe_experts: {config.base_model} is packed already and these "
@@ -219,24 +243,42 @@ def make_quantization_config(config: TrainConfig) -> Any:
 
 
 def stored_quantization(name: str) -> dict[str, Any] | None:
-    """The quantization that a local checkpoint's config.json declares."""
+    """The quantization that a local checkpoint's config.json declares.
+
+    Raises:
+        ConfigurationError: the file is no model's configuration.
+    """
     path = Path(name).expanduser() / "config.json"
     if not path.is_file():
         return None
     try:
-        stored = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
-    except (json.JSONDecodeError, AttributeError) as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path}: not a model's configuration ({error}).") from None
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"{path}: not a model's configuration (a {type(config).__name__}).")
+    stored = config.get("quantization_config")
     return stored if isinstance(stored, dict) else None
 
 
-def find_targets(config: TrainConfig, quantization_config: Any) -> tuple[list[str], list[str]]:
+def stored_bits(stored: dict[str, Any]) -> int | None:
+    """4 or 8, by a packed checkpoint's Linears, or by its experts where those alone are packed."""
+    by_name = {"4bit": 4, "8bit": 8, "nf4": 4, "fp4": 4, "int8": 8}
+    return by_name.get(str(stored.get("linears"))) or by_name.get(str(stored.get("experts_quant_type")))
+
+
+def make_skeleton(config: TrainConfig, quantization_config: Any) -> Any:
+    """The model without weights, as loading would prepare it."""
+    from fourfold.loading.skeleton import build_skeleton
+
+    return build_skeleton(config.base_model, quantization_config)
+
+
+def find_targets(config: TrainConfig, skeleton: Any) -> tuple[list[str], list[str]]:
     """LoRA targets, given or found, checked against the model's skeleton."""
     import fourfold
     from fourfold.adapters.peft_lora import check_targets
-    from fourfold.loading.skeleton import build_skeleton
 
-    skeleton = build_skeleton(os.path.expanduser(config.base_model), quantization_config)
     parameters = config.lora_target_parameters
     if parameters is None:
         try:
@@ -270,8 +312,7 @@ def attention_projections(model: torch.nn.Module) -> list[str]:
     return list(found)
 
 
-def _sample(conversation: Conversation) -> tuple[Messages, str]:
-    """The turns before the first answer, and that answer."""
-    messages = conversation.messages
-    index = next(i for i, turn in enumerate(messages) if turn["role"] == "assistant")
-    return messages[:index], messages[index]["content"]
+def sample_of(conversation: Conversation) -> tuple[Messages, str]:
+    """The turns before the first answer to train on, and that answer."""
+    index = conversation.answers[0]
+    return conversation.messages[:index], conversation.messages[index]["content"]

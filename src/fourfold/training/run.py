@@ -7,7 +7,6 @@ the adapters' kernels, and that a result which means nothing is an error.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +20,24 @@ import fourfold
 from fourfold.adapters.peft_lora import add_lora
 from fourfold.errors import ConfigurationError, TrainingError
 from fourfold.planning.report import Report, make_report
-from fourfold.training.callbacks import Curve, FirstStepGradients, HeldOut, Metrics, Progressing, peak_memory
+from fourfold.training.callbacks import (
+    Curve,
+    FiniteGradients,
+    FirstStepGradients,
+    HeldOut,
+    Metrics,
+    Progressing,
+    peak_memory,
+)
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
 from fourfold.training.preflight import Checked, check
+from fourfold.training.resume import RunFile, step_of
 from fourfold.training.schema import TrainConfig
 from fourfold.training.summary import RunResult, write_loss_curve, write_report
 
 try:
+    import matplotlib.figure  # noqa: F401  (the loss curve, drawn when the run is over)
+
     from fourfold.training.trainer import MoeTrainer, make_collator, trainer_arguments
 except ImportError as error:  # TRL, datasets and matplotlib are the extra `train`
     raise ConfigurationError(
@@ -100,8 +110,8 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         },
         seconds=clock.seconds,
     )
-    write_loss_curve(result, output / "loss.png")
     write_report(result, output / "report.json")
+    write_loss_curve(result, output / "loss.png")
     return result
 
 
@@ -117,7 +127,7 @@ def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:
         kwargs["quantization_config"] = checked.quantization_config
     if torch.cuda.is_available():
         kwargs["device_map"] = {"": torch.cuda.current_device()}
-    model = AutoModelForCausalLM.from_pretrained(os.path.expanduser(config.base_model), **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
     report = fourfold.verify(model) if config.quantized else make_report(model)
     return model, report
 
@@ -156,6 +166,10 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Metrics(curve, lambda: trainer.tokens_seen))
     trainer.add_callback(FirstStepGradients())
+    trainer.add_callback(FiniteGradients())
+    trainer.add_callback(
+        RunFile(checked.settings, step_of(checked.checkpoint) if checked.checkpoint else None)
+    )
     if checked.held_out is not None:
         trainer.add_callback(HeldOut(lambda: evaluate("during training"), curve, config.eval_steps))
     trainer.add_callback(Progressing(console, curve))
@@ -166,7 +180,8 @@ def train(trainer: MoeTrainer, checkpoint: str | None) -> None:
     """Run the trainer; the progress bar is taken down whatever happens.
 
     Raises:
-        TrainingError: no step was left to take, or memory ran out.
+        TrainingError: a callback or the trainer stopped the run, or memory ran out; the message says what is
+            left of it.
     """
     bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Progressing)]
     try:
@@ -175,11 +190,30 @@ def train(trainer: MoeTrainer, checkpoint: str | None) -> None:
         raise TrainingError(
             f"Out of GPU memory at step {trainer.state.global_step + 1} ({str(error).splitlines()[0]}). "
             "Lower micro_batch_size (and raise gradient_accumulation_steps), lower sequence_len, or set "
-            "gradient_checkpointing: true."
+            f"gradient_checkpointing: true. {_what_is_left(trainer, checkpoint)}"
         ) from error
+    except TrainingError as error:
+        raise TrainingError(f"{error} {_what_is_left(trainer, checkpoint)}") from error
     finally:
         for bar in bars:
             bar.close()
+
+
+def _what_is_left(trainer: MoeTrainer, checkpoint: str | None) -> str:
+    """Which checkpoint a run that was stopped leaves behind.
+
+    One written at the very step that the run stopped after holds what may be to blame, and is not named.
+    """
+    step = trainer.state.global_step
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, RunFile):
+            sound = [saved for saved in callback.steps if saved < step]
+            if sound and checkpoint is not None and max(sound) == callback.steps[0]:
+                return f"Nothing new was saved; {checkpoint} is as it was."
+            if sound:
+                folder = Path(str(trainer.args.output_dir)) / f"checkpoint-{max(sound)}"
+                return f"The last checkpoint before that is {folder}."
+    return "Nothing was saved."
 
 
 class _Clock:
@@ -220,5 +254,6 @@ def _facts(model: Any, config: TrainConfig, checked: Checked) -> dict[str, Any]:
         },
         "peak_memory_bytes": peak_memory(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "unused_gpus": max(0, torch.cuda.device_count() - 1),
         "bf16": checked.bf16,
     }

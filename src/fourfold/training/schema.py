@@ -7,11 +7,20 @@ line, what, remedy. Imports neither torch nor transformers: a file is validated 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from fourfold.errors import ConfigurationError
 from fourfold.training.contradictions import ContradictionError, contradictions
@@ -62,6 +71,8 @@ Positive = Annotated[int, BeforeValidator(_not_bool), Field(gt=0)]
 PositiveFloat = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
 Share = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, allow_inf_nan=False)]
+# `~` is the home directory, as in a shell; expanded here and nowhere else.
+PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 class _Strict(BaseModel):
@@ -76,9 +87,14 @@ class _Strict(BaseModel):
 
 
 class DatasetConfig(_Strict):
-    """One file of conversations."""
+    """One file of conversations.
 
-    path: str = Field(min_length=1, description="the path of a local .jsonl or .json file")
+    A record may hold whatever else says something about it (an id, its source); fields that would change the
+    conversation (``tools`` and the like, see ``records.CHANGES_CONVERSATION``) are refused, and so is
+    anything in a turn but ``role``, ``content`` and ``weight`` (0: the answer is shown, not trained).
+    """
+
+    path: PathText = Field(description="the path of a local .jsonl or .json file")
     type: Literal["chat_template"] = Field("chat_template", description="`chat_template`")
     field_messages: str = Field("messages", min_length=1, description="the name of the field with the turns")
 
@@ -86,7 +102,7 @@ class DatasetConfig(_Strict):
 class TrainConfig(_Strict):
     """A training run. Field names are the YAML keys; see ``load_config``."""
 
-    base_model: str = Field(min_length=1, description="a folder, or a model's id on the hub")
+    base_model: PathText = Field(description="a folder, or a model's id on the hub")
     adapter: Literal["qlora", "lora"] = Field(description="`qlora` (with load_in_4bit) or `lora`")
     load_in_4bit: bool = Field(False, description="true or false")
     load_in_8bit: bool = Field(False, description="true or false")
@@ -117,7 +133,11 @@ class TrainConfig(_Strict):
         description="a fraction below 1 or a whole number of examples to hold out of datasets; 0 for none",
     )
     sequence_len: Annotated[int, BeforeValidator(_not_bool), Field(ge=8)] = Field(
-        512, description="a whole number of tokens, at least 8; longer examples are cut there"
+        512, description="a whole number of tokens, at least 8; longer ones: see excess_length_strategy"
+    )
+    excess_length_strategy: Literal["drop", "truncate", "raise"] = Field(
+        "drop",
+        description="`drop`, `truncate` or `raise`: what becomes of examples longer than sequence_len",
     )
 
     micro_batch_size: Positive = Field(1, description="a positive whole number of examples")
@@ -128,14 +148,18 @@ class TrainConfig(_Strict):
     num_epochs: PositiveFloat = Field(1.0, description="a positive number")
     learning_rate: PositiveFloat = Field(2e-4, description="a positive number")
     lr_scheduler: Scheduler = Field("cosine", description="the name of a schedule")
-    warmup_steps: Count | None = Field(None, description="a whole number; absent means 3 % of the steps")
+    warmup_steps: Count | None = Field(
+        None, description="a whole number, less than the steps of the run; absent means 3 % of them"
+    )
     optimizer: Optimizer = Field("adamw_torch_fused", description="the name of an optimizer")
     bf16: bool | Literal["auto"] = Field(
         "auto", description="true, false or auto (true where a GPU supports it)"
     )
     gradient_checkpointing: bool = Field(False, description="true or false")
 
-    logging_steps: Positive = Field(1, description="a positive whole number of steps")
+    logging_steps: Positive = Field(
+        1, description="a positive whole number of steps, no more than the run has"
+    )
     eval_steps: Share | None = Field(
         None,
         description="a whole number of steps, or a fraction of the run; absent means each epoch, 0 never",
@@ -144,12 +168,15 @@ class TrainConfig(_Strict):
         None,
         description="a whole number of steps, or a fraction of the run; absent means each epoch, 0 never",
     )
-    output_dir: str = Field(
-        "./model-out", min_length=1, description="the folder for checkpoints and the adapter"
+    output_dir: PathText = Field("./model-out", description="the folder for checkpoints and the adapter")
+    # numpy, which the trainer seeds as well, takes no more than 32 bits.
+    seed: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)] = Field(
+        42, description="a whole number below 2**32"
     )
-    seed: Count = Field(42, description="a whole number")
-    resume_from_checkpoint: bool | str = Field(
-        False, description="true (the last checkpoint in output_dir), false, or a checkpoint's folder"
+    resume_from_checkpoint: bool | PathText = Field(
+        False,
+        description="true (the last checkpoint in output_dir), false, or a checkpoint's folder; the settings "
+        "that decide batches and adapters must be those it was written with",
     )
 
     @model_validator(mode="after")

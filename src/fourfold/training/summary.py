@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from rich.text import Text
 
 from fourfold.training.callbacks import Curve, format_bytes
 from fourfold.training.evaluate import AnswerLosses, Improvement
+from fourfold.training.strict_json import dumps
 
 
 @dataclass
@@ -33,6 +32,7 @@ class RunResult:
         curve: losses along the run and its speed.
         peak_memory_bytes: GPU memory, or the process's resident set on a CPU.
         device: the GPU's name, or "cpu".
+        unused_gpus: how many other GPUs are visible; a run uses one.
         bf16: whether it computed in bf16.
         sample: one prompt, the data's answer, the model's before and after.
         seconds: where the time went.
@@ -50,6 +50,7 @@ class RunResult:
     curve: Curve
     peak_memory_bytes: int
     device: str
+    unused_gpus: int
     bf16: bool
     sample: dict[str, str]
     seconds: dict[str, float]
@@ -76,6 +77,7 @@ class RunResult:
             "training_seconds": self.curve.training_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "device": self.device,
+            "unused_gpus": self.unused_gpus,
             "bf16": self.bf16,
             "sample": self.sample,
             "seconds": self.seconds,
@@ -84,19 +86,7 @@ class RunResult:
 
 def write_report(result: RunResult, path: Path) -> None:
     """Everything, as JSON."""
-    text = json.dumps(_finite(result.to_dict()), indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity (the standard error of a single answer): null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+    path.write_text(dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def write_loss_curve(result: RunResult, path: Path) -> None:
@@ -166,6 +156,8 @@ def _facts(result: RunResult) -> list[tuple[str, str]]:
         ("speed", f"{result.curve.tokens_per_second:,.0f} tokens/s"),
         ("peak memory", f"{format_bytes(result.peak_memory_bytes)} ({where})"),
     ]
+    if result.unused_gpus:
+        facts.append(("device", f"{result.device}; {result.unused_gpus} more visible, a run uses one"))
     if result.before is not None and result.after is not None and result.improvement is not None:
         fell = result.improvement
         facts += [
@@ -196,6 +188,8 @@ def _data_fact(data: dict[str, Any]) -> str:
         text = f"{counts['examples']} examples, {counts['tokens']:,} tokens"
         text += f" ({counts['trained_tokens']:,} of answers)"
         if counts["truncated"]:
-            text += f", {counts['truncated']} cut to sequence_len, {counts['dropped']} of them dropped"
+            text += f", {counts['truncated']} cut to sequence_len"
+        if counts["dropped"]:
+            text += f"; {counts['dropped']} longer ones dropped"
         parts.append(f"{name.replace('_', '-')}: {text}")
     return "\n".join(parts)

@@ -1,7 +1,7 @@
 """TRL's ``SFTTrainer`` with the four things a run of Fourfold needs of it, each in one small place.
 
 Adapters keep their dtype; the order of examples is a function of seed and epoch, so that a resumed run sees
-the same batches; a loss that is not finite stops the run before it reaches the adapters; tokens are counted.
+the same batches; a loss that is not finite stops the run; tokens are counted.
 """
 
 from __future__ import annotations
@@ -87,15 +87,17 @@ class MoeTrainer(SFTTrainer):
         """One micro-batch forward and backward.
 
         Raises:
-            TrainingError: the loss is NaN or infinite; nothing has been applied to the adapters yet.
+            TrainingError: the loss is NaN or infinite.
         """
         self.tokens_seen += int(inputs["attention_mask"].sum())
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(float(loss)):
+            blame = "the last update has ruined the adapters, or a row is damaged"
+            if self.state.global_step == 0:
+                blame = "a row or a weight of the base model is damaged"
             raise TrainingError(
-                f"The loss at step {self.state.global_step + 1} is {float(loss)}; the adapters of step "
-                f"{self.state.global_step} are unharmed. Lower learning_rate, or look for damaged rows in "
-                "the data."
+                f"The loss at step {self.state.global_step + 1} is {float(loss)}: {blame}. Lower "
+                "learning_rate, or look for damaged rows in the data."
             )
         return loss
 
@@ -130,7 +132,7 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool) -> SFTC
         saving = {"save_strategy": "no"}
     else:
         saving = {"save_strategy": "steps", "save_steps": save_steps if save_steps < 1 else int(save_steps)}
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=config.output_dir,
         per_device_train_batch_size=config.micro_batch_size,
         per_device_eval_batch_size=config.micro_batch_size,
@@ -164,6 +166,10 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool) -> SFTC
         },
         **saving,
     )
+    # One process trains on one card: DataParallel, which more than one visible card would mean, replicates
+    # packed weights at each step, and TRL refuses it.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def _warmup(config: TrainConfig) -> float:

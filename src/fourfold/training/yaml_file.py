@@ -92,7 +92,10 @@ def read_yaml(path: str | Path) -> YamlFile:
 
 def apply_overrides(parsed: YamlFile, overrides: Iterable[str]) -> set[KeyPath]:
     """Set ``key=value`` pairs of a command line (dotted keys reach inside); returns the paths that were set.
-    Set ``key=value`` pairs of a command line (dotted keys reach inside); returns the paths that were set."""
+
+    Raises:
+        ConfigurationError: a pair is malformed, or reaches into something that is not there.
+    """
     touched: set[KeyPath] = set()
     for override in overrides:
         key, sign, text = override.partition("=")

@@ -54,7 +54,9 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"head_dim|head_size|kv_channels|rope_dim|dim_head|head_channels|state_size|d_state", HEAD_DIM),
     (r"rank|lora", HEAD_DIM),
     (r"part_features", HIDDEN // 2),
-    (r"intermediate|ffn|feed_forward|mlp_dim|inner|shared_expert|moe_dim", 96),
+    # Rows that are no whole blocks.
+    (r"moe_intermediate|expert_intermediate|expert_ffn|moe_dim|moe_ffn", 96),
+    (r"d_ff|intermediate|ffn|feed_forward|mlp_dim|inner|shared_expert", 128),
     (r"hidden|d_model|n_embd|embed|^dim$|_dim$|width|channels|out_size|output_size|input_size", HIDDEN),
     (r"max_position|n_positions|seq_len|context|position_embeddings|window|chunk|budget", VOCABULARY),
 )

@@ -68,7 +68,7 @@ def nemotron_h(**changes: object) -> PretrainedConfig:
 
 
 def dense(**changes: object) -> PretrainedConfig:
-    return transformers.LlamaConfig(**(COMMON | {"hidden_size": 64, "intermediate_size": 96} | changes))
+    return transformers.LlamaConfig(**(COMMON | {"hidden_size": 64, "intermediate_size": 128} | changes))
 
 
 KINDS: dict[str, Callable[..., PretrainedConfig]] = {

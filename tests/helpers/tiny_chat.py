@@ -3,6 +3,7 @@ folder."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +123,13 @@ def data_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         write_jsonl(folder / "train.jsonl", [conversation(index) for index in range(48)]),
         write_jsonl(folder / "held-out.jsonl", [conversation(index) for index in range(100, 110)]),
     )
+
+
+def quiet() -> Any:
+    """A console that keeps what is printed."""
+    from rich.console import Console
+
+    return Console(file=io.StringIO(), width=100)
 
 
 Settings = Callable[..., dict[str, Any]]

@@ -1,0 +1,132 @@
+"""What the files of a checkpoint say they hold, read from their headers alone.
+
+Loaders cast by value: an absmax that was stored as fp32 would arrive in its int32 parameter as zeros, and the
+model would load as noise. So shapes and dtypes of packed tensors are compared before a weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from fourfold.errors import CheckpointError
+from fourfold.experts import PackedExperts, find_experts
+
+_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32"}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Header:
+    """One stored tensor: its file, safetensors' name of its dtype, its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint's folder.
+
+    Raises:
+        CheckpointError: there are none, the index is damaged, or it points outside the folder.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return [folder / SINGLE]
+        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; only safetensors are read")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} is no index of a checkpoint ({error!r})") from error
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} points outside its folder: {name!r}")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{index} names {name}, which is not there; download the checkpoint again")
+    return [folder / name for name in names]
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, Header]:
+    """Key -> header of every tensor in ``files``.
+
+    Raises:
+        CheckpointError: a file is truncated or no safetensors file.
+    """
+    headers: dict[str, Header] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for key in reader.keys():  # noqa: SIM118  (not a mapping)
+                    part = reader.get_slice(key)
+                    headers[key] = Header(file, part.get_dtype(), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is truncated or damaged ({error}); download the checkpoint again"
+            ) from error
+    return headers
+
+
+def _key_of(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Name in the model -> key in the files, by the loader's own renaming."""
+    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+    state = model.state_dict()
+    result: dict[str, str] = {}
+    for key in keys:
+        name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, state)
+        result[key if name not in state and key in state else name] = key
+    return result
+
+
+def check_packed(model: PreTrainedModel, headers: Mapping[str, Header], *, complete: bool) -> list[str]:
+    """Compare the packed experts of a prepared model with what the files hold.
+
+    Args:
+        model: prepared for a packed checkpoint (on the meta device, say).
+        headers: of the checkpoint.
+        complete: whether a missing tensor is an error here (loading finds out for itself).
+
+    Returns:
+        Full names of fused expert parameters that the files hold in high precision.
+
+    Raises:
+        CheckpointError: a packed tensor has another dtype or shape than its format asks for.
+    """
+    key_of = _key_of(model, headers)
+    unpacked: list[str] = []
+    for found in find_experts(model):
+        module = found.module
+        if not isinstance(module, PackedExperts):
+            continue
+        for projection in module.fourfold_layout.projections:
+            for suffix, (shape, dtype) in projection.shape.tensors(module.fourfold_format).items():
+                name = f"{found.name}.{projection.name}{suffix}"
+                key = key_of.get(name)
+                if key is None:
+                    if complete and not (suffix and f"{found.name}.{projection.name}" in unpacked):
+                        raise CheckpointError(
+                            f"the checkpoint holds no tensor {name}; its experts cannot be read"
+                        )
+                    continue
+                header = headers[key]
+                if header.dtype == _DTYPES[dtype] and header.shape == shape:
+                    continue
+                if not suffix and header.dtype in ("BF16", "F16", "F32"):
+                    unpacked.append(name)
+                    continue
+                raise CheckpointError(
+                    f"{header.file}: {key} is {header.dtype} {list(header.shape)}, where "
+                    f"{_DTYPES[dtype]} {list(shape)} is expected for {module.fourfold_format}; the file is "
+                    "of another model or format than its config.json, or damaged"
+                )
+    return unpacked

@@ -1,0 +1,5 @@
+"""The training tests' fixtures, for runs on a GPU."""
+
+from tiny_chat import data_files, dense_folder, moe_folder, settings, tokenizer, write_config
+
+__all__ = ["data_files", "dense_folder", "moe_folder", "settings", "tokenizer", "write_config"]

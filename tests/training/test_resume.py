@@ -1,0 +1,121 @@
+"""Runs that go on from a checkpoint: the same numbers, the same settings, or one clear refusal."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fourfold.errors import (
+    ConfigurationError,
+)
+from fourfold.training.preflight import check
+from fourfold.training.run import run
+from fourfold.training.schema import TrainConfig
+from fourfold.training.summary import RunResult
+from tiny_chat import Settings, quiet
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    trained: tuple[RunResult, str], settings: Settings, step: int
+) -> None:
+    result, _ = trained
+    checkpoint = Path(result.adapter) / f"checkpoint-{step}"
+    torch.manual_seed(123)  # no help from a random state that happens to be the same
+    resumed = run(TrainConfig(**settings(resume_from_checkpoint=str(checkpoint))), quiet())
+    assert resumed.steps == 12
+    losses, expected = dict(resumed.curve.train), dict(result.curve.train)
+    assert list(losses) == list(range(step + 1, 13))
+    assert losses == pytest.approx({number: expected[number] for number in losses}, abs=1e-5)
+    whole, halves = (
+        load_file(Path(folder) / "adapter_model.safetensors") for folder in (result.adapter, resumed.adapter)
+    )
+    assert whole.keys() == halves.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(halves[name], tensor, rtol=1e-5, atol=1e-6)
+    assert resumed.before is not None
+    assert result.before is not None
+    assert resumed.before.per_answer == result.before.per_answer  # "before" is the base model, here too
+
+
+def test_resume_true_takes_the_last_checkpoint(trained: tuple[RunResult, str], settings: Settings) -> None:
+    result, _ = trained
+    config = TrainConfig(**settings(output_dir=result.adapter, resume_from_checkpoint=True, max_steps=13))
+    assert check(config).checkpoint == str(Path(result.adapter) / "checkpoint-12")
+    with pytest.raises(ConfigurationError, match="is at step 12 of 12 already"):
+        check(TrainConfig(**settings(output_dir=result.adapter, resume_from_checkpoint=True)))
+
+
+def copied(trained: tuple[RunResult, str], tmp_path: Path, step: int = 4) -> Path:
+    """A checkpoint of the run, to be spoilt."""
+    result, _ = trained
+    folder = tmp_path / f"checkpoint-{step}"
+    shutil.copytree(Path(result.adapter) / folder.name, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base_model": "another"}, "base_model"),
+        ({"lora_r": 4}, r"lora_r \(8 there\)"),
+        ({"lora_alpha": 8}, r"lora_alpha \(16 there\)"),
+        ({"optimizer": "sgd"}, r"optimizer \(adamw_torch_fused there\)"),
+        ({"learning_rate": 0.01}, r"learning_rate \(0.02 there\)"),
+        ({"seed": 1}, r"seed \(42 there\)"),
+        ({"micro_batch_size": 4}, r"micro_batch_size \(8 there\)"),
+        ({"gradient_accumulation_steps": 2}, r"gradient_accumulation_steps \(1 there\)"),
+        ({"lora_target_modules": ["q_proj"]}, "lora_target_modules"),
+        ({"lora_target_parameters": []}, "lora_target_parameters"),
+        ({"bf16": True}, r"bf16 \(False there\)"),
+        ({"adapter": "lora", "load_in_4bit": False}, r"load_in_4bit \(True there\)"),
+        ({"test_datasets": None, "eval_steps": 0, "val_set_size": 4}, "datasets"),
+        ({"max_steps": None, "num_epochs": 0.5}, r"is at epoch 0.66\d+ of 0.5 already"),
+        ({"max_steps": 4}, "is at step 4 of 4 already"),
+    ],
+)
+def test_a_run_resumes_with_the_settings_it_began_with(
+    trained: tuple[RunResult, str],
+    settings: Settings,
+    moe_folder: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    said: str,
+) -> None:
+    if "base_model" in changes:  # of the same shapes
+        shutil.copytree(moe_folder, tmp_path / "another")
+        changes = {"base_model": str(tmp_path / "another")}
+    checkpoint = str(copied(trained, tmp_path))
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        check(TrainConfig(**settings(resume_from_checkpoint=checkpoint, **changes)))
+    assert caught.value.exit_status == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("trainer_state.json", '{"global_st', "trainer_state.json is damaged"),
+        ("trainer_state.json", "[]", "trainer_state.json is damaged"),
+        ("trainer_state.json", '{"epoch": 1.0}', "it has no global_step"),
+        ("run.json", "", "run.json is damaged"),
+        ("run.json", None, "has no run.json"),
+        ("optimizer.pt", None, "has no optimizer.pt"),
+        ("adapter_config.json", None, "has no adapter_config.json"),
+    ],
+)
+def test_a_torn_checkpoint(
+    trained: tuple[RunResult, str], settings: Settings, tmp_path: Path, name: str, text: str | None, said: str
+) -> None:
+    checkpoint = copied(trained, tmp_path)
+    if text is None:
+        (checkpoint / name).unlink()
+    else:
+        (checkpoint / name).write_text(text)
+    with pytest.raises(ConfigurationError, match=said):
+        check(TrainConfig(**settings(resume_from_checkpoint=str(checkpoint))))
