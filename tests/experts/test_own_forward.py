@@ -67,6 +67,7 @@ def test_layout_is_observed_with_and_without_storage(model_type: str, kind: str)
     own = [f for f in find_experts(model) if not f.layout.routed]
     assert own
     assert {f.layout.kind for f in own} == {kind}
+    assert {f.layout.is_transposed for f in own} == {"transposed" in kind}
     skeleton = tiny_models.build(model.config, type(model), "meta")
     assert [f.layout for f in find_experts(skeleton) if not f.layout.routed] == [f.layout for f in own]
     for found in own:

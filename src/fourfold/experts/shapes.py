@@ -114,6 +114,11 @@ class OwnForwardLayout:
     def __post_init__(self) -> None:
         self._by_name.update({p.name: p for p in self.projections})
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether any parameter is stored in-by-out."""
+        return bool(self.transposed)
+
     def projection(self, name: str) -> Projection | None:
         return self._by_name.get(name)
 
