@@ -129,9 +129,8 @@ def round_trip_(model: PreTrainedModel, fmt: object) -> PreTrainedModel:
         for found in find_experts(model):
             for projection in found.layout.projections:
                 weight = getattr(found.module, projection.name)
-                for e in range(weight.shape[0]):
-                    matrix = weight[e].T if found.layout.is_transposed else weight[e]
-                    parts = [there_and_back(m.contiguous()) for m in matrix.chunk(projection.shape.parts)]
-                    whole = torch.cat(parts)
-                    weight[e] = whole.T if found.layout.is_transposed else whole
+                w_ENK = found.layout.to_stack(weight.data, projection)  # a view
+                for e in range(w_ENK.shape[0]):
+                    parts = [there_and_back(m.contiguous()) for m in w_ENK[e].chunk(projection.shape.parts)]
+                    w_ENK[e] = torch.cat(parts)
     return model

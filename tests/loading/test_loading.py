@@ -404,6 +404,33 @@ def test_a_newer_format_is_refused(mixtral: Path, tmp_path: Path) -> None:
         load(folder)
 
 
+def test_packed_tensors_may_also_have_the_names_of_the_original(mixtral: Path, tmp_path: Path) -> None:
+    """As a checkpoint that was packed without building the model has them."""
+    folder = packed_folder(mixtral, tmp_path / "packed")
+    expected = logits(load(folder))
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {re.sub(r"\.mlp\.", ".block_sparse_moe.", name): t for name, t in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"].pop("tensor_names") == "model"
+    (folder / "config.json").write_text(json.dumps(config))
+    model = load(folder)
+    assert torch.equal(logits(model), expected)
+    fourfold.dequantize(model).save_pretrained(tmp_path / "plain")
+    original = {key for file in mixtral.glob("*.safetensors") for key in load_file(file)}
+    assert set(load_file(tmp_path / "plain" / "model.safetensors")) == original
+
+
+def test_unknown_tensor_names_are_refused(mixtral: Path, tmp_path: Path) -> None:
+    folder = packed_folder(mixtral, tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["tensor_names"] = "sorted"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="newer fourfold"):
+        load(folder)
+
+
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_not_finite_weights_are_refused_with_their_name(tmp_path: Path, kind: str) -> None:
     model = tiny.build(tiny.KINDS[kind]())
@@ -434,29 +461,22 @@ def test_contradictory_settings_are_refused(settings, message: str) -> None:
         Config(**settings)
 
 
-UNDECORATED = {
-    "jetmoe": {"model_type": "jetmoe", "architectures": ["JetMoeForCausalLM"], "num_local_experts": 4},
-    "llama4": {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "num_local_experts": 4},
-}
-
-
-@pytest.mark.parametrize("kind", UNDECORATED)
-def test_experts_of_another_kind_are_refused_before_weights_are_read(tmp_path: Path, kind: str) -> None:
+def test_experts_that_cannot_be_packed_are_refused_before_weights_are_read(tmp_path: Path) -> None:
+    """Each expert is a row of two embeddings; the message names the setting for both."""
     from fourfold.loading.skeleton import build_skeleton
 
-    small = {
-        "num_hidden_layers": 2,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "vocab_size": 96,
-        "pad_token_id": 0,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(UNDECORATED[kind] | small))
-    with pytest.raises(UnsupportedExpertsError, match="llm_int8_skip_modules") as raised:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 96}
+    model = {"model_type": "doge", "architectures": ["DogeForCausalLM"], "is_moe": True, "num_experts": 16}
+    (tmp_path / "config.json").write_text(json.dumps(model | sizes | {"pad_token_id": 0}))
+    with pytest.raises(UnsupportedExpertsError, match="row of an embedding") as raised:
         build_skeleton(tmp_path, Config(load_in_4bit=True))
-    build_skeleton(tmp_path, Config(load_in_4bit=True, experts_quant_type="none"))
-    patterns = json.loads(re.search(r"skip_modules=(\[.+?\])", str(raised.value)).group(1).replace("'", '"'))
+    named = re.search(r"llm_int8_skip_modules=\[(.+?)\]", str(raised.value)).group(1)
+    patterns = re.findall(r"'(.+?)'", named)
+    assert patterns == ["mlp.down_embed", "mlp.up_embed"]
+    with pytest.raises(UnsupportedExpertsError, match="up_embed"):
+        build_skeleton(tmp_path, Config(load_in_4bit=True, llm_int8_skip_modules=patterns[:1]))
     build_skeleton(tmp_path, Config(load_in_4bit=True, llm_int8_skip_modules=patterns))
+    build_skeleton(tmp_path, Config(load_in_4bit=True, experts_quant_type="none"))
 
 
 def test_importing_fourfold_is_light() -> None:

@@ -26,6 +26,7 @@ _MARK = "_fourfold"
 def install() -> None:
     """Install the dispatch; once, whoever calls first."""
     from fourfold.adapters.wrapper import ParamWrapper, refuse_merging, refuse_what_would_be_ignored
+    from fourfold.errors import AdapterError
     from fourfold.experts import PackedExperts
 
     stock = LoraModel._create_new_module
@@ -36,6 +37,12 @@ def install() -> None:
     def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if isinstance(base, PackedExperts) and kwargs.get("parameter_name") is not None:
+            if not base.fourfold_layout.routed:
+                raise AdapterError(
+                    f"target_parameters: LoRA on {kwargs['parameter_name']} of {type(base).__name__} is not "
+                    "supported, for these experts run through their own forward; target its Linears "
+                    "(target_modules), such as attention, instead"
+                )
             refuse_what_would_be_ignored(lora_config, base)
             return ParamWrapper(target, adapter_name, config=lora_config, **kwargs)
         return stock(lora_config, adapter_name, target, **kwargs)

@@ -95,7 +95,7 @@ class ParamWrapper(StockParamWrapper):
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         """Sizes as stock reads them off the unquantized parameter (packed ones have other shapes)."""
         layout = self._experts().fourfold_layout
-        self.num_experts, first, second = layout.model_shape(self._projection())
+        self.num_experts, first, second = layout.model_shape(self._projection())  # 3-D: it is routed
         self._param_ndim = 3
         return first, second
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": "experts of a model, their sizes and LoRA targets, from its configuration alone",
     "verify": "whether every expert of a checkpoint is packed",
     "generate": "answer a prompt",
+    "conformance": "a tiny model of every type with experts through loading, saving and back",
 }
 OUT_OF_MEMORY_ADVICE = (
     "Lower micro_batch_size or sequence_len, set gradient_checkpointing: true, "

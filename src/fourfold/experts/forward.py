@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fourfold.errors import UnsupportedExpertsError
-from fourfold.experts.layout import Projection
+from fourfold.experts.shapes import ExpertsLayout, Projection
 from fourfold.kernels import LowRank, Routing, combine, dispatch, packed_linear, route
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def routed_forward(
             "expert parallelism over packed experts is not supported; load the model without `ep_plan`"
         )
     layout = module.fourfold_layout
+    assert isinstance(layout, ExpertsLayout)
     if hidden_states.shape[0] == 0:
         return torch.zeros_like(hidden_states)
     dtype = compute_dtype(module, hidden_states)

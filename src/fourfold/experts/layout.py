@@ -5,13 +5,13 @@ Transformers v5 keeps the routed experts of a layer as fused 3-D parameters of o
 `is_transposed`, `is_concatenated`, `has_post_expert_norm` (from 5.20 on), and an `_apply_gate` method. These
 attributes and the shapes are all that is used here, so a model published tomorrow is recognised as well.
 
-Modules that look like fused experts but are not decorated (llama4, dbrx, jetmoe and others) are found too, so
-that they can be refused by name instead of staying in high precision in silence.
+Modules that look like fused experts but are not decorated (llama4, dbrx, jetmoe and others) keep their own
+forward; how it uses each parameter is observed (`observe`). What can be neither read nor observed is found
+all the same, so that it is refused by name instead of staying in high precision in silence.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,73 +19,11 @@ import torch
 from torch import nn
 
 from fourfold.errors import NoExpertsError
+from fourfold.experts.shapes import ExpertsLayout, Layout, Projection
+from fourfold.experts.undecorated import read_undecorated, rows_of_embeddings
 from fourfold.formats import StackShape
 
 _DECORATED = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-# Built-in layers own 3-D weights that have nothing to do with experts (a convolution over time, for one).
-_BUILTIN = "torch.nn."
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One fused parameter of an experts module, in the canonical out-by-in orientation.
-
-    Attributes:
-        name: of the parameter, e.g. ``gate_up_proj``.
-        shape: E matrices of N (out) by K (in); two parts where gate and up lie one after the other.
-        bias: name of the per-expert bias ``[E, N]``, or None.
-    """
-
-    name: str
-    shape: StackShape
-    bias: str | None = None
-
-
-@dataclass(frozen=True)
-class ExpertsLayout:
-    """How the experts of one module are laid out.
-
-    Attributes:
-        num_experts: E.
-        up: ``gate_up_proj``, or ``up_proj`` where there is no gate.
-        down: ``down_proj``.
-        has_gate: the first product holds gate and up; `_apply_gate` joins them.
-        is_transposed: the model stores in-by-out matrices (packed ones are always out-by-in).
-        is_concatenated: gate and up lie one after the other (False: interleaved).
-        has_post_expert_norm: a norm follows each expert, before the routing weight.
-    """
-
-    num_experts: int
-    up: Projection
-    down: Projection
-    has_gate: bool
-    is_transposed: bool
-    is_concatenated: bool
-    has_post_expert_norm: bool
-
-    @property
-    def projections(self) -> tuple[Projection, Projection]:
-        return self.up, self.down
-
-    def projection(self, name: str) -> Projection | None:
-        return next((p for p in self.projections if p.name == name), None)
-
-    def model_shape(self, projection: Projection) -> tuple[int, int, int]:
-        """Shape of the unquantized parameter in the model's own orientation."""
-        shape = projection.shape
-        if self.is_transposed:
-            return shape.experts, shape.columns, shape.rows
-        return shape.experts, shape.rows, shape.columns
-
-    @property
-    def kind(self) -> str:
-        """Short description, e.g. ``gated`` or ``gated, transposed, interleaved, bias``."""
-        words = ["gated" if self.has_gate else "no gate"]
-        words += ["transposed"] * self.is_transposed
-        words += ["interleaved"] * (not self.is_concatenated)
-        words += ["bias"] * (self.up.bias is not None)
-        words += ["norm after experts"] * self.has_post_expert_norm
-        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -100,14 +38,29 @@ class FoundExperts:
 
     name: str
     module: nn.Module
-    layout: ExpertsLayout | None
+    layout: Layout | None
     reason: str = ""
+
+    @property
+    def reader(self) -> str:
+        """Name of the module whose forward reads the parameters: itself, or one around it."""
+        return _ancestor(self.name, getattr(self.layout, "reader", 0))
+
+    @property
+    def block(self) -> str:
+        """Name of the module that holds the experts and, beside them, their router."""
+        return _ancestor(self.reader, 1)
 
     def tensors(self) -> list[str]:
         """Full names of the fused parameters."""
         if self.layout is not None:
             return [f"{self.name}.{p.name}" for p in self.layout.projections]
         return [f"{self.name}.{n}" for n, p in self.module.named_parameters(recurse=False) if p.ndim >= 2]
+
+
+def _ancestor(name: str, levels: int) -> str:
+    parts = name.split(".")
+    return ".".join(parts[: len(parts) - levels])
 
 
 def _read_decorated(module: nn.Module) -> ExpertsLayout | str:
@@ -150,50 +103,21 @@ def _read_decorated(module: nn.Module) -> ExpertsLayout | str:
     )
 
 
-def _expert_counts(module: nn.Module) -> set[int]:
-    """Values of the module's attributes that count experts (``num_experts``, ``moe_num_experts``, ...)."""
-    return {
-        value
-        for key, value in vars(module).items()
-        if re.search(r"num_(local_|routed_)?experts|n_routed_experts", key)
-        and isinstance(value, int)
-        and value > 1
-    }
+def read_layout(
+    module: nn.Module, model: nn.Module | None = None, name: str = ""
+) -> tuple[Layout | None, str] | None:
+    """``(layout, "")`` of an experts module, ``(None, reason)`` of one that cannot be packed, else None.
 
-
-def _looks_like_experts(module: nn.Module) -> bool:
-    """Undecorated modules whose parameters are stacks over experts, 3-D or flattened to 2-D.
-
-    Either an attribute counts experts and a stack has as many entries, or the class calls itself experts.
-    (Block-wise recurrences, relative attention and some Mamba mixers hold stacks of matrices too and are
-    none.)
+    An undecorated module has to be observed in its ``model``, where it is called ``name``.
     """
-    if type(module).__module__.startswith(_BUILTIN):
-        return False
-    parameters = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
-    counts = _expert_counts(module)
-    stacks = [p for p in parameters if p.ndim == 3 and min(p.shape[1:]) > 1 and p.shape[0] > 1]
-    if any(p.shape[0] in counts for p in stacks):
-        return True
-    if len(stacks) >= 2 and "expert" in type(module).__name__.lower():
-        return True
-    flattened = [
-        p for p in parameters if p.ndim == 2 and any(p.shape[0] > c and p.shape[0] % c == 0 for c in counts)
-    ]
-    return len(flattened) >= 2
-
-
-def read_layout(module: nn.Module) -> tuple[ExpertsLayout | None, str] | None:
-    """``(layout, "")`` of an experts module, ``(None, reason)`` of one that cannot be packed, else None."""
     packed = getattr(module, "fourfold_layout", None)
     if packed is not None:
         return packed, ""
-    if all(hasattr(module, name) for name in _DECORATED):
+    layout: Layout | str
+    if all(hasattr(module, attribute) for attribute in _DECORATED):
         layout = _read_decorated(module)
         return (None, layout) if isinstance(layout, str) else (layout, "")
-    if _looks_like_experts(module):
-        return None, "its fused experts are of a kind that cannot be packed yet"
-    return None
+    return read_undecorated(module, model, name)
 
 
 def clean_name(name: str) -> str:
@@ -209,9 +133,14 @@ def find_experts(model: nn.Module) -> Iterator[FoundExperts]:
     for name, module in model.named_modules():
         if getattr(module, "parameter_name", None) is not None and hasattr(module, "base_layer"):
             continue  # an adapter's wrapper passes on the attributes of what it wraps
-        found = read_layout(module)
+        found = read_layout(module, model, name)
         if found is not None:
             yield FoundExperts(clean_name(name), module, *found)
+            continue
+        for child in [n for n, _ in module.named_children() if rows_of_embeddings(module, n)]:
+            where = f"{name}.{child}" if name else child
+            reason = "each expert is a row of an embedding, and embeddings are not packed"
+            yield FoundExperts(clean_name(where), getattr(module, child), None, reason)
 
 
 def name_suffix(name: str) -> str:
@@ -234,15 +163,21 @@ def expert_targets(model: nn.Module) -> list[str]:
     Raises:
         NoExpertsError: the model has no fused experts; target parameters that match nothing train nothing.
     """
+    layouts = [experts for experts in find_experts(model) if experts.layout is not None]
     found = [
         name_suffix(tensor)
-        for experts in find_experts(model)
-        if experts.layout
+        for experts in layouts
+        if experts.layout is not None and experts.layout.routed
         for tensor in _registered(experts)
     ]
     if not found:
+        why = (
+            "runs its experts through its own forward, where LoRA is not offered"
+            if layouts
+            else ("has no fused experts that LoRA could target")
+        )
         raise NoExpertsError(
-            f"{type(model).__name__} has no fused experts that LoRA could target; "
+            f"{type(model).__name__} {why}; "
             "leave target_parameters out, or use target_modules for its Linear layers"
         )
     return list(dict.fromkeys(found))

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fourfold.experts.forward import routed_forward
-from fourfold.experts.layout import ExpertsLayout, Projection, read_layout
+from fourfold.experts.layout import read_layout
+from fourfold.experts.shapes import Layout, Projection
 from fourfold.formats import PackedStack, PackFormat, decode_stack
 from fourfold.formats.quantize import pack_stack
 from fourfold.kernels import LowRank
@@ -37,7 +38,7 @@ class PackedExperts(nn.Module):
     """
 
     fourfold_name: str
-    fourfold_layout: ExpertsLayout
+    fourfold_layout: Layout
     fourfold_format: PackFormat
     fourfold_dtype: torch.dtype
     compute_dtype: torch.dtype | None
@@ -46,8 +47,9 @@ class PackedExperts(nn.Module):
     def stack(self, projection: Projection) -> PackedStack:
         """The packed weights of one projection."""
         suffixes = projection.shape.tensors(self.fourfold_format)
-        tensors = {suffix: getattr(self, projection.name + suffix) for suffix in suffixes}
-        return PackedStack.from_tensors(self.fourfold_format, projection.shape, tensors)
+        # (not by attribute: a module that runs its own forward shows decoded weights there)
+        tensors = {suffix: self._parameters[projection.name + suffix] for suffix in suffixes}
+        return PackedStack.from_tensors(self.fourfold_format, projection.shape, cast(Any, tensors))
 
     def forward(
         self,
@@ -77,19 +79,17 @@ class PackedExperts(nn.Module):
 
 
 @functools.cache
-def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
+def packed_class(cls: type[nn.Module], mixin: type[PackedExperts] = PackedExperts) -> type[nn.Module]:
     """The subclass of an experts class that holds packed parameters; one per class."""
-    return type(
-        f"Packed{cls.__name__}", (PackedExperts, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__}
-    )
+    return type(f"Packed{cls.__name__}", (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def _packed_names(module: PackedExperts) -> list[str]:
-    return [
-        p.name + suffix
-        for p in module.fourfold_layout.projections
-        for suffix in p.shape.tensors(module.fourfold_format)
-    ]
+def _mixin(layout: Layout) -> type[PackedExperts]:
+    if layout.routed:
+        return PackedExperts
+    from fourfold.experts.own_forward import OwnForwardExperts  # it is built on this file
+
+    return OwnForwardExperts
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
@@ -104,19 +104,19 @@ def prepare_module_(
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None = None,
     packed_on_disk: bool = False,
+    layout: Layout | None = None,
 ) -> PackedExperts:
     """Make a module on the meta device ready to receive packed weights, in place.
 
     Companions are registered with their final shapes. The fused parameters themselves stay floating point
     where the checkpoint is in high precision (loaders read shape and dtype off them) and take their packed
-    shape where it is packed already.
+    shape where it is packed already. ``layout`` is what `find_experts` found (an undecorated module shows its
+    own only inside its model).
     """
-    found = read_layout(module)
-    if found is None or found[0] is None:
-        raise TypeError(f"{type(module).__name__} is no experts module that can be packed")
-    layout = found[0]
+    layout = layout or _read(module)
     own_class: Any = type(module)
-    module.__class__ = packed_class(own_class)
+    mixin: Any = _mixin(layout)
+    module.__class__ = packed_class(own_class, mixin)
     assert isinstance(module, PackedExperts)
     module.fourfold_name, module.fourfold_layout, module.fourfold_format = name, layout, fmt
     module.fourfold_dtype, module.compute_dtype, module.workspace_bytes = dtype, compute_dtype, None
@@ -130,12 +130,16 @@ def prepare_module_(
     return module
 
 
-def model_to_stack(weight: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
-    """A fused parameter in the model's orientation -> out-by-in (a view)."""
-    return weight.transpose(1, 2) if layout.is_transposed else weight
+def _read(module: nn.Module) -> Layout:
+    found = read_layout(module)
+    if found is None or found[0] is None:
+        raise TypeError(f"{type(module).__name__} is no experts module that can be packed by itself")
+    return found[0]
 
 
-def pack_module_(module: nn.Module, fmt: PackFormat, name: str = "experts") -> PackedExperts:
+def pack_module_(
+    module: nn.Module, fmt: PackFormat, name: str = "experts", layout: Layout | None = None
+) -> PackedExperts:
     """Pack a loaded experts module in place, one matrix at a time; returns the same module.
 
     Loading packs while it reads and does not come by here; this is for modules built in memory.
@@ -144,13 +148,13 @@ def pack_module_(module: nn.Module, fmt: PackFormat, name: str = "experts") -> P
         CheckpointError: a weight is not finite.
     """
     weights = {n: p.data for n, p in module.named_parameters(recurse=False)}
-    found = read_layout(module)
-    dtype = weights[found[0].up.name].dtype if found and found[0] else torch.float32
-    packed = prepare_module_(module, fmt, name=name, dtype=dtype)
+    layout = layout or _read(module)
+    dtype = weights[layout.projections[0].name].dtype
+    packed = prepare_module_(module, fmt, name=name, dtype=dtype, layout=layout)
     for projection in packed.fourfold_layout.projections:
         weight = weights[projection.name]
         stack = PackedStack.empty(fmt, projection.shape, weight.device)
-        pack_stack(stack, model_to_stack(weight, packed.fourfold_layout), f"{name}.{projection.name}")
+        pack_stack(stack, layout.to_stack(weight, projection), f"{name}.{projection.name}")
         set_stack_(packed, projection, stack)
     return packed
 
@@ -169,7 +173,7 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
         for suffix in projection.shape.tensors(module.fourfold_format):
             if suffix:
                 del module._parameters[projection.name + suffix]
-        module._parameters[projection.name] = _frozen(model_to_stack(weight, layout).contiguous())
+        module._parameters[projection.name] = _frozen(layout.from_stack(weight, projection))
     for attribute in (
         "fourfold_name",
         "fourfold_layout",
@@ -179,6 +183,6 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
         "workspace_bytes",
     ):
         delattr(module, attribute)
-    plain: Any = type(module).__mro__[2]
+    plain: Any = type(module).__bases__[-1]
     module.__class__ = plain
     return module

@@ -15,6 +15,9 @@ from fourfold.version import __version__
 
 QUANT_METHOD = "fourfold"
 FORMAT_VERSION = 1
+MODEL_NAMES = (
+    "model"  # tensors are stored under the model's own names (absent: under the names of the original)
+)
 _EXPERTS_TYPES = (None, "nf4", "fp4", "int8", "none")
 
 
@@ -60,6 +63,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         if (stored := kwargs.pop("linears", None)) is not None:  # how a checkpoint says what `to_dict` wrote
             load_in_4bit, load_in_8bit = stored == "4bit", stored == "8bit"
         version = kwargs.pop("format_version", FORMAT_VERSION)
+        tensor_names = kwargs.pop("tensor_names", None)  # set by the quantizer, of what it has packed
         for known in ("quant_method", "fourfold_version", "_load_in_4bit", "_load_in_8bit"):
             kwargs.pop(known, None)
         if kwargs:
@@ -94,6 +98,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         self.experts_quant_type = experts_quant_type
         self.experts_blocksize = experts_blocksize
         self.read_from: dict[str, Any] | None = None
+        self.tensor_names = tensor_names
         self._check()
 
     def reading(self, stored: dict[str, Any]) -> MoeBitsAndBytesConfig:
@@ -109,6 +114,11 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             raise ConfigurationError(
                 f"experts_quant_type={self.experts_quant_type!r}; valid are None (as the Linears), nf4, fp4, "
                 "int8, none"
+            )
+        if self.tensor_names not in (None, MODEL_NAMES):
+            raise CheckpointError(
+                f"this checkpoint has tensor_names={self.tensor_names!r}, which this release does not know; "
+                "install a newer fourfold"
             )
         fmt = self.experts_format()
         if fmt is None and not self.is_linear_quantized:
@@ -172,6 +182,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "fourfold_version": __version__,
+            "tensor_names": self.tensor_names,
             "linears": "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else "none",
             "llm_int8_threshold": self.llm_int8_threshold,
             "llm_int8_skip_modules": self.llm_int8_skip_modules,

@@ -20,7 +20,6 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 
 from fourfold.errors import CheckpointError
 from fourfold.experts import PackedExperts, Projection
-from fourfold.experts.packed import model_to_stack
 from fourfold.formats import PackedStack
 from fourfold.formats.quantize import Packer, pack_stack
 from fourfold.loading.reading import Slice, read_slices
@@ -77,7 +76,7 @@ class PackingConverter(WeightConverter):
             if self.quantization_operation is not None
             else None
         )
-        if found is not None and self._is_plain_merge() and not found[0].fourfold_layout.is_transposed:
+        if found is not None and self._is_plain_merge() and found[0].fourfold_layout.is_out_by_in(found[1]):
             return self._convert_streaming(layer_name, *found)
         return super().convert(layer_name, model, config, hf_quantizer, loading_info)
 
@@ -137,9 +136,42 @@ class QuantizeOperation(ConversionOps):
             weight = value[0] if isinstance(value, list) else value
             stack = PackedStack.empty(module.fourfold_format, projection.shape, weight.device)
             try:
-                pack_stack(stack, model_to_stack(weight, module.fourfold_layout), name)
+                pack_stack(stack, module.fourfold_layout.to_stack(weight, projection), name)
             except CheckpointError as error:
                 self.quantizer.failure = self.quantizer.failure or error
                 continue
             result |= packed_parameters(name, stack)
         return result
+
+
+# bitsandbytes' names of a packed Linear are patterns that match anywhere in a key, so in a module's name
+# as well (`inject_weight.weight.absmax`): here they match whole components.
+_BEGIN, _END = r"(?<=\.)", r"(?!\w)"
+
+
+class ReadLinearOperation(ConversionOps):
+    """bitsandbytes' own reading of a packed Linear, behind patterns that match whole names."""
+
+    def __init__(self, operation: Any) -> None:
+        self.operation, self.hf_quantizer = operation, operation.hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReadLinearOperation:
+        return self
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        plain = {
+            key.removeprefix(_BEGIN).removesuffix(_END).replace(r"\.", "."): value
+            for key, value in input_dict.items()
+        }
+        result: dict[str, Any] = self.operation.convert(plain, **kwargs)
+        return result
+
+
+def whole_names(converter: WeightConverter) -> WeightConverter:
+    """A converter that reads packed Linears, matching whole components of a key only."""
+    names = sorted(converter._original_source_patterns, key=len, reverse=True)
+    return WeightConverter(
+        source_patterns=[_BEGIN + name.replace(".", r"\.") + _END for name in names],
+        target_patterns=list(converter._original_target_patterns),
+        operations=[ReadLinearOperation(op) for op in converter.operations],
+    )

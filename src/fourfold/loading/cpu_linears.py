@@ -1,8 +1,8 @@
-"""Two faults of bitsandbytes' 4-bit Linears on CPUs (seen in 0.50.2), kept from changing results.
+"""Faults of bitsandbytes' Linears (seen in 0.50.2), kept from changing results.
 
-Both are in its code for CPUs with AVX512. Its decoder is wrong where a row is no multiple of the block size
-(relative error 0.2 where 0.09 is right; the packed bytes are fine). Whether that is so is found by trying, so
-the refusal ends by itself with the release that mends it.
+Those of the 4-bit ones are in its code for CPUs with AVX512. Its decoder is wrong where a row is no multiple
+of the block size (relative error 0.2 where 0.09 is right; the packed bytes are fine). Whether that is so is
+found by trying, so the refusal ends by itself with the release that mends it.
 """
 
 from __future__ import annotations
@@ -81,3 +81,23 @@ def keep_trainable(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+@functools.cache
+def _flattening_class(cls: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim <= 3:
+            return cls.forward(self, x)
+        return cls.forward(self, x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def flatten_inputs(model: nn.Module) -> None:
+    """bitsandbytes' 8-bit product takes inputs of two or three dimensions; latent attention feeds it four."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    for module in model.modules():
+        if type(module) is Linear8bitLt:
+            own: Any = Linear8bitLt
+            module.__class__ = _flattening_class(own)

@@ -24,12 +24,15 @@ from fourfold.experts import (
     Projection,
     find_experts,
     prepare_module_,
+    prepare_reader_,
+    release_readers_,
     unpack_module_,
 )
 from fourfold.experts.layout import name_suffix
-from fourfold.loading.config import MoeBitsAndBytesConfig
-from fourfold.loading.converters import PackingConverter, QuantizeOperation
-from fourfold.loading.cpu_linears import keep_trainable, refuse_wrong_widths
+from fourfold.formats import COMPANION_SUFFIXES
+from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
+from fourfold.loading.converters import PackingConverter, QuantizeOperation, whole_names
+from fourfold.loading.cpu_linears import flatten_inputs, keep_trainable, refuse_wrong_widths
 from fourfold.loading.foreign import ForeignCheckpoint
 from fourfold.loading.headers import check_packed, read_headers
 from fourfold.loading.patch import stored_method
@@ -61,7 +64,8 @@ class FourfoldQuantizer(HfQuantizer):
             self.linears = kind(plain, pre_quantized=self.pre_quantized)
         self.packed: list[str] = []
         self.left_on_request: list[str] = []
-        self._experts_conversions: list[Any] = []
+        self._tied: dict[str, str] = {}
+        self._original_conversions: list[Any] | None = None
         # transformers logs what a conversion raises and goes on; the first error is kept and raised at the
         # end.
         self.failure: CheckpointError | None = None
@@ -109,9 +113,13 @@ class FourfoldQuantizer(HfQuantizer):
                 if self.config.compute_dtype_is_set
                 else None,
                 packed_on_disk=self.pre_quantized,
+                layout=found.layout,
             )
+            if found.reader != found.name:
+                prepare_reader_(model.get_submodule(found.reader))
             self.packed.append(found.name)
         if self.packed:
+            self._tie_companions(model)
             if self.pre_quantized:
                 self._check_headers(model, kwargs.get("checkpoint_files"))
             return
@@ -152,6 +160,20 @@ class FourfoldQuantizer(HfQuantizer):
                 f"llm_int8_skip_modules={patterns} or experts_quant_type='none'"
             )
 
+    def _tie_companions(self, model: PreTrainedModel) -> None:
+        """Experts that share weights with others (an encoder's with its decoder's) share the scales too."""
+        ties = getattr(model, "all_tied_weights_keys", None) or {}
+        for name in self.packed:
+            module = model.get_submodule(name)
+            assert isinstance(module, PackedExperts)
+            for projection in module.fourfold_layout.projections:
+                source = ties.get(f"{name}.{projection.name}")
+                if source is None:
+                    continue
+                for suffix in projection.shape.tensors(module.fourfold_format):
+                    self._tied[f"{name}.{projection.name}{suffix}"] = source + suffix
+        ties.update(self._tied)
+
     # --- while loading
 
     def packing_target(self, model: PreTrainedModel, name: str) -> tuple[PackedExperts, Projection] | None:
@@ -191,7 +213,7 @@ class FourfoldQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Per-expert merges become streaming packers; bitsandbytes' reading of packed Linears is added."""
-        conversions = list(weight_conversions)
+        conversions = [] if self._names_are_the_models else list(weight_conversions)
         if not self.pre_quantized:
             conversions = [
                 PackingConverter.wrap(c) if isinstance(c, WeightConverter) else c for c in conversions
@@ -199,7 +221,7 @@ class FourfoldQuantizer(HfQuantizer):
         if self.foreign is not None:
             conversions = self.foreign.conversions(conversions)
         if self.linears is not None:
-            conversions += self.linears.get_weight_conversions()
+            conversions += [whole_names(c) for c in self.linears.get_weight_conversions()]
         return conversions
 
     # --- after loading
@@ -214,6 +236,7 @@ class FourfoldQuantizer(HfQuantizer):
         if self.linears is not None:
             model = self.linears._process_model_after_weight_loading(model, **kwargs)
             keep_trainable(model)
+            flatten_inputs(model)
         fmt = self.config.experts_format() if self.packed else None
         if fmt is not None and self.linears is None:
             setattr(model, "is_loaded_in_4bit" if fmt.is_4bit else "is_loaded_in_8bit", True)
@@ -235,11 +258,12 @@ class FourfoldQuantizer(HfQuantizer):
             assert isinstance(module, PackedExperts)
             for projection in module.fourfold_layout.projections:
                 for suffix, (shape, dtype) in projection.shape.tensors(module.fourfold_format).items():
-                    tensor = module._parameters[projection.name + suffix]
+                    leaf = projection.name + suffix
+                    tensor = module._parameters[leaf]
                     assert tensor is not None
                     loaded = getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta
                     if not loaded or tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                        missing.append(f"{name}.{projection.name}{suffix}")
+                        missing.append(f"{name}.{leaf}")
             biases = [p.bias for p in module.fourfold_layout.projections if p.bias is not None]
             missing += [
                 f"{name}.{bias}"
@@ -277,28 +301,25 @@ class FourfoldQuantizer(HfQuantizer):
             )
 
     def _set_conversions_for_saving(self, model: PreTrainedModel) -> None:
-        """Packed tensors are saved under the model's own names, one per projection.
+        """What is packed is saved under the names that the model itself has, without any conversion.
 
-        The reverse of a per-expert merge would split packed bytes. bitsandbytes' reading of Linears has no
-        reverse at all (saving a reloaded model raises NotImplementedError in stock transformers). Both are
-        taken out; the former is kept for `dequantize`.
+        The reverse of a conversion would split or merge packed bytes, and renamings made for weights do not
+        fit their companions (`x.weight_proj` for `x.weight_proj.weight`, and `x.weight_proj.SCB`).
+        bitsandbytes' reading of Linears has no reverse at all (saving a reloaded model raises
+        NotImplementedError in stock transformers). What was used while loading is kept for `dequantize`.
         """
         conversions = getattr(model, "_weight_conversions", None) or []
-        keep = []
-        for conversion in conversions:
-            if not isinstance(conversion, WeightConverter):
-                keep.append(conversion)
-            elif any(getattr(op, "hf_quantizer", None) is not None for op in conversion.operations):
-                continue
-            elif self.packed and self._targets_experts(conversion):
-                self._experts_conversions.append(conversion)
-            else:
-                keep.append(conversion)
-        model._weight_conversions = keep
+        if not self.packed:  # a plain bitsandbytes checkpoint, as stock would write it
+            model._weight_conversions = [c for c in conversions if not _reads_linears(c)]
+            return
+        if not self.pre_quantized:  # (of a packed checkpoint, the default ones lead to the original keys)
+            self._original_conversions = [c for c in conversions if not _reads_linears(c)]
+        self.config.tensor_names = MODEL_NAMES
+        model._weight_conversions = []
 
-    def _targets_experts(self, conversion: WeightConverter) -> bool:
-        leaves = {"gate_up_proj", "up_proj", "down_proj"}
-        return any(t.rpartition(".")[2] in leaves and "experts" in t for t in conversion.target_patterns)
+    @property
+    def _names_are_the_models(self) -> bool:
+        return self.pre_quantized and self.config.tensor_names == MODEL_NAMES
 
     def is_serializable(self) -> bool:
         return True
@@ -337,19 +358,21 @@ class FourfoldQuantizer(HfQuantizer):
         for module in list(model.modules()):
             if isinstance(module, PackedExperts):
                 unpack_module_(module, dtype or module.fourfold_dtype)
+        release_readers_(model)
+        if self._tied:
+            for companion in [n for n in self._tied if n.endswith(COMPANION_SUFFIXES)]:
+                model.all_tied_weights_keys.pop(companion, None)
+            model.tie_weights()
         if self.linears is not None:
             model = self.linears._dequantize(model, dtype=dtype)
-        model._weight_conversions = getattr(model, "_weight_conversions", []) + self._original_merges(model)
+        # (None: the model's default conversions, as for a model that was made in memory)
+        model._weight_conversions = self._original_conversions if self.packed else model._weight_conversions
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             if hasattr(model, flag):
                 delattr(model, flag)
         return model
 
-    def _original_merges(self, model: PreTrainedModel) -> list[Any]:
-        """The per-expert merges to reverse when saving, so that the original keys come back."""
-        if self._experts_conversions or not self.pre_quantized:
-            return self._experts_conversions
-        from transformers.conversion_mapping import get_model_conversion_mapping
 
-        mapping = get_model_conversion_mapping(model, add_legacy=False)
-        return [c for c in mapping if isinstance(c, WeightConverter) and self._targets_experts(c)]
+def _reads_linears(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", ())
+    return any(getattr(op, "hf_quantizer", None) is not None for op in operations)

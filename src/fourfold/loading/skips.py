@@ -28,7 +28,7 @@ def router_names(model: nn.Module, experts: list[FoundExperts]) -> list[str]:
     for found in experts:
         if found.layout is None:
             continue
-        block_name = found.name.rpartition(".")[0]
+        block_name = found.block
         block = model.get_submodule(block_name) if block_name else model
         for name, module in block.named_modules():
             full = f"{block_name}.{name}" if block_name else name

@@ -137,7 +137,7 @@ def _routers(model: nn.Module) -> set[str]:
     for found in find_experts(model):
         if found.layout is None:
             continue
-        block = found.name.rpartition(".")[0]
+        block = found.block
         for name, module in modules:
             clean = clean_name(name)
             weight = getattr(module, "weight", None)

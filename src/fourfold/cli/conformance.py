@@ -1,0 +1,81 @@
+"""``fourfold conformance``: a tiny model of every type with experts, through all that loading promises."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from fourfold.cli.outcome import DONE, SAYS_NO, Outcome
+from fourfold.errors import ConfigurationError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument(
+        "--model-type", nargs="+", metavar="T", help="only these; the file is then compared with, not written"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("docs/conformance.md"),
+        help="the table's file (default: %(default)s)",
+    )
+    parser.add_argument("--accept", action="store_true", help="write the file though rows got worse")
+
+
+def execute(args: argparse.Namespace, console: Console) -> Outcome:
+    """Exit status 1 where a row got worse than the one in the file, which is then left as it is."""
+    from fourfold.cli.libraries import quiet
+
+    quiet(args.debug)
+
+    import torch
+
+    from fourfold.planning.conformance import table
+    from fourfold.planning.conformance.checks import check_model_type
+    from fourfold.planning.conformance.row import Row
+    from fourfold.planning.conformance.tiny_models import known_types, model_types
+
+    torch.set_num_threads(1)  # nothing here is large enough for more
+    known = known_types()
+    unknown = [t for t in args.model_type or () if t not in known]
+    if unknown:
+        raise ConfigurationError(f"transformers knows no model type {', '.join(unknown)}")
+    before = table.read(args.out) if args.out.is_file() else {}
+    rows: list[Row] = []
+    for model_type in args.model_type or model_types():
+        row = check_model_type(model_type)
+        if row is None:
+            continue
+        rows.append(row)
+        _print(console, row)
+    got_worse = table.worse(before, rows, args.model_type or known)
+    passed = sum(row.passed for row in rows)
+    console.print(f"{passed} of {len(rows)} model types pass", highlight=False)
+    for line in got_worse:
+        console.print(f"worse than in {args.out}: {line}", soft_wrap=True, markup=False, highlight=False)
+    written = not args.model_type and (args.accept or not got_worse)
+    if written:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(table.render(rows))
+    data = {
+        "passed": passed,
+        "rows": [row.to_dict() for row in rows],
+        "worse": got_worse,
+        "written": str(args.out) if written else None,
+    }
+    return Outcome(SAYS_NO if got_worse and not args.accept else DONE, data)
+
+
+def _print(console: Console, row: object) -> None:
+    from fourfold.planning.conformance.row import FORMATS, OK, Row
+
+    assert isinstance(row, Row)
+    noise = ", ".join(f"{name} {row.noise[name]:.2g}" for name in FORMATS if name in row.noise)
+    others = ", ".join(f"{check} {cell}" for check, cell in row.cells.items() if cell != OK)
+    text = f"{row.model_type:<32} {row.kind}{f' ({noise})' if noise else ''}{f': {others}' if others else ''}"
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    for problem in row.problems:
+        console.print(f"    {problem}", soft_wrap=True, markup=False, highlight=False)

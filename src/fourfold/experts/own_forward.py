@@ -1,0 +1,298 @@
+"""Packed experts that keep the forward of their own class.
+
+An undecorated module is computed in its own way (a dense batched product, identity experts, a parent that
+does the product), so its own code runs, and sees ordinary weights: while the forward of whoever reads them
+runs, each packed parameter is decoded as it is used, in the dtype of the computation and in the model's own
+shape, and let go when that forward ends at the latest. Nothing decoded stays behind for backward: what
+autograd wants to save of a decoded weight is kept as (packed stack, size, stride, offset), and the experts it
+covers are decoded again when backward asks.
+
+A forward that takes one expert after the other by index gets them decoded one at a time; one that multiplies
+the stack gets a whole projection of the layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fourfold.experts.forward import compute_dtype
+from fourfold.experts.packed import PackedExperts
+from fourfold.experts.shapes import OwnForwardLayout, Projection
+from fourfold.formats import PackedStack
+from fourfold.kernels.decode import decode
+
+
+@dataclass(frozen=True)
+class _View:
+    """A view of a decoded weight, without its numbers."""
+
+    stack: PackedStack
+    layout: OwnForwardLayout
+    projection: Projection
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def decode(self) -> torch.Tensor:
+        """The same view again; only the experts that it covers are decoded."""
+        matrix = self.stack.shape.rows * self.stack.shape.columns
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
+        first, stop = self.offset // matrix, last // matrix + 1
+        w_ENK = decode(self.stack.experts(first, stop), self.dtype)
+        weight = self.layout.from_stack(w_ENK, self.projection)
+        return weight.as_strided(self.size, self.stride, self.offset - first * matrix)
+
+
+class _Scope:
+    """Decoded weights of the modules that one forward reads.
+
+    Attributes:
+        decoded: whole projections, kept until the scope is closed.
+        origin: where a decoded storage comes from, by its identity. A weak reference keeps that identity from
+            being given to another storage as long as the scope is open.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.decoded: dict[tuple[int, str], torch.Tensor] = {}
+        self.origin: dict[int, tuple[StorageWeakRef, PackedStack, OwnForwardLayout, Projection]] = {}
+
+    def _decode(self, stack: PackedStack, layout: OwnForwardLayout, projection: Projection) -> torch.Tensor:
+        weight = layout.from_stack(decode(stack, self.dtype), projection)
+        storage = weight.untyped_storage()
+        self.origin[storage._cdata] = (StorageWeakRef(storage), stack, layout, projection)
+        return weight
+
+    def weight(self, module: OwnForwardExperts, projection: Projection) -> torch.Tensor:
+        """A whole parameter in the model's own shape."""
+        key = (id(module), projection.name)
+        if key not in self.decoded:
+            self.decoded[key] = self._decode(module.stack(projection), module.own_layout, projection)
+        return self.decoded[key]
+
+    def expert(self, module: OwnForwardExperts, projection: Projection, expert: int) -> torch.Tensor:
+        """One expert's matrix in the model's own orientation; not kept."""
+        stack = module.stack(projection).experts(expert, expert + 1)
+        weight = self._decode(stack, module.own_layout, projection)
+        return weight.view(weight.shape[-2:])
+
+    def close(self) -> None:
+        self.decoded.clear()
+        self.origin.clear()
+
+    def view(self, tensor: torch.Tensor) -> _View | None:
+        if not self.origin or tensor.dtype != self.dtype:
+            return None
+        found = self.origin.get(tensor.untyped_storage()._cdata)
+        if found is None:
+            return None
+        return _View(*found[1:], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    @contextlib.contextmanager
+    def saving_views(self) -> Iterator[None]:
+        """Have autograd save views of decoded weights by name.
+
+        torch calls the innermost hooks only, so everything else is passed on to those around these
+        (checkpointing is made of such hooks, and would otherwise keep what it means to recompute).
+        """
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+        def pack(tensor: torch.Tensor) -> Any:
+            view = self.view(tensor)
+            if view is not None:
+                return view
+            return outer[0](tensor) if outer else tensor
+
+        def unpack(saved: Any) -> torch.Tensor:
+            if isinstance(saved, _View):
+                return saved.decode()
+            return outer[1](saved) if outer else saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+
+# What the shown parameter answers without being decoded.
+_METADATA = (
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "layout",
+    "requires_grad",
+    "is_cuda",
+    "is_meta",
+    "is_floating_point",
+)
+_METADATA_CALLS = ("size", "dim", "numel", "__len__", "is_floating_point", "stride")
+
+
+class _Shown(torch.Tensor):
+    """What a packed parameter shows of itself in a forward: a tensor without storage, decoded as it is used.
+
+    It lives as long as one expression of that forward; nothing stores it.
+    """
+
+    scope: _Scope
+    module: OwnForwardExperts
+    projection: Projection
+
+    @staticmethod
+    def __new__(
+        cls, scope: _Scope, module: OwnForwardExperts, projection: Projection, shape: tuple[int, ...]
+    ) -> _Shown:
+        device = module.stack(projection).data.device
+        shown: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=scope.dtype, device=device)
+        shown.scope, shown.module, shown.projection = scope, module, projection
+        return cast(_Shown, shown)
+
+    def whole(self) -> torch.Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.scope.weight(self.module, self.projection).view(self.shape)
+
+    def _index(self, index: Any) -> torch.Tensor | None:
+        """One expert, where that is what is asked for."""
+        if isinstance(index, torch.Tensor):
+            if index.ndim or index.dtype == torch.bool or index.is_floating_point():
+                return None
+            index = int(index)
+        if isinstance(index, bool) or not isinstance(index, int) or self.ndim != 3:
+            return None
+        experts = self.shape[0]
+        if not -experts <= index < experts:
+            raise IndexError(f"expert {index} of {experts}")
+        return self.scope.expert(self.module, self.projection, index % experts)
+
+    def _by_expert(self, func: Any, args: Any, kwargs: Any) -> _Shown | None:
+        """A flattened parameter viewed as the stack that it is."""
+        shape = func(torch.empty(self.shape, device="meta"), *args, **kwargs).shape
+        layout, stack = self.module.own_layout, self.projection.shape
+        rows, columns = stack.rows, stack.columns
+        if self.projection.name in layout.transposed:
+            rows, columns = columns, rows
+        if tuple(shape) != (stack.experts, rows, columns):
+            return None
+        return _Shown(self.scope, self.module, self.projection, tuple(shape))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.__name__
+        if name == "__get__":
+            name = func.__self__.__name__
+            plain = name in _METADATA
+        else:
+            plain = name in _METADATA_CALLS
+        with torch._C.DisableTorchFunctionSubclass():
+            if plain:
+                return func(*args, **kwargs)
+            result: torch.Tensor | None = None
+            if args and isinstance(args[0], cls) and name == "__getitem__":
+                result = args[0]._index(args[1])
+            elif args and isinstance(args[0], cls) and name in ("view", "reshape"):
+                result = args[0]._by_expert(func, args[1:], kwargs)
+            if result is not None:
+                return result
+            args, kwargs = tree_map(lambda v: v.whole() if isinstance(v, cls) else v, (args, kwargs))
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} was reached by a parameter that is packed")
+
+
+class OwnForwardExperts(PackedExperts):
+    """Mixin of packed experts modules that keep their forward."""
+
+    @property
+    def own_layout(self) -> OwnForwardLayout:
+        layout = self.fourfold_layout
+        assert isinstance(layout, OwnForwardLayout)
+        return layout
+
+    def __getattr__(self, name: str) -> Any:
+        scope = self.__dict__.get("_fourfold_scope")
+        if scope is not None:
+            projection = self.own_layout.projection(name)
+            if projection is not None:
+                return _Shown(scope, self, projection, self.own_layout.model_shape(projection))
+        return super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with its own arguments and results."""
+        own = super(PackedExperts, self).forward
+        return own(*args, **kwargs) if self.own_layout.reader else _run([self], own, args, kwargs)
+
+
+class ReadsPackedExperts(nn.Module):
+    """Mixin of a module that reads the packed parameters of modules inside it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with its own arguments and results."""
+        return _run(_lenders(self), super().forward, args, kwargs)
+
+
+def _lenders(reader: nn.Module) -> list[OwnForwardExperts]:
+    return [m for m in reader.modules() if isinstance(m, OwnForwardExperts) and m.own_layout.reader]
+
+
+def _run(modules: list[OwnForwardExperts], own: Any, args: Any, kwargs: Any) -> Any:
+    """Call ``own`` while ``modules`` show decoded weights.
+
+    The dtype of the products (an explicit one, else autocast's) holds for the whole forward: inputs are cast
+    to it and results back, as a quantized Linear does. Under autocast alone some of these forwards fail, for
+    they add products to a buffer of the input's dtype.
+    """
+    first = next(
+        t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point()
+    )
+    given, dtype = first.dtype, compute_dtype(modules[0], first)
+
+    def cast(value: Any, to: torch.dtype) -> Any:
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(to) if floating else value
+
+    other = dtype != given
+    if other:
+        args, kwargs = tree_map(lambda v: cast(v, dtype), (args, kwargs))
+    scope = _Scope(dtype)
+    autocast = torch.autocast(first.device.type, enabled=False) if other else contextlib.nullcontext()
+    for module in modules:
+        module.__dict__["_fourfold_scope"] = scope
+    try:
+        with scope.saving_views(), autocast:
+            result = own(*args, **kwargs)
+    finally:
+        for module in modules:
+            del module.__dict__["_fourfold_scope"]
+        scope.close()
+    return tree_map(lambda v: cast(v, given), result) if other else result
+
+
+@functools.cache
+def _reader_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Reading{cls.__name__}", (ReadsPackedExperts, cls), {"__module__": cls.__module__})
+
+
+def prepare_reader_(module: nn.Module) -> None:
+    """Let a module read packed parameters inside it (those whose layout says so), in place."""
+    if not isinstance(module, ReadsPackedExperts):
+        own: Any = type(module)
+        module.__class__ = _reader_class(own)
+
+
+def release_readers_(model: nn.Module) -> None:
+    """Give every module that has nothing packed to read any more its own class back."""
+    for module in model.modules():
+        if isinstance(module, ReadsPackedExperts) and not _lenders(module):
+            plain: Any = type(module).__bases__[-1]
+            module.__class__ = plain

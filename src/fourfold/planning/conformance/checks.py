@@ -1,0 +1,226 @@
+"""One row of the conformance matrix: a tiny random model of a type, through everything that loading promises.
+
+    float model -> saved -> loaded packed -> saved -> reloaded -> dequantized -> saved -> loaded plainly
+
+The experts module is compared by itself: on tiny random models the logits of the whole hardly notice experts.
+Its output must equal that of the same numbers dequantized (tightly) and resemble that of the original (the
+noise of the format); and three kinds of damage must be seen by both comparisons, or these would prove
+nothing. An exception is a failed row, never the end of the matrix.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from fourfold.errors import UnsupportedExpertsError
+from fourfold.experts import FoundExperts, PackedExperts, find_experts
+from fourfold.formats import decode_stack
+from fourfold.loading.config import MoeBitsAndBytesConfig
+from fourfold.loading.prepare import dequantize
+from fourfold.planning.conformance.modules import Call, check_output, observe_calls, run_on_ids
+from fourfold.planning.conformance.row import CHECKS, FORMATS, NOT_APPLICABLE, OK, Row
+from fourfold.planning.conformance.tiny_models import (
+    build,
+    linear_experts,
+    model_classes,
+    randomise_experts_,
+    tiny_config,
+)
+from fourfold.planning.report import verify
+
+
+def check_model_type(model_type: str) -> Row | None:
+    """The row of a model type; None where it has no experts at all."""
+    row = Row(model_type)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        try:
+            model = _build(row)
+        except Exception as error:
+            if _has_no_experts(model_type):
+                return None
+            row.kind = "not built"
+            row.fail("built", f"{type(error).__name__}: {error}")
+            return row
+        if model is None:
+            return None
+        row.cells["built"] = OK
+        with row.check("packed"):
+            check_model(row, model, Path(folder))
+    return row
+
+
+def _build(row: Row) -> PreTrainedModel | None:
+    config = tiny_config(row.model_type)
+    for model_class in model_classes(type(config)):
+        skeleton = build(config, model_class, "meta")
+        found = list(find_experts(skeleton))
+        if not found and not linear_experts(skeleton):
+            continue
+        row.model = model_class.__name__
+        kinds = dict.fromkeys(f.layout.kind if f.layout else f"refused: {f.reason}" for f in found)
+        row.kind = "; ".join(kinds) or "Linears, by bitsandbytes"
+        model = build(config, model_class)
+        randomise_experts_(model)
+        return model
+    return None
+
+
+def _has_no_experts(model_type: str) -> bool:
+    """Whether the configuration class as it is, uncut, makes a model without experts."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[model_type]()
+        skeletons = [build(config, c, "meta") for c in model_classes(type(config))[:1]]
+    except Exception:
+        return False
+    return not any(list(find_experts(s)) or linear_experts(s) for s in skeletons)
+
+
+def check_model(row: Row, model: PreTrainedModel, folder: Path) -> None:
+    """Fill ``row`` with what is found about ``model`` (fp32, in memory); files go to ``folder``."""
+    found = list(find_experts(model))
+    if any(f.layout is None for f in found):
+        _check_refusal(row, model, folder)
+        return
+    model.save_pretrained(folder / "float")
+    calls, logits = observe_calls(model, found)
+    for name, settings in FORMATS.items():
+        _check_format(row, name, settings, model, calls, logits is not None, folder)
+
+
+def _check_format(
+    row: Row,
+    name: str,
+    settings: dict[str, Any],
+    model: PreTrainedModel,
+    calls: list[Call],
+    callable_: bool,
+    folder: Path,
+) -> None:
+    cls: Any = type(model)
+    config = MoeBitsAndBytesConfig(**settings, llm_int8_skip_modules=_narrow(model))
+    packed = cls.from_pretrained(folder / "float", quantization_config=config).eval()
+    with row.check("packed", name):
+        _check_packed(packed, model)
+    with row.check("reload", name):
+        packed.save_pretrained(folder / name)
+        again = cls.from_pretrained(folder / name).eval()
+        _check_same_state(packed, again)
+    if row.cells["reload"] != OK:
+        again = cls.from_pretrained(folder / "float", quantization_config=config).eval()
+    row.cells.setdefault("forward", OK if callable_ else NOT_APPLICABLE)
+    if callable_:
+        with row.check("forward", name):
+            ours = run_on_ids(packed)
+            # (stock repacks a reloaded Linear of four bits on some CPUs: only what is ours is run again)
+            theirs = run_on_ids(again) if calls else ours
+            if ours is None or theirs is None or not ours.isfinite().all() or not torch.equal(ours, theirs):
+                raise ValueError("the packed model does not run, is not finite, or differs after reloading")
+    with row.check("dequantize", name):
+        if not calls:  # stock cannot save what it has dequantized after reloading
+            again = cls.from_pretrained(folder / "float", quantization_config=config).eval()
+        plain = dequantize(again)
+        _check_dequantized(packed, plain, list(find_experts(model)))
+        with row.check("keys", name):
+            plain.save_pretrained(folder / f"{name}-plain")
+            _check_keys(folder, name, plain, cls, list(find_experts(model)))
+    if row.cells["dequantize"] != OK or not calls:
+        return
+    for call in calls:
+        check_output(row, name, call, model, packed, plain)
+
+
+def _narrow(model: nn.Module) -> list[str]:
+    """Linears whose width is no whole number of blocks: some CPUs compute them wrongly in four bits."""
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return [name for name, module in linears if module.in_features % 64]
+
+
+def _check_packed(packed: PreTrainedModel, model: PreTrainedModel) -> None:
+    verify(packed)
+    names = [f.name for f in find_experts(model)]
+    left = [n for n in names if not isinstance(packed.get_submodule(n), PackedExperts)]
+    for name, _ in linear_experts(model):
+        inside = packed.get_submodule(name).named_modules()
+        left += [f"{name}.{n}" for n, m in inside if type(m) is nn.Linear and m.in_features % 64 == 0]
+    if left:
+        raise ValueError(f"not packed: {', '.join(left)}")
+
+
+def _check_same_state(first: nn.Module, second: nn.Module) -> None:
+    before, after = first.state_dict(), second.state_dict()
+    if before.keys() != after.keys():
+        raise ValueError(f"other tensors: {sorted(before.keys() ^ after.keys())[:5]}")
+    other = [n for n, t in before.items() if isinstance(t, torch.Tensor) and not torch.equal(t, after[n])]
+    if other:
+        raise ValueError(f"other values: {', '.join(other[:5])}")
+
+
+def _check_dequantized(packed: PreTrainedModel, plain: PreTrainedModel, found: list[FoundExperts]) -> None:
+    for f in found:
+        module, own = packed.get_submodule(f.name), plain.get_submodule(f.name)
+        assert isinstance(module, PackedExperts)
+        if type(own) is not type(f.module):
+            raise ValueError(f"{f.name} is a {type(own).__name__}")
+        for projection in module.fourfold_layout.projections:
+            decoded = decode_stack(module.stack(projection), torch.float32)
+            expected = module.fourfold_layout.from_stack(decoded, projection)
+            if not torch.equal(getattr(own, projection.name), expected):
+                raise ValueError(f"{f.name}.{projection.name} has other values")
+
+
+def _check_keys(folder: Path, name: str, plain: PreTrainedModel, cls: Any, found: list[FoundExperts]) -> None:
+    def keys(where: Path) -> set[str]:
+        return {k for file in where.glob("*.safetensors") for k in load_file(file)}
+
+    ours, original = keys(folder / f"{name}-plain"), keys(folder / "float")
+    if ours != original:
+        raise ValueError(f"other keys: {sorted(ours ^ original)[:4]}")
+    loaded = cls.from_pretrained(folder / f"{name}-plain")
+    for tensor in (t for f in found for t in f.tensors()):
+        if not torch.equal(loaded.get_parameter(tensor), plain.get_parameter(tensor)):
+            raise ValueError(f"{tensor} has other values after saving and loading")
+
+
+def _check_refusal(row: Row, model: PreTrainedModel, folder: Path) -> None:
+    """Refused from the configuration alone, and loaded when the setting in the message is passed."""
+    cls: Any = type(model)
+    model.config.save_pretrained(folder / "bare")  # no weights: they must not be asked for
+    model.save_pretrained(folder / "float")
+    settings = FORMATS["NF4"]
+    try:
+        cls.from_pretrained(folder / "bare", quantization_config=MoeBitsAndBytesConfig(**settings))
+    except (UnsupportedExpertsError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError):  # transformers looks for the files first
+            message = _refusal(cls, folder / "float", settings)
+    patterns = re.findall(r"'([^']+)'", message.partition("llm_int8_skip_modules=")[2].partition("]")[0])
+    if not patterns:
+        raise ValueError("it was not refused")
+    skipping = MoeBitsAndBytesConfig(**settings, llm_int8_skip_modules=[*patterns, *_narrow(model)])
+    cls.from_pretrained(folder / "float", quantization_config=skipping)
+    row.cells |= dict.fromkeys(CHECKS, NOT_APPLICABLE) | {"packed": "refused"}
+
+
+def _refusal(cls: Any, folder: Path, settings: dict[str, Any]) -> str:
+    try:
+        cls.from_pretrained(folder, quantization_config=MoeBitsAndBytesConfig(**settings))
+    except UnsupportedExpertsError as error:
+        return str(error)
+    return ""

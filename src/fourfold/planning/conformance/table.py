@@ -1,0 +1,104 @@
+"""The conformance matrix as a file: written, read back, and compared."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+
+from fourfold.errors import ConfigurationError
+from fourfold.planning.conformance.row import CHECKS, FAILED, NOT_APPLICABLE, OK, Row
+
+_RANK = {OK: 3, "refused": 2, NOT_APPLICABLE: 1, FAILED: 0, "not built": 0}
+_COLUMNS = ("model type", "model", "experts", "noise NF4", "noise INT8", *CHECKS)
+_EXPLANATION = """\
+Written by `fourfold conformance`; do not edit. For every model type of transformers with routed experts, a
+tiny random model is made from its configuration class and taken through loading in NF4 (double-quantized) and
+in INT8. A cell holds for both formats.
+
+- *noise*: distance of the experts' own output from that of the unquantized experts, relative; the worst.
+- *packed*: every experts module is, from an ordinary float checkpoint. *refused*: it cannot be, and loading
+  says so before it reads a weight, naming the setting that leaves it in high precision.
+- *same numbers*: the experts' output equals that of the same numbers dequantized, within 2e-5.
+- *controls*: experts rolled by one, scales of the neighbour, gate and up swapped: both comparisons see each.
+- *backward*: the gradient of the input equals that of the same numbers dequantized.
+- *forward*: the whole model runs on token ids, and bit-equal after reloading (`-`: it wants other inputs).
+- *reload*: saved and loaded again, every tensor is bit-equal.
+- *dequantize*: the model's own classes come back with exactly the packed numbers; *keys*: saved under the
+  original keys, and loaded from there with the same values.
+"""
+
+
+def cells_of(row: Row) -> dict[str, str]:
+    """The checks' cells of a row; one that could not be built has none."""
+    if row.cells.get("built") != OK:
+        return dict.fromkeys(CHECKS, NOT_APPLICABLE) | {"packed": "not built"}
+    return {check: row.cells.get(check, NOT_APPLICABLE) for check in CHECKS}
+
+
+def render(rows: list[Row]) -> str:
+    """The whole file."""
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("transformers", "torch", "bitsandbytes")
+    )
+    total, passed = Counter(row.kind for row in rows), Counter(row.kind for row in rows if row.passed)
+    summary = f"{versions}. {sum(passed.values())} of {len(rows)} model types pass."
+    lines = ["# Conformance", "", _EXPLANATION, summary, ""]
+    lines += ["## Totals", "", "| experts | model types | pass |", "|---|---:|---:|"]
+    lines += [f"| {_clean(kind)} | {n} | {passed[kind]} |" for kind, n in sorted(total.items())]
+    lines += ["", "## Rows", "", f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
+    for row in rows:
+        noise = [f"{row.noise[f]:.2g}" if f in row.noise else NOT_APPLICABLE for f in ("NF4", "INT8")]
+        cells = [f"`{row.model_type}`", row.model, _clean(row.kind), *noise, *cells_of(row).values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    problems = [(row, problem) for row in rows for problem in row.problems]
+    if problems:
+        lines += ["", "## What fails", ""]
+        lines += [f"- `{row.model_type}`: {_clean(problem)}" for row, problem in problems]
+    return "\n".join(lines) + "\n"
+
+
+def _clean(text: str) -> str:
+    return " ".join(text.split()).replace("|", "/")
+
+
+def read(path: Path) -> dict[str, dict[str, str]]:
+    """Model type -> check -> cell, of a file that `render` wrote.
+
+    Raises:
+        ConfigurationError: there is no table in it.
+    """
+    found: dict[str, dict[str, str]] = {}
+    header: list[str] = []
+    for line in path.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if line.startswith("| model type |"):
+            header = cells
+        elif header and (match := re.match(r"^\| `([^`]+)` \|", line)) and len(cells) == len(header):
+            named = dict(zip(header, cells, strict=True))
+            found[match[1]] = {check: named[check] for check in CHECKS if check in named}
+    if not found:
+        raise ConfigurationError(f"{path} holds no conformance table; name another file with --out")
+    return found
+
+
+def worse(before: dict[str, dict[str, str]], rows: list[Row], expected: list[str]) -> list[str]:
+    """What got worse, a line each.
+
+    Args:
+        before: what `read` gave.
+        rows: of this run.
+        expected: model types that this run should have a row of, as far as there was one before.
+    """
+    lines = []
+    now = {row.model_type: cells_of(row) for row in rows}
+    for model_type, cells in before.items():
+        if model_type not in now:
+            if model_type in expected:
+                lines.append(f"{model_type}: no row any more")
+            continue
+        for check, cell in cells.items():
+            if _RANK.get(now[model_type][check], 0) < _RANK.get(cell, 0):
+                lines.append(f"{model_type}: {check} was {cell}, is {now[model_type][check]}")
+    return lines
