@@ -1,11 +1,15 @@
 """Slices are read in order, a bounded number ahead, and let go of."""
 
+import copy
 import threading
 import weakref
+from concurrent.futures import Future
 
 import torch
+from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from fourfold.loading import reading
+from fourfold.loading.converters import PackingConverter
 
 
 class Elsewhere(torch.Tensor):
@@ -51,3 +55,18 @@ def test_on_a_cpu_nothing_is_read_ahead_and_sources_are_let_go_of() -> None:
     for number, _ in enumerate(reading.read_slices([job] * 5)):
         assert len(made) == number + 1
         assert sum(ref() is not None for ref in made) <= 2
+
+
+def test_a_copied_converter_collects_for_itself_and_shares_the_rest() -> None:
+    operations = [MergeModulelist(dim=0)]
+    original = PackingConverter.wrap(WeightConverter("experts.*.w1.weight", "experts.up_proj", operations))
+    original.scope_prefix = "text"
+    made = copy.deepcopy(original)
+    made.add_tensor("experts.up_proj", "experts.0.w1.weight", "experts.*.w1.weight", Future())
+    assert (len(made.collected_tensors), len(original.collected_tensors)) == (1, 0)
+    assert (len(made.layer_targets), len(original.layer_targets)) == (1, 0)
+    assert made.operations is original.operations
+    assert made.scope_prefix == "text"
+    assert made.rename_source_key("text.experts.3.w1.weight") == original.rename_source_key(
+        "text.experts.3.w1.weight"
+    )

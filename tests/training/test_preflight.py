@@ -19,7 +19,7 @@ from fourfold.errors import (
 )
 from fourfold.training import run as run_module
 from fourfold.training.generation import load_for_generation
-from fourfold.training.preflight import check, stored_bits
+from fourfold.training.preflight import check, make_quantization_config, stored_bits
 from fourfold.training.run import run
 from fourfold.training.schema import TrainConfig
 from tiny_chat import Settings, conversation, quiet
@@ -172,6 +172,17 @@ def test_checkpoints_that_are_quantized_otherwise_are_refused(
     (tmp_path / "gptq" / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ConfigurationError, match=r"quantized already \(gptq\)"):
         run(TrainConfig(**settings(base_model=str(tmp_path / "gptq"))), quiet())
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8", "bitsandbytes"])
+def test_checkpoints_that_are_packed_anew_are_let_through(
+    settings: Settings, tmp_path: Path, moe_folder: Path, method: str
+) -> None:
+    stored = json.loads((moe_folder / "config.json").read_text())
+    stored["quantization_config"] = {"quant_method": method}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    made = make_quantization_config(TrainConfig(**settings(base_model=str(tmp_path))))
+    assert made.experts_format().quant_type == "nf4"
 
 
 def test_a_packed_checkpoint_is_trained_as_it_is(

@@ -18,7 +18,7 @@ import torch
 
 from fourfold.errors import CheckpointError
 from fourfold.formats.codebooks import absmax_codes
-from fourfold.formats.packed import ABSMAX_GROUP, PackedStack
+from fourfold.formats.packed import ABSMAX_GROUP, PackedStack, PackFormat
 
 FP16_MAX = 65504.0
 # Matrices that wait to be packed together, in bytes. On CPUs launching costs little, and bitsandbytes'
@@ -28,9 +28,13 @@ BATCH_BYTES_ELSEWHERE = 2 * 2**20
 _ALIGNED = 16  # fp32 numbers, 64 bytes
 
 
-def batch_bytes(device: torch.device) -> int:
-    """How many bytes of matrices are packed by one launch on ``device`` (always one matrix at the least)."""
-    return BATCH_BYTES.get(device.type, BATCH_BYTES_ELSEWHERE)
+def batch_bytes(device: torch.device, fmt: PackFormat) -> int:
+    """How many bytes of matrices are packed by one launch on ``device`` (always one matrix at the least).
+
+    Half as many in INT8, which copies them to fp16 first.
+    """
+    limit = BATCH_BYTES.get(device.type, BATCH_BYTES_ELSEWHERE)
+    return limit if fmt.is_4bit else limit // 2
 
 
 def _slots(tensor: torch.Tensor, stack: PackedStack, first: int, count: int) -> torch.Tensor:
@@ -108,7 +112,7 @@ class Packer:
         self.stack = stack
         self.name = name
         self._limit = FP16_MAX if stack.fmt.quant_type == "int8" else torch.finfo(torch.float32).max
-        self._batch_bytes = batch_bytes(stack.data.device)
+        self._batch_bytes = batch_bytes(stack.data.device, stack.fmt)
         self._waiting: list[torch.Tensor] = []
         self._first = 0  # number of the first matrix that waits
         self._ranges: list[tuple[int, torch.Tensor, torch.Tensor]] = []
@@ -205,7 +209,7 @@ def pack_stack(stack: PackedStack, w_ENK: torch.Tensor, name: str) -> PackedStac
         )
     packer = Packer(stack, name)
     n_rows = shape.rows // shape.parts
-    step = max(1, batch_bytes(stack.data.device) // w_ENK[0].nbytes)
+    step = max(1, batch_bytes(stack.data.device, stack.fmt) // w_ENK[0].nbytes)
     for start in range(0, shape.experts, step):
         w_MnK = w_ENK[start : start + step].to(stack.data.device).reshape(-1, n_rows, shape.columns)
         packer.pack_matrices_(start * shape.parts, w_MnK)

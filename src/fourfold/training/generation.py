@@ -12,7 +12,7 @@ import fourfold
 from fourfold.adapters.peft_lora import load_adapter
 from fourfold.errors import AdapterError, ConfigurationError
 from fourfold.training.evaluate import evaluating
-from fourfold.training.preflight import check_model_folder, load_tokenizer, stored_quantization
+from fourfold.training.preflight import check_model_folder, load_tokenizer, packed_already
 
 
 def load_for_generation(name: str, bits: int | None, adapter: str | None = None) -> tuple[Any, Any]:
@@ -32,7 +32,7 @@ def load_for_generation(name: str, bits: int | None, adapter: str | None = None)
         raise AdapterError(
             f"{adapter}: no adapter there (no adapter_config.json). Name the folder that `train` wrote."
         )
-    packed = stored_quantization(name)
+    packed = packed_already(name)
     if packed is not None and bits is not None:
         raise ConfigurationError(
             f"{name} is packed already ({packed.get('quant_method')}): leave the choice of bits out."

@@ -208,7 +208,7 @@ def make_quantization_config(config: TrainConfig) -> Any:
     import fourfold
 
     kwargs = config.quantization_kwargs()
-    packed = stored_quantization(config.base_model)
+    packed = packed_already(config.base_model)
     if packed is None:
         if kwargs is None:
             return None
@@ -240,6 +240,14 @@ def make_quantization_config(config: TrainConfig) -> Any:
             "settings cannot change that. Drop them, or take the original weights."
         )
     return None
+
+
+def packed_already(name: str) -> dict[str, Any] | None:
+    """The quantization of a local checkpoint, unless it is one that is read and packed anew (MXFP4, say)."""
+    from fourfold.loading.patch import READABLE, stored_method
+
+    stored = stored_quantization(name)
+    return None if stored is None or stored_method(stored) in READABLE else stored
 
 
 def stored_quantization(name: str) -> dict[str, Any] | None:
