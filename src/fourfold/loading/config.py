@@ -94,6 +94,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         self.compute_dtype_is_set = bnb_4bit_compute_dtype is not None
         self.experts_quant_type = experts_quant_type
         self.experts_blocksize = experts_blocksize
+        self.only_written = False  # set by `quantize_checkpoint`: weights pass through, nothing is computed
         self._check()
 
     def _check(self) -> None:

@@ -85,7 +85,8 @@ class FourfoldQuantizer(HfQuantizer):
             plain.llm_int8_skip_modules = modules_to_skip(model, requested, experts)
             self.linears.quantization_config = plain
             self.linears._process_model_before_weight_loading(model, **kwargs)
-            refuse_wrong_widths(model, kwargs.get("device_map"))
+            if not self.config.only_written:
+                refuse_wrong_widths(model, kwargs.get("device_map"))
         fmt = self.config.experts_format()
         for found in experts:
             if fmt is None or is_skipped(found.name, requested):
@@ -196,8 +197,9 @@ class FourfoldQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.failure is not None:
             raise self.failure
-        self._check_complete(model)
-        self._check_finite(model)
+        if not self.config.only_written:  # there `loading.stream` has checked and handed on all weights
+            self._check_complete(model)
+            self._check_finite(model)
         if self.linears is not None:
             model = self.linears._process_model_after_weight_loading(model, **kwargs)
             keep_trainable(model)
