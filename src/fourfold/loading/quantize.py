@@ -1,7 +1,7 @@
 """From a checkpoint in high precision to a packed one, without ever holding the model.
 
 The packed checkpoint is what `save_pretrained` of the loaded packed model writes: same keys, same bytes, same
-configuration. Weights come through `loading.stream` one parameter at a time and go to `loading.shards`, so the
+configuration. Weights come through `loading.stream` one parameter at a time and go to `loading.shards`; the
 peak is one projection of one layer and one shard of the output. Everything is written into a folder beside
 the wanted one, which is renamed when it is complete.
 """
@@ -168,7 +168,9 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
     if not force:
         raise ConfigurationError(f"{target} exists; name another folder, or pass --force to replace it")
     if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
-        raise ConfigurationError(f"{target} is no checkpoint's folder, so it is not replaced; remove it first")
+        raise ConfigurationError(
+            f"{target} is no checkpoint's folder, so it is not replaced; remove it first"
+        )
     if source.exists() and source.resolve().is_relative_to(target.resolve()):
         raise ConfigurationError(f"{source} lies in {target}, which is to be replaced")
 

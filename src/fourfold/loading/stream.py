@@ -47,7 +47,7 @@ def stream_pretrained(
     progress: Progress | None = None,
     **arguments: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Run ``cls.from_pretrained(model)`` and pass every tensor that `save_pretrained` would write to ``sink``.
+    """Run ``cls.from_pretrained(model)`` and pass to ``sink`` every tensor that `save_pretrained` would write.
 
     Args:
         cls: the model's class.
@@ -68,7 +68,9 @@ def stream_pretrained(
     quantization_config = copy.copy(quantization_config)
     quantization_config.only_written = True
 
-    def load(built: PreTrainedModel, state_dict: Any, checkpoint_files: Any, load_config: Any, *_: Any) -> Any:
+    def load(
+        built: PreTrainedModel, state_dict: Any, checkpoint_files: Any, load_config: Any, *_: Any
+    ) -> Any:
         stream = _Stream(built, load_config, sink, progress)
         with contextlib.ExitStack() as stack:
             ignored.extend(stream.run(_open(checkpoint_files, stack)))
@@ -212,7 +214,7 @@ class _Stream:
         for store in (module._parameters, module._buffers):
             for leaf in store:
                 if prefix + leaf in self.placeholders:
-                    store[leaf] = self.placeholders[prefix + leaf]  # type: ignore[assignment]
+                    store[leaf] = self.placeholders[prefix + leaf]
         if getattr(module, "quant_state", None) is not None:
             module.quant_state = None  # bitsandbytes keeps the scales of a Linear there as well
 
