@@ -47,7 +47,7 @@ def stream_pretrained(
     progress: Progress | None = None,
     **arguments: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Run ``cls.from_pretrained(model)`` and pass to ``sink`` every tensor that `save_pretrained` would write.
+    """Run ``cls.from_pretrained(model)`` and hand on every tensor that `save_pretrained` would write.
 
     Args:
         cls: the model's class.
