@@ -50,8 +50,8 @@ def enable() -> bool:
         if _packs_experts(stock, entry.removeprefix("bitsandbytes_")):
             disable()
             logger.warning(
-                "fourfold.enable(): this transformers quantizes experts with bitsandbytes by itself, so plain "
-                "BitsAndBytesConfig is left to it; MoeBitsAndBytesConfig works as before"
+                "fourfold.enable(): this transformers quantizes experts with bitsandbytes by itself; plain "
+                "BitsAndBytesConfig is left to it, and MoeBitsAndBytesConfig works as before"
             )
             return False
         _before[entry] = stock
