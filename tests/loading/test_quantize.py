@@ -248,6 +248,10 @@ def damage(folder: Path, change) -> None:
             r"model\.norm\.weight is \[32\] in the checkpoint",
         ),
         (
+            lambda t: t.update({"model.layers.1.self_attn.k_proj.weight": torch.ones(64, 64)}),
+            r"layers\.1\.self_attn\.k_proj\.weight is \[64, 64\] in the checkpoint",
+        ),
+        (
             lambda t: t["model.layers.1.block_sparse_moe.experts.2.w2.weight"].fill_(float("nan")),
             r"layers\.1\.mlp\.experts\.down_proj: weights of expert\(s\) 2",
         ),

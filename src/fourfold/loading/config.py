@@ -65,7 +65,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             kwargs.pop(known, None)
         if kwargs:
             raise ConfigurationError(f"unknown quantization setting(s): {', '.join(sorted(kwargs))}")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
                 f"this checkpoint has Fourfold's format version {version}, and this release reads up to "
                 f"{FORMAT_VERSION}; install a newer fourfold"

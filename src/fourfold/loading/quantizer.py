@@ -30,7 +30,8 @@ from fourfold.experts.layout import name_suffix
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation
 from fourfold.loading.cpu_linears import keep_trainable, refuse_wrong_widths
-from fourfold.loading.headers import check_packed, read_headers
+from fourfold.loading.headers import check_files, check_packed, read_headers
+from fourfold.loading.shapes import check_shapes, expected_shapes
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
 
 
@@ -57,6 +58,7 @@ class FourfoldQuantizer(HfQuantizer):
         self.packed: list[str] = []
         self.left_on_request: list[str] = []
         self._experts_conversions: list[Any] = []
+        self._shapes: dict[str, tuple[int, ...]] = {}
         # transformers logs what a conversion raises and goes on; the first error is kept and raised at the
         # end.
         self.failure: CheckpointError | None = None
@@ -76,6 +78,7 @@ class FourfoldQuantizer(HfQuantizer):
         return {key: value * 0.90 for key, value in max_memory.items()}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        check_files(model.name_or_path, kwargs.get("checkpoint_files") or ())
         requested = self.config.llm_int8_skip_modules
         experts = list(find_experts(model))
         self._refuse_unsupported(experts, requested)
@@ -103,6 +106,7 @@ class FourfoldQuantizer(HfQuantizer):
                 packed_on_disk=self.pre_quantized,
             )
             self.packed.append(found.name)
+        self._shapes = expected_shapes(model)
         if self.packed:
             if self.pre_quantized:
                 self._check_headers(model, kwargs.get("checkpoint_files"))
@@ -200,6 +204,8 @@ class FourfoldQuantizer(HfQuantizer):
         if not self.config.only_written:  # there `loading.stream` has checked and handed on all weights
             self._check_complete(model)
             self._check_finite(model)
+            for name, module in model.named_modules():
+                check_shapes(module, f"{name}." if name else "", self._shapes)
         if self.linears is not None:
             model = self.linears._process_model_after_weight_loading(model, **kwargs)
             keep_trainable(model)

@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from fourfold.errors import CheckpointError, FourfoldError
 from fourfold.loading.config import MoeBitsAndBytesConfig
+from fourfold.loading.shapes import check_shapes, expected_shapes
 
 Sink = Callable[[str, torch.Tensor], None]
 Progress = Callable[[int, int, str], None]
@@ -128,6 +129,7 @@ class _Stream:
         self.sink = sink
         self.progress = progress or (lambda *_: None)
         self.expected = set(model.state_dict())
+        self.shapes = expected_shapes(model)
         self.placeholders: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self.placeholders |= dict(model.named_buffers(remove_duplicate=False))
         self.loaded: set[str] = set()
@@ -203,6 +205,7 @@ class _Stream:
         arrived: dict[str, torch.Tensor] = {}
         for path in dict.fromkeys(name.rpartition(".")[0] for name in sorted(names, key=dot_natural_key)):
             module = self.model.get_submodule(path)
+            check_shapes(module, f"{path}." if path else "", self.shapes)
             for key, value in module.state_dict(prefix=f"{path}." if path else "").items():
                 if isinstance(value, torch.Tensor) and not value.is_meta and key not in skipped:
                     arrived[key] = value
