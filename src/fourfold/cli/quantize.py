@@ -51,7 +51,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
 
     from fourfold.loading.config import MoeBitsAndBytesConfig
     from fourfold.loading.quantize import quantize_checkpoint
-    from fourfold.training.callbacks import format_bytes
+    from fourfold.planning.units import format_bytes
 
     config = MoeBitsAndBytesConfig(**settings(args))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
