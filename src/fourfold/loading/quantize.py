@@ -212,9 +212,11 @@ def _claim(folder: Path, target: Path) -> int:
         except BlockingIOError:
             os.close(handle)
             raise ConfigurationError(f"another run is writing {target} at this moment") from None
-        if not any(folder.iterdir()):
+        mine = folder.is_dir() and os.path.samestat(os.fstat(handle), folder.stat())
+        if mine and not any(folder.iterdir()):
             return handle
-        shutil.rmtree(folder)
+        if mine:  # otherwise another run has removed it in between, and made its own
+            shutil.rmtree(folder)
         os.close(handle)
 
 
