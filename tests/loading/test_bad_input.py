@@ -195,7 +195,7 @@ def refused(action: Callable[[], object], name: str, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize("settings", [NF4, {"load_in_8bit": True}, {"experts_quant_type": "nf4"}])
 @pytest.mark.parametrize("leaf", ["self_attn.k_proj.weight", "input_layernorm.weight"])
 def test_other_tensors_of_a_wrong_shape(model: Path, leaf: str, settings: dict, caplog) -> None:
-    """Quantized Linears are not compared by transformers at all, and up to 5.17 nothing is."""
+    """Quantized Linears are not compared by transformers at all, and up to 5.21 nothing is."""
     change(model, rf"layers\.1\.{re.escape(leaf)}$", lambda t: torch.cat([t, t]))
     refused(lambda: load(model, **settings), f"layers.1.{leaf}", caplog)
 

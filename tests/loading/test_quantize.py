@@ -290,6 +290,22 @@ def test_other_wrong_sources(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 
+def test_the_class_when_the_configuration_does_not_name_it(tmp_path: Path) -> None:
+    tiny.save(tiny.mixtral(), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    del config["architectures"]
+    file.write_text(json.dumps(config))
+    quantize_checkpoint(tmp_path / "model", tmp_path / "out", Config(**NF4))
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert stored["architectures"] == ["MixtralForCausalLM"]
+    fourfold.verify(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    part = {"model_type": "vitpose_backbone", "architectures": ["NoSuchBackbone"]}
+    file.write_text(json.dumps(part))
+    with pytest.raises(CheckpointError, match=r"no model for its config\.json"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out2", Config(**NF4))
+
+
 def test_experts_that_cannot_be_packed_are_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch
 ) -> None:

@@ -121,11 +121,12 @@ def quantize_checkpoint(
     _refuse_quantized(model_config, model)
     if source.is_dir():
         read_headers(checkpoint_files(source))  # damaged files are found before anything is written
+    cls = _concrete_class(model_config, model)
     arguments = {"device_map": {"": device}} if device else {}
     with _workplace(target, force) as folder:
         writer = ShardWriter(folder, shard_size)
         built, ignored = stream_pretrained(
-            model_class(model_config),
+            cls,
             source if source.is_dir() else str(model),
             config,
             writer.add,
@@ -149,6 +150,21 @@ def quantize_checkpoint(
         copied=copied,
         seconds=time.perf_counter() - started,
     )
+
+
+def _concrete_class(config: PretrainedConfig, model: str | Path) -> type[PreTrainedModel]:
+    """The model's own class, never one that chooses by the configuration."""
+    cls = model_class(config)
+    mapping = getattr(cls, "_model_mapping", None)
+    if mapping is not None:
+        found = mapping.get(type(config), None)
+        cls = found[0] if isinstance(found, (list, tuple)) else found
+    if cls is None:
+        raise CheckpointError(
+            f"{model}: transformers has no model for its config.json (architectures {config.architectures}, "
+            f"model_type {config.model_type})"
+        )
+    return cls
 
 
 def _refuse_quantized(config: PretrainedConfig, model: str | Path) -> None:

@@ -1,6 +1,6 @@
 """Shapes of what was loaded, against what the configuration asks for.
 
-transformers does not compare the shape of a tensor that is quantized on the way, and up to 5.17 of no tensor
+transformers does not compare the shape of a tensor that is quantized on the way, and up to 5.21 of no tensor
 at all once there is a quantizer. A wrong one would show as an error from the inside of a kernel, or not at
 all.
 """

@@ -91,6 +91,7 @@ def stream_pretrained(
     )
     with _quiet_bars():
         built = own.from_pretrained(str(model), quantization_config=quantization_config, **arguments)
+    assert isinstance(built, own)
     return built, ignored
 
 
@@ -133,6 +134,7 @@ class _Stream:
         self.placeholders: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self.placeholders |= dict(model.named_buffers(remove_duplicate=False))
         self.loaded: set[str] = set()
+        self.ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
 
     def run(self, slices: dict[str, Any]) -> list[str]:
         """Load, hand on and drop everything; returns the keys that are not used."""
@@ -152,7 +154,7 @@ class _Stream:
             del arrived, renamed
         self.progress(len(groups), len(groups), "")
         self.model._weight_conversions = reversed_
-        self._check_nothing_is_missing(instead)
+        self._check_nothing_is_missing()
         return ignored
 
     def _groups(self, slices: dict[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
@@ -180,14 +182,12 @@ class _Stream:
             Name under which a weight is written, where that is not its own: the file holds only the copy.
         """
         instead: dict[str, str] = {}
-        for target, source in dict(getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+        for target, source in self.ties.items():
             if target in groups and source in groups:
                 one, other = (slices[groups[name][0]][...] for name in (target, source))
                 if one.shape == other.shape and torch.equal(one, other):
                     del groups[target]
                     self.loaded.add(target)
-            elif source in groups:
-                self.loaded.add(target)
             elif target in groups and source not in instead.values():
                 instead[target] = source
                 self.loaded.add(source)
@@ -234,13 +234,13 @@ class _Stream:
             reason = str(message).strip().splitlines()[-1]
             raise CheckpointError(f"{name} cannot be made of {', '.join(list(keys)[:3])}, ...: {reason}")
 
-    def _check_nothing_is_missing(self, instead: dict[str, str]) -> None:
+    def _check_nothing_is_missing(self) -> None:
         """What the checkpoint lacks would be random numbers."""
         allowed = [re.compile(p) for p in self.model._keys_to_ignore_on_load_missing or ()]
         missing = [
             name
             for name in sorted(self.expected - self.loaded, key=dot_natural_key)
-            if not any(pattern.search(name) for pattern in allowed)
+            if not any(pattern.search(name) for pattern in allowed) and self.ties.get(name) not in self.loaded
         ]
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
