@@ -206,6 +206,16 @@ def test_linears_that_lack_their_scales(packed: Path, suffix: str, caplog) -> No
     refused(lambda: load(packed), "layers.1.self_attn.q_proj.weight", caplog)
 
 
+@pytest.mark.parametrize("settings", [NF4, {"load_in_8bit": True}])
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_linears_that_are_not_finite(model: Path, settings: dict, number: float) -> None:
+    name = change(
+        model, r"layers\.1\.self_attn\.k_proj", lambda t: t.index_fill(0, torch.tensor([3]), number)
+    )
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: weights are NaN or infinite"):
+        load(model, **settings)
+
+
 def test_fewer_and_more_experts_than_the_configuration_says(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     for count in (3, 5):

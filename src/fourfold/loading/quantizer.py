@@ -183,6 +183,12 @@ class FourfoldQuantizer(HfQuantizer):
 
     def quantize_linear(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         assert self.linears is not None
+        for name, value in input_dict.items():  # bitsandbytes makes some numbers of NaN, without a word
+            low, high = torch.aminmax(value[0] if isinstance(value, list) else value)
+            if not (torch.isfinite(low) & torch.isfinite(high)):
+                self.failure = self.failure or CheckpointError(
+                    f"{name}: weights are NaN or infinite; the checkpoint is damaged, get another copy"
+                )
         return self.linears.get_quantize_ops().convert(input_dict, **kwargs)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
