@@ -62,6 +62,7 @@ def test_a_dense_model(capsys: pytest.CaptureFixture[str], dense_folder: Path, t
         (["--bits", "8", "--double-quant"], "nothing is quantized to 4 bit"),
         (["--bits", "8", "--experts-blocksize", "32"], "experts_blocksize"),
         (["--max-shard-size", "much"], "is no size"),
+        (["--device", "tpu:7"], "device 'tpu:7' cannot be used here"),
         (["--no-such-flag"], "unrecognized"),
     ],
 )

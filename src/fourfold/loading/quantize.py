@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fourfold.errors import CheckpointError, ConfigurationError
@@ -122,7 +123,7 @@ def quantize_checkpoint(
     if source.is_dir():
         read_headers(checkpoint_files(source))  # damaged files are found before anything is written
     cls = _concrete_class(model_config, model)
-    arguments = {"device_map": {"": device}} if device else {}
+    arguments = {"device_map": {"": _usable(device)}} if device else {}
     with _workplace(target, force) as folder:
         writer = ShardWriter(folder, shard_size)
         built, ignored = stream_pretrained(
@@ -165,6 +166,15 @@ def _concrete_class(config: PretrainedConfig, model: str | Path) -> type[PreTrai
             f"model_type {config.model_type})"
         )
     return cls
+
+
+def _usable(device: str) -> str:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
+    return device
 
 
 def _refuse_quantized(config: PretrainedConfig, model: str | Path) -> None:
