@@ -184,8 +184,11 @@ class _Stream:
         instead: dict[str, str] = {}
         for target, source in self.ties.items():
             if target in groups and source in groups:
-                one, other = (slices[groups[name][0]][...] for name in (target, source))
-                if one.shape == other.shape and torch.equal(one, other):
+                one, other = groups[target], groups[source]
+                pairs = zip(one, other, strict=False)
+                if len(one) == len(other) and all(
+                    torch.equal(slices[a][...], slices[b][...]) for a, b in pairs
+                ):
                     del groups[target]
                     self.loaded.add(target)
             elif target in groups and source not in instead.values():
