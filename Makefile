@@ -6,7 +6,7 @@ BIN := .venv/bin
 QUICKSTART := examples/quickstart
 OUT := $(QUICKSTART)/out
 
-.PHONY: quickstart test lint types imports unit slow format clean
+.PHONY: quickstart test lint types imports unit slow test-versions format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -38,9 +38,13 @@ unit: .venv/installed
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
+# Loading and adapters under each supported transformers, installed beside .venv on first use.
+test-versions: .venv/installed
+	$(BIN)/python tests/run_versions.py
+
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build $(OUT)
+	rm -rf .venv .venv-versions build $(OUT)

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import GIB, import_everything, load_model, run_in_process, versions, warm_cache
 
 VARIANTS = (
     "fourfold",
@@ -43,40 +43,7 @@ VARIANTS = (
     "parametrization",
     "parametrization-attention",
 )
-GIB = 2**30
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
-def load(variant: str, folder: str) -> Any:
-    """The model as the variant loads it."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    common = {"dtype": torch.bfloat16, "device_map": {"": 0}}
-    if variant.startswith("fourfold"):
-        import fourfold
-
-        config = fourfold.MoeBitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=variant != "fourfold-nf4",
-        )
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **common)
-    if variant == "bf16":
-        return AutoModelForCausalLM.from_pretrained(folder, **common)
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **common)
-    if variant.startswith("parametrization"):
-        from bitsandbytes.nn.parametrize import replace_parameter_4bit
-
-        for layer in model.model.layers:
-            for name in ("gate_up_proj", "down_proj"):
-                replace_parameter_4bit(layer.mlp.experts, name, compress_statistics=True, quant_type="nf4")
-    return model
 
 
 def expected_resident(model: Any, bits: float) -> dict[str, int]:
@@ -198,13 +165,10 @@ def profile(model: Any, batch: int, length: int) -> str:
 
 def run_variant(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Load, check, train; errors of the systems compared with are results."""
-    versions()  # imports everything, so that loading is timed without it
-    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
-
-    torch.zeros(1, device="cuda")
+    import_everything()
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    model = load(variant, arguments.checkpoint)
+    model = load_model(variant, arguments.checkpoint)
     torch.cuda.synchronize()
     result: dict[str, Any] = {
         "variant": variant,
@@ -231,22 +195,6 @@ def run_variant(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
         traceback.print_exc()
         result["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return result
-
-
-def versions() -> dict[str, str]:
-    import bitsandbytes
-    import peft
-    import transformers
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "bitsandbytes": bitsandbytes.__version__,
-    }
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -317,19 +265,16 @@ def main() -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     results = []
     for variant in arguments.variants:
-        for file in Path(arguments.checkpoint).glob("*.safetensors"):  # every variant reads from a warm cache
-            subprocess.run(["cat", str(file)], stdout=subprocess.DEVNULL, check=True)
-        part = arguments.out.with_suffix(f".{variant}.tmp")
-        command = [sys.executable, __file__, "--one", variant, "--out", str(part)]
+        warm_cache(arguments.checkpoint)
+        passed_on = []
         for name in ("layers", "batch", "length", "rank", "steps", "checkpoint"):
-            command += [f"--{name}", str(getattr(arguments, name))]
+            passed_on += [f"--{name}", str(getattr(arguments, name))]
         if arguments.profile:
-            command += ["--profile", *arguments.profile]
-        if subprocess.run(command, check=False).returncode or not part.is_file():
-            print(f"{variant} failed", flush=True)
+            passed_on += ["--profile", *arguments.profile]
+        result = run_in_process(__file__, variant, arguments.out, passed_on)
+        if result is None:
             continue
-        results.append(json.loads(part.read_text()))
-        part.unlink()
+        results.append(result)
         print(table(results[-1:]), flush=True)
     record = {
         "command": " ".join(["python", *sys.argv]),

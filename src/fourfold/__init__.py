@@ -17,6 +17,7 @@ from fourfold.version import __version__
 if TYPE_CHECKING:
     from fourfold.experts.layout import expert_targets
     from fourfold.loading.config import MoeBitsAndBytesConfig
+    from fourfold.loading.enable import disable, enable
     from fourfold.loading.prepare import dequantize, prepare
     from fourfold.planning.report import Report, verify
 
@@ -25,6 +26,8 @@ __all__ = [
     "Report",
     "__version__",
     "dequantize",
+    "disable",
+    "enable",
     "errors",
     "expert_targets",
     "prepare",
@@ -35,6 +38,8 @@ _WHERE = {
     "MoeBitsAndBytesConfig": "fourfold.loading.config",
     "Report": "fourfold.planning.report",
     "dequantize": "fourfold.loading.prepare",
+    "disable": "fourfold.loading.enable",
+    "enable": "fourfold.loading.enable",
     "expert_targets": "fourfold.experts.layout",
     "prepare": "fourfold.loading.prepare",
     "verify": "fourfold.planning.report",

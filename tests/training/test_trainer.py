@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from fourfold.errors import TrainingError
-from fourfold.training.callbacks import Curve, FirstStepGradients, HeldOut, Progressing, format_bytes
+from fourfold.planning.units import format_bytes
+from fourfold.training.callbacks import Curve, FirstStepGradients, HeldOut, Progressing
 from fourfold.training.schema import TrainConfig
 from fourfold.training.trainer import LengthGroupedSampler, keep_adapter_dtype, trainer_arguments
 

@@ -31,7 +31,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     quiet(args.debug)
 
     from fourfold.planning.inspect import Inspection, inspect_model
-    from fourfold.training.callbacks import format_bytes
+    from fourfold.planning.units import format_bytes
 
     def table(found: Inspection) -> Table:
         columns = list(dict.fromkeys(name for group in found.groups for name in group.bytes))

@@ -26,6 +26,7 @@ from fourfold.version import __version__
 COMMANDS = {
     "train": "train an adapter as a YAML file says",
     "inspect": "experts of a model, their sizes and LoRA targets, from its configuration alone",
+    "quantize": "write a packed checkpoint, streaming: the model is never in memory",
     "verify": "whether every expert of a checkpoint is packed",
     "generate": "answer a prompt",
     "conformance": "a tiny model of every type with experts through loading, saving and back",

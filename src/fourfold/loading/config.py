@@ -68,7 +68,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             kwargs.pop(known, None)
         if kwargs:
             raise ConfigurationError(f"unknown quantization setting(s): {', '.join(sorted(kwargs))}")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
             raise CheckpointError(
                 f"this checkpoint has Fourfold's format version {version}, and this release reads up to "
                 f"{FORMAT_VERSION}; install a newer fourfold"
@@ -99,6 +99,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         self.experts_blocksize = experts_blocksize
         self.read_from: dict[str, Any] | None = None
         self.tensor_names = tensor_names
+        self.only_written = False  # set by `quantize_checkpoint`: weights pass through, nothing is computed
         self._check()
 
     def reading(self, stored: dict[str, Any]) -> MoeBitsAndBytesConfig:

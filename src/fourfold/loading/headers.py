@@ -6,10 +6,13 @@ model would load as noise. So shapes and dtypes of packed tensors are compared b
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +24,7 @@ from fourfold.errors import CheckpointError
 from fourfold.experts import PackedExperts, find_experts
 
 _DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32"}
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -57,6 +61,40 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def check_files(folder: str | Path, files: Iterable[str | Path]) -> None:
+    """What can be wrong with the files that a loader is about to read, found before it reads them.
+
+    Args:
+        folder: the model's, or its id on the hub.
+        files: as the loader has resolved them.
+
+    Raises:
+        CheckpointError: a file lies outside the folder (an index may name any path), is truncated, damaged,
+            or of a kind that has to be unpickled.
+    """
+    inside = os.path.abspath(folder) if os.path.isdir(folder) else None
+    for file in files:
+        if Path(file).suffix in _PICKLED:
+            raise CheckpointError(f"{file}: only safetensors are read; convert the checkpoint first")
+        if inside is not None and not Path(os.path.abspath(file)).is_relative_to(inside):
+            raise CheckpointError(f"the index of {folder} points outside its folder: {file}")
+        if Path(file).suffix == ".safetensors":
+            with _opened(file):
+                pass
+
+
+@contextlib.contextmanager
+def _opened(file: str | Path) -> Iterator[Any]:
+    """Opening reads the header and compares the file's length with it."""
+    try:
+        with safe_open(file, framework="pt") as reader:
+            yield reader
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file} is truncated or damaged ({error}); download the checkpoint again"
+        ) from error
+
+
 def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     """Key -> header of every tensor in ``files``.
 
@@ -65,15 +103,10 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     """
     headers: dict[str, Header] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for key in reader.keys():  # noqa: SIM118  (not a mapping)
-                    part = reader.get_slice(key)
-                    headers[key] = Header(file, part.get_dtype(), tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is truncated or damaged ({error}); download the checkpoint again"
-            ) from error
+        with _opened(file) as reader:
+            for key in reader.keys():  # noqa: SIM118  (not a mapping)
+                part = reader.get_slice(key)
+                headers[key] = Header(file, part.get_dtype(), tuple(part.get_shape()))
     return headers
 
 

@@ -34,8 +34,9 @@ from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation, whole_names
 from fourfold.loading.cpu_linears import flatten_inputs, keep_trainable, refuse_wrong_widths
 from fourfold.loading.foreign import ForeignCheckpoint
-from fourfold.loading.headers import check_packed, read_headers
+from fourfold.loading.headers import check_files, check_packed, read_headers
 from fourfold.loading.patch import stored_method
+from fourfold.loading.shapes import check_shapes, expected_shapes
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
 
 
@@ -66,6 +67,7 @@ class FourfoldQuantizer(HfQuantizer):
         self.left_on_request: list[str] = []
         self._tied: dict[str, str] = {}
         self._original_conversions: list[Any] | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
         # transformers logs what a conversion raises and goes on; the first error is kept and raised at the
         # end.
         self.failure: CheckpointError | None = None
@@ -85,6 +87,7 @@ class FourfoldQuantizer(HfQuantizer):
         return {key: value * 0.90 for key, value in max_memory.items()}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        check_files(model.name_or_path, kwargs.get("checkpoint_files") or ())
         requested = self.config.llm_int8_skip_modules
         experts = list(find_experts(model))
         self._refuse_unsupported(experts, requested)
@@ -98,7 +101,8 @@ class FourfoldQuantizer(HfQuantizer):
             plain.llm_int8_skip_modules = modules_to_skip(model, requested, experts)
             self.linears.quantization_config = plain
             self.linears._process_model_before_weight_loading(model, **kwargs)
-            refuse_wrong_widths(model, kwargs.get("device_map"))
+            if not self.config.only_written:
+                refuse_wrong_widths(model, kwargs.get("device_map"))
         fmt = self.config.experts_format()
         for found in experts:
             if fmt is None or is_skipped(found.name, requested):
@@ -118,6 +122,7 @@ class FourfoldQuantizer(HfQuantizer):
             if found.reader != found.name:
                 prepare_reader_(model.get_submodule(found.reader))
             self.packed.append(found.name)
+        self._shapes = expected_shapes(model)
         if self.packed:
             self._tie_companions(model)
             if self.pre_quantized:
@@ -209,6 +214,12 @@ class FourfoldQuantizer(HfQuantizer):
 
     def quantize_linear(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         assert self.linears is not None
+        for name, value in input_dict.items():  # bitsandbytes makes some numbers of NaN, without a word
+            low, high = torch.aminmax(value[0] if isinstance(value, list) else value)
+            if not (torch.isfinite(low) & torch.isfinite(high)):
+                self.failure = self.failure or CheckpointError(
+                    f"{name}: weights are NaN or infinite; the checkpoint is damaged, get another copy"
+                )
         return self.linears.get_quantize_ops().convert(input_dict, **kwargs)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -231,8 +242,11 @@ class FourfoldQuantizer(HfQuantizer):
             self.foreign.finish(model)
         if self.failure is not None:
             raise self.failure
-        self._check_complete(model)
-        self._check_finite(model)
+        if not self.config.only_written:  # there `loading.stream` has checked and handed on all weights
+            self._check_complete(model)
+            self._check_finite(model)
+            for name, module in model.named_modules():
+                check_shapes(module, f"{name}." if name else "", self._shapes)
         if self.linears is not None:
             model = self.linears._process_model_after_weight_loading(model, **kwargs)
             keep_trainable(model)

@@ -44,7 +44,8 @@ def read_config(model: str | Path) -> PretrainedConfig:
         raise CheckpointError(f"cannot read the configuration of {model}: {reason}") from error
 
 
-def _model_class(config: PretrainedConfig) -> Any:
+def model_class(config: PretrainedConfig) -> Any:
+    """The class that the configuration names as its architecture, or else the one for language modelling."""
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if found is not None:
@@ -71,7 +72,7 @@ def build_skeleton(
     """
     config = model if isinstance(model, PretrainedConfig) else read_config(model)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    cls = _model_class(config)
+    cls = model_class(config)
     stored = getattr(config, "quantization_config", None)
     packed = isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
     with torch.device("meta"):

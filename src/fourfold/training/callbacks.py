@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fourfold.errors import TrainingError
+from fourfold.planning.units import format_bytes
 from fourfold.training.evaluate import AnswerLosses
 
 SHOWN_NAMES = 8
@@ -32,15 +33,6 @@ def peak_memory() -> int:
 
     high_water = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return high_water if sys.platform == "darwin" else high_water * 1024
-
-
-def format_bytes(count: float) -> str:
-    """``1.2 GB``, in powers of ten."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 @dataclass

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fourfold.training.callbacks import Curve, format_bytes
+from fourfold.planning.units import format_bytes
+from fourfold.training.callbacks import Curve
 from fourfold.training.evaluate import AnswerLosses, Improvement
 from fourfold.training.strict_json import dumps
 

@@ -1,0 +1,176 @@
+"""Serving plain `BitsAndBytesConfig` too, for programs that cannot be edited.
+
+transformers finds its quantizers in a dictionary; `enable` puts Fourfold's in the two places of bitsandbytes,
+`disable` puts back what was there. The whole process is affected, so it is never on by default. What is saved
+says ``fourfold``: as a plain bitsandbytes checkpoint its packed experts would be read as something else.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import use_experts_implementation
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from fourfold.errors import ConfigurationError
+from fourfold.experts import find_experts
+from fourfold.experts.layout import name_suffix
+from fourfold.loading.config import MoeBitsAndBytesConfig
+from fourfold.loading.quantizer import FourfoldQuantizer
+from fourfold.loading.register import register
+from fourfold.loading.skips import is_skipped
+
+logger = logging.getLogger("fourfold")
+_ENTRIES = ("bitsandbytes_4bit", "bitsandbytes_8bit")
+# What was in the registry before, and what was put there.
+_before: dict[str, Any] = {}
+_ours: dict[str, Any] = {}
+
+
+def enable() -> bool:
+    """Make `from_pretrained` pack experts for a plain `BitsAndBytesConfig` as well, in the whole process.
+
+    Settings keep their meaning: Linears are quantized as before, experts in the same format. Unlike in
+    `MoeBitsAndBytesConfig`, a ``bnb_4bit_compute_dtype`` left unset is fp32, since a plain configuration does
+    not tell whether it was set; set it to bf16 for speed. Calling it twice does nothing more.
+
+    Returns:
+        Whether Fourfold serves plain configurations now. False where this transformers quantizes fused
+        experts with bitsandbytes by itself: then nothing is changed, and a log line says so.
+    """
+    register()
+    for entry in _ENTRIES:
+        stock = AUTO_QUANTIZER_MAPPING[entry]
+        if stock is _ours.get(entry):
+            continue
+        if _packs_experts(stock, entry.removeprefix("bitsandbytes_")):
+            disable()
+            logger.warning(
+                "fourfold.enable(): this transformers quantizes experts with bitsandbytes by itself; plain "
+                "BitsAndBytesConfig is left to it, and MoeBitsAndBytesConfig works as before"
+            )
+            return False
+        _before[entry] = stock
+        _ours[entry] = AUTO_QUANTIZER_MAPPING[entry] = _serving(stock)
+    return True
+
+
+def disable() -> None:
+    """Undo `enable`; models that were loaded meanwhile stay as they are.
+
+    An entry that somebody else has replaced since is left alone.
+    """
+    for entry, stock in _before.items():
+        if AUTO_QUANTIZER_MAPPING.get(entry) is _ours[entry]:
+            AUTO_QUANTIZER_MAPPING[entry] = stock
+    _before.clear()
+    _ours.clear()
+
+
+def _serving(stock: Any) -> Any:
+    """What is called with a plain configuration: Fourfold's quantizer for models, stock's for checkpoints
+    that are quantized already.
+    """
+
+    class Stock(stock):
+        """Stock's quantizer; refuses a checkpoint whose experts were left in high precision unasked."""
+
+        def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+            _refuse_unquantized_experts(model, self.quantization_config.llm_int8_skip_modules)
+            return super()._process_model_before_weight_loading(model, **kwargs)
+
+    Stock.__name__ = Stock.__qualname__ = stock.__name__
+
+    class PlainConfigQuantizer(FourfoldQuantizer):
+        def __new__(cls, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> Any:
+            if kwargs.get("pre_quantized", True):
+                return Stock(quantization_config, **kwargs)
+            return super().__new__(cls)
+
+        def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
+            super().__init__(for_experts_too(quantization_config), **kwargs)
+
+    return PlainConfigQuantizer
+
+
+def _refuse_unquantized_experts(model: PreTrainedModel, skipped: list[str] | None) -> None:
+    left = [found.name for found in find_experts(model) if not is_skipped(found.name, skipped)]
+    if left:
+        patterns = sorted({name_suffix(name) for name in left})
+        raise ConfigurationError(
+            f"this checkpoint was quantized by plain bitsandbytes, which left its experts ({left[0]} and "
+            f"{len(left) - 1} more) in high precision. fourfold.enable() is on, so load the original "
+            f"checkpoint; or call fourfold.disable(), or add {patterns} to llm_int8_skip_modules in its "
+            "config.json to load it as it is"
+        )
+
+
+def for_experts_too(plain: BitsAndBytesConfig) -> MoeBitsAndBytesConfig:
+    """The same settings, for experts as for Linears.
+
+    Raises:
+        ConfigurationError: it asks for neither 4 nor 8 bit.
+    """
+    in_4bit = {
+        "bnb_4bit_compute_dtype": plain.bnb_4bit_compute_dtype,
+        "bnb_4bit_quant_type": plain.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": plain.bnb_4bit_use_double_quant,
+        "bnb_4bit_quant_storage": plain.bnb_4bit_quant_storage,
+    }
+    return MoeBitsAndBytesConfig(
+        load_in_8bit=plain.load_in_8bit,
+        load_in_4bit=plain.load_in_4bit,
+        llm_int8_threshold=plain.llm_int8_threshold,
+        llm_int8_skip_modules=plain.llm_int8_skip_modules,
+        llm_int8_enable_fp32_cpu_offload=plain.llm_int8_enable_fp32_cpu_offload,
+        llm_int8_has_fp16_weight=plain.llm_int8_has_fp16_weight,
+        # With 8 bit they mean nothing in stock transformers, and programs set them all the same.
+        **(in_4bit if plain.load_in_4bit else {}),
+    )
+
+
+@use_experts_implementation
+class _ProbeExperts(nn.Module):
+    """Fused experts as transformers' own models have them."""
+
+    def __init__(self, _config: PretrainedConfig) -> None:
+        super().__init__()
+        self.num_experts = 2
+        self.gate_up_proj = nn.Parameter(torch.empty(2, 128, 64))
+        self.down_proj = nn.Parameter(torch.empty(2, 64, 64))
+
+    def forward(self, hidden_states: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+class _ProbeModel(PreTrainedModel):
+    config_class = PretrainedConfig
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.experts = _ProbeExperts(config)
+        self.proj = nn.Linear(64, 64)
+        self.post_init()
+
+
+def _packs_experts(stock: Any, bits: str) -> bool:
+    """Whether a quantizer of transformers' does anything with fused experts: found out by letting it prepare
+    a model.
+    """
+    config = BitsAndBytesConfig(**{f"load_in_{bits}": True})
+    quantizer = stock(config, pre_quantized=False)
+    with torch.device("meta"):
+        model = _ProbeModel(PretrainedConfig())
+    quantizer.preprocess_model(model=model, device_map={"": "cpu"}, dtype=torch.float32)
+    experts: Any = model.experts
+    weight: Any = getattr(experts, "gate_up_proj", None)
+    changed = type(experts) is not _ProbeExperts or not isinstance(weight, nn.Parameter)
+    return (
+        changed
+        or not weight.is_floating_point()
+        or bool(quantizer.param_needs_quantization(model, "experts.gate_up_proj"))
+    )

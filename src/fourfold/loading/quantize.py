@@ -1,0 +1,278 @@
+"""From a checkpoint in high precision to a packed one, without ever holding the model.
+
+The packed checkpoint is what `save_pretrained` of the loaded packed model writes: same keys, same bytes, same
+configuration. Weights come through `loading.stream` one parameter at a time and go to `loading.shards`; the
+peak is one projection of one layer and one shard of the output. Everything is written into a folder beside
+the wanted one, which is renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fourfold.errors import CheckpointError, ConfigurationError
+from fourfold.loading.config import MoeBitsAndBytesConfig
+from fourfold.loading.headers import checkpoint_files, read_headers
+from fourfold.loading.shards import ShardWriter, parse_size
+from fourfold.loading.skeleton import model_class, read_config
+from fourfold.loading.stream import Progress, stream_pretrained
+
+# What tokenizers and processors are made of. No code, and no weights in other formats.
+COMPANION_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "image_processor_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+)
+# `save_pretrained` takes 50 GB, which would be the whole model in memory here.
+DEFAULT_SHARD_SIZE = "5GB"
+
+
+@dataclass
+class QuantizedCheckpoint:
+    """What `quantize_checkpoint` wrote.
+
+    Attributes:
+        folder: where it is.
+        files: names of the safetensors files.
+        tensors: how many.
+        bytes: of all tensors.
+        packed_experts: how many experts modules are packed.
+        left_on_request: names of experts modules that are in high precision because the settings say so.
+        quant_method: ``fourfold``, or ``bitsandbytes`` where the model has no experts to pack.
+        ignored_keys: tensors of the source that belong to nothing in the model.
+        copied: files of the tokenizer and the like.
+        seconds: how long it took.
+    """
+
+    folder: str
+    files: list[str]
+    tensors: int
+    bytes: int
+    packed_experts: int
+    left_on_request: list[str]
+    quant_method: str
+    ignored_keys: list[str]
+    copied: list[str]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantize_checkpoint(
+    model: str | Path,
+    out: str | Path,
+    config: MoeBitsAndBytesConfig,
+    *,
+    device: str | None = None,
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> QuantizedCheckpoint:
+    """Write the packed checkpoint of ``model`` to ``out``.
+
+    Args:
+        model: local folder or hub id of a checkpoint in high precision (safetensors).
+        out: the folder to make; nothing is there until all of it is.
+        config: how to quantize.
+        device: where to quantize; None is the GPU if there is one, as in `from_pretrained`.
+        max_shard_size: of an output file, and so of what is held in memory (``5GB``).
+        force: replace the checkpoint that lies at ``out``.
+        progress: is called with parameters done, their total, and the name of the next one.
+
+    Raises:
+        CheckpointError: the source is no checkpoint, is damaged, lacks tensors, or is quantized already.
+        ConfigurationError: ``out`` exists, or a setting is wrong.
+        UnsupportedExpertsError: its experts cannot be packed and are not skipped on request.
+    """
+    started = time.perf_counter()
+    target = Path(out).expanduser().absolute()
+    shard_size = parse_size(max_shard_size)
+    source = Path(model).expanduser()
+    _check_target(target, source, force)
+    model_config = read_config(model)
+    _refuse_quantized(model_config, model)
+    if source.is_dir():
+        read_headers(checkpoint_files(source))  # damaged files are found before anything is written
+    cls = _concrete_class(model_config, model)
+    arguments = {"device_map": {"": _usable(device)}} if device else {}
+    with _workplace(target, force) as folder:
+        writer = ShardWriter(folder, shard_size)
+        built, ignored = stream_pretrained(
+            cls,
+            source if source.is_dir() else str(model),
+            config,
+            writer.add,
+            progress,
+            **arguments,
+        )
+        files = writer.finish()
+        copied = _copy_companions(model, folder)
+        _save_configuration(built, folder)
+    quantizer: Any = built.hf_quantizer
+    method = quantizer.quantization_config.quant_method
+    return QuantizedCheckpoint(
+        folder=str(target),
+        files=files,
+        tensors=len(writer.keys),
+        bytes=writer.total_size,
+        packed_experts=len(quantizer.packed),
+        left_on_request=list(quantizer.left_on_request),
+        quant_method=str(getattr(method, "value", method)),
+        ignored_keys=ignored,
+        copied=copied,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _concrete_class(config: PretrainedConfig, model: str | Path) -> type[PreTrainedModel]:
+    """The model's own class, never one that chooses by the configuration."""
+    cls = model_class(config)
+    mapping = getattr(cls, "_model_mapping", None)
+    if mapping is not None:
+        found = mapping.get(type(config), None)
+        cls = found[0] if isinstance(found, (list, tuple)) else found
+    if cls is None:
+        raise CheckpointError(
+            f"{model}: transformers has no model for its config.json (architectures {config.architectures}, "
+            f"model_type {config.model_type})"
+        )
+    return cls
+
+
+def _usable(device: str) -> str:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
+    return device
+
+
+def _refuse_quantized(config: PretrainedConfig, model: str | Path) -> None:
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+        raise CheckpointError(
+            f"{model} is quantized already ({method}); name the checkpoint in high precision it was made from"
+        )
+
+
+def _check_target(target: Path, source: Path, force: bool) -> None:
+    if source.exists() and (target == source.absolute() or target.resolve() == source.resolve()):
+        raise ConfigurationError(f"{target} is the model itself; name another folder to write to")
+    if not target.exists() and not target.is_symlink():
+        return
+    if not force:
+        raise ConfigurationError(f"{target} exists; name another folder, or pass --force to replace it")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
+        raise ConfigurationError(
+            f"{target} is no checkpoint's folder, so it is not replaced; remove it first"
+        )
+    if source.exists() and source.resolve().is_relative_to(target.resolve()):
+        raise ConfigurationError(f"{source} lies in {target}, which is to be replaced")
+
+
+@contextlib.contextmanager
+def _workplace(target: Path, force: bool) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its name when all is done, and is removed when anything fails.
+
+    What a killed run has left is removed first; another run that is still at it is an error. In the folder of
+    a killed run no file has a name that a loader looks for.
+    """
+    folder = target.with_name(f".{target.name}.quantizing")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = _claim(folder, target)
+    try:
+        yield folder
+        if force and target.exists():
+            old = target.with_name(f".{target.name}.replaced")
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            folder.rename(target)
+            shutil.rmtree(old)
+        else:
+            folder.rename(target)
+    finally:
+        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _claim(folder: Path, target: Path) -> int:
+    """Make the folder anew and lock it; a process that ends, however it ends, unlocks it."""
+    import fcntl
+
+    while True:
+        folder.mkdir(exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ConfigurationError(f"another run is writing {target} at this moment") from None
+        mine = folder.is_dir() and os.path.samestat(os.fstat(handle), folder.stat())
+        if mine and not any(folder.iterdir()):
+            return handle
+        if mine:  # otherwise another run has removed it in between, and made its own
+            shutil.rmtree(folder)
+        os.close(handle)
+
+
+def _copy_companions(model: str | Path, folder: Path) -> list[str]:
+    """Copy what tokenizers and processors are made of; only known kinds of files."""
+    source = Path(model).expanduser()
+    if not source.is_dir():
+        from huggingface_hub import snapshot_download
+
+        source = Path(snapshot_download(str(model), allow_patterns=list(COMPANION_FILES)))
+    copied = []
+    for name in COMPANION_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+            copied.append(name)
+    templates = source / "additional_chat_templates"
+    for template in sorted(templates.glob("*.jinja")) if templates.is_dir() else ():
+        (folder / templates.name).mkdir(exist_ok=True)
+        shutil.copyfile(template, folder / templates.name / template.name)
+        copied.append(f"{templates.name}/{template.name}")
+    return copied
+
+
+def _save_configuration(model: PreTrainedModel, folder: Path) -> None:
+    """What `save_pretrained` writes beside the weights; last of all, since nothing loads without it."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    model.config.save_pretrained(folder)
+
+
+__all__ = ["QuantizedCheckpoint", "quantize_checkpoint"]
