@@ -62,6 +62,15 @@ def results(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("model_type", "kind"), OBSERVED.items())
+def test_layout_is_observed_where_the_meta_device_is_the_default(model_type: str, kind: str) -> None:
+    """As within `from_pretrained`."""
+    model = build(model_type)
+    with torch.device("meta"):
+        kinds = {f.layout.kind for f in find_experts(model) if f.layout and not f.layout.routed}
+    assert kinds == {kind}
+
+
+@pytest.mark.parametrize(("model_type", "kind"), OBSERVED.items())
 def test_layout_is_observed_with_and_without_storage(model_type: str, kind: str) -> None:
     model = build(model_type)
     own = [f for f in find_experts(model) if not f.layout.routed]

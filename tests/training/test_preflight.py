@@ -32,8 +32,8 @@ def write_model_config(folder: Path, tokenizer: Any, config: Any) -> Path:
     return folder
 
 
-def unsupported(kind: str) -> Any:
-    """Tiny configurations of models whose experts are of another kind."""
+def undecorated(kind: str) -> Any:
+    """Tiny configurations of models whose experts keep their own forward; LoRA cannot train those."""
     import transformers
 
     if kind == "llama4":
@@ -154,11 +154,35 @@ def test_bad_input_is_found_before_weights_are_read(
 
 
 @pytest.mark.parametrize("kind", ["llama4", "dbrx", "jetmoe"])
-def test_experts_of_another_kind_are_refused_from_the_configuration_alone(
+def test_experts_that_lora_cannot_train_are_said_and_not_left_out(
     settings: Settings, tokenizer: Any, tmp_path: Path, kind: str
 ) -> None:
-    folder = write_model_config(tmp_path / kind, tokenizer, unsupported(kind))
-    with pytest.raises(UnsupportedExpertsError, match="experts") as caught:
+    folder = write_model_config(tmp_path / kind, tokenizer, undecorated(kind))
+    with pytest.raises(ConfigurationError, match=r"lora_target_parameters: LoRA on experts") as caught:
+        run(TrainConfig(**settings(base_model=str(folder))), quiet())
+    assert caught.value.exit_status == 2
+    alone = TrainConfig(**settings(base_model=str(folder), lora_target_parameters=[]))
+    assert check(alone).target_parameters == []
+
+
+def test_experts_that_cannot_be_packed_are_refused_from_the_configuration_alone(
+    settings: Settings, tokenizer: Any, tmp_path: Path
+) -> None:
+    import transformers
+
+    config = transformers.DogeConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_experts=16,
+        num_experts_per_tok=2,
+        is_moe=True,
+        architectures=["DogeForCausalLM"],
+    )
+    folder = write_model_config(tmp_path / "doge", tokenizer, config)
+    with pytest.raises(UnsupportedExpertsError, match="llm_int8_skip_modules") as caught:
         run(TrainConfig(**settings(base_model=str(folder))), quiet())
     assert caught.value.exit_status == 2
 

@@ -190,12 +190,13 @@ def observe(model: nn.Module, name: str, parameters: dict[str, nn.Parameter]) ->
     sizes = sorted({size for p in parameters.values() for size in p.shape})
     dtype = next(iter(parameters.values())).dtype
     parts = name.split(".")
-    for levels, block in enumerate(blocks_around(model, name), start=1):
-        inside = ".".join(parts[-levels:])
-        for inputs in possible_inputs(block, sizes, dtype):
-            found = _observe_in(block, inside, parameters, inputs)
-            if found is not None:
-                return found
+    with torch.device("cpu"):  # models are made, and so observed, under the meta device as the default
+        for levels, block in enumerate(blocks_around(model, name), start=1):
+            inside = ".".join(parts[-levels:])
+            for inputs in possible_inputs(block, sizes, dtype):
+                found = _observe_in(block, inside, parameters, inputs)
+                if found is not None:
+                    return found
     return None
 
 
@@ -208,7 +209,7 @@ def _observe_in(
     watched = {n: p for n, p in module.named_parameters(recurse=False) if n in parameters}
     watch = _Watch(watched)
     try:
-        with torch.no_grad(), torch.device("cpu"), watch:
+        with torch.no_grad(), watch:
             blank(**inputs)
     except _Seen:
         pass

@@ -286,12 +286,20 @@ def find_targets(config: TrainConfig, skeleton: Any) -> tuple[list[str], list[st
     """LoRA targets, given or found, checked against the model's skeleton."""
     import fourfold
     from fourfold.adapters.peft_lora import check_targets
+    from fourfold.experts import find_experts
 
     parameters = config.lora_target_parameters
     if parameters is None:
         try:
             parameters = list(fourfold.expert_targets(skeleton))
         except NoExpertsError:
+            untrainable = next(iter(find_experts(skeleton)), None)
+            if untrainable is not None:
+                raise ConfigurationError(
+                    f"lora_target_parameters: LoRA on experts of the kind of {untrainable.name} "
+                    f"({type(untrainable.module).__name__}) is not supported. Set lora_target_parameters: [] to "
+                    "train lora_target_modules alone."
+                ) from None
             parameters = []  # a dense model: QLoRA of its Linears
     modules = config.lora_target_modules
     if modules is None:
