@@ -297,8 +297,8 @@ def find_targets(config: TrainConfig, skeleton: Any) -> tuple[list[str], list[st
             if untrainable is not None:
                 raise ConfigurationError(
                     f"lora_target_parameters: LoRA on experts of the kind of {untrainable.name} "
-                    f"({type(untrainable.module).__name__}) is not supported. Set lora_target_parameters: [] to "
-                    "train lora_target_modules alone."
+                    f"({type(untrainable.module).__name__}) is not supported. Set lora_target_parameters: [] "
+                    "to train lora_target_modules alone."
                 ) from None
             parameters = []  # a dense model: QLoRA of its Linears
     modules = config.lora_target_modules
