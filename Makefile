@@ -40,7 +40,7 @@ slow: .venv/installed
 
 # Loading and adapters under each supported transformers, installed beside .venv on first use.
 test-versions: .venv/installed
-	$(BIN)/python tests/run_versions.py
+	$(BIN)/python tests/helpers/run_versions.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -479,6 +479,25 @@ def test_experts_that_cannot_be_packed_are_refused_before_weights_are_read(tmp_p
     build_skeleton(tmp_path, Config(load_in_4bit=True, experts_quant_type="none"))
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        "fourfold.loading.headers",
+        "fourfold.loading.converters",
+        "fourfold.loading.enable",
+        "fourfold.planning.report",
+        "fourfold.adapters.wrapper",
+        "fourfold.adapters.patch",
+    ],
+)
+def test_modules_can_be_imported_first(module: str) -> None:
+    """Importing transformers calls back into this package, which must not need the module being imported."""
+    code = (
+        f"import {module}; from transformers.quantizers import auto; auto.AUTO_QUANTIZER_MAPPING['fourfold']"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_fourfold_is_light() -> None:
     code = (
         "import sys, time; t = time.perf_counter(); import fourfold; t = time.perf_counter() - t;"

@@ -18,16 +18,19 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from peft.tuners.lora.model import LoraModel
+from fourfold.errors import AdapterError
+from fourfold.experts import PackedExperts
 
 _MARK = "_fourfold"
 
 
 def install() -> None:
-    """Install the dispatch; once, whoever calls first."""
-    from fourfold.adapters.wrapper import ParamWrapper, refuse_merging, refuse_what_would_be_ignored
-    from fourfold.errors import AdapterError
-    from fourfold.experts import PackedExperts
+    """Install the dispatch; once, whoever calls first.
+
+    Called in the middle of importing PEFT, perhaps while a module of this folder is being imported that asked
+    for it: so the wrapper is imported when it is first needed.
+    """
+    from peft.tuners.lora.model import LoraModel
 
     stock = LoraModel._create_new_module
     if getattr(stock, _MARK, False):
@@ -43,6 +46,8 @@ def install() -> None:
                     "supported, for these experts run through their own forward; target its Linears "
                     "(target_modules), such as attention, instead"
                 )
+            from fourfold.adapters.wrapper import ParamWrapper, refuse_what_would_be_ignored
+
             refuse_what_would_be_ignored(lora_config, base)
             return ParamWrapper(target, adapter_name, config=lora_config, **kwargs)
         return stock(lora_config, adapter_name, target, **kwargs)
@@ -54,6 +59,8 @@ def install() -> None:
 
     @functools.wraps(check_merge_allowed)
     def check_merge(self: LoraModel) -> None:
+        from fourfold.adapters.wrapper import ParamWrapper, refuse_merging
+
         if any(isinstance(module, ParamWrapper) for module in self.model.modules()):
             refuse_merging()
         check_merge_allowed(self)

@@ -1,6 +1,6 @@
 """The tests of loading and adapters against each supported transformers: ``make test-versions``.
 
-    python tests/run_versions.py [VERSION ...] [--write docs/versions.md]
+    python tests/helpers/run_versions.py [VERSION ...] [--write docs/versions.md]
 
 Each version, with what it needs of other libraries, is installed into a folder of its own under
 ``.venv-versions/``, which goes before the site-packages of the running Python on the import path: torch,
@@ -19,7 +19,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv-versions"
 NEWEST = "newest"
 VERSIONS = ("5.17.0", "5.20.0", "5.21.0", NEWEST)
