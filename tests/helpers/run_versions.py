@@ -63,7 +63,7 @@ def install(version: str) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    path = os.pathsep.join(map(str, (folder, ROOT / "src", ROOT / "tests")))
+    path = os.pathsep.join(map(str, (folder, ROOT / "src", ROOT / "tests" / "helpers")))
     return os.environ | {"PYTHONPATH": path}
 
 
