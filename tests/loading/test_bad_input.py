@@ -181,12 +181,15 @@ def test_unknown_settings_in_a_checkpoint(packed: Path) -> None:
 
 def refused(action: Callable[[], object], name: str, caplog: pytest.LogCaptureFixture) -> None:
     """By an error of ours that names the tensor, or by transformers' own, which names it in its report."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_warning()  # commands turn it down
     transformers.utils.logging.enable_propagation()
     try:
         with pytest.raises((CheckpointError, RuntimeError)) as error:
             action()
     finally:
         transformers.utils.logging.disable_propagation()
+        transformers.utils.logging.set_verbosity(verbosity)
     if not isinstance(error.value, CheckpointError):
         assert "above report" in str(error.value)
     assert re.search(re.escape(name).replace("1", ".*1.*"), str(error.value) + caplog.text)

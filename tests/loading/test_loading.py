@@ -493,7 +493,8 @@ def test_experts_that_cannot_be_packed_are_refused_before_weights_are_read(tmp_p
 def test_modules_can_be_imported_first(module: str) -> None:
     """Importing transformers calls back into this package, which must not need the module being imported."""
     code = (
-        f"import {module}; from transformers.quantizers import auto; auto.AUTO_QUANTIZER_MAPPING['fourfold']"
+        f"import {module}, transformers.modeling_utils; from transformers.quantizers import auto; "
+        "auto.AUTO_QUANTIZER_MAPPING['fourfold']"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
