@@ -271,6 +271,69 @@ def test_device_maps_count_packed_bytes(mixtral: Path) -> None:
     assert quantizer.param_element_size(model, "lm_head.weight", head) == head.element_size()
 
 
+@pytest.mark.parametrize("other", ["disk", "meta"])
+@pytest.mark.parametrize("packed_on_disk", [False, True])
+def test_offloaded_experts_are_refused_by_name(
+    mixtral: Path, tmp_path: Path, other: str, packed_on_disk: bool
+) -> None:
+    """`device_map="auto"` spills like this where memory is short."""
+    folder = packed_folder(mixtral, tmp_path / "packed") if packed_on_disk else mixtral
+    rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
+    here, away = ("cpu", "disk") if other == "disk" else ("meta", "cpu")
+    device_map = dict.fromkeys(rest, here) | {"model.layers.1": away}
+    settings = {} if packed_on_disk else {"quantization_config": Config(experts_quant_type="nf4")}
+    with pytest.raises(ConfigurationError, match=r"beside another device: .*layers\.1\.mlp\.experts"):
+        AutoModelForCausalLM.from_pretrained(
+            folder, device_map=device_map, offload_folder=tmp_path / "offload", **settings
+        )
+
+
+@pytest.mark.parametrize("leaf", ["input_layernorm.weight", "gate.weight", "embed_tokens.weight"])
+def test_any_number_that_is_none_is_refused_by_name(tmp_path: Path, leaf: str) -> None:
+    model = tiny.build(tiny.mixtral())
+    name = [n for n, _ in model.named_parameters() if n.endswith(leaf)][-1]
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[1] = float("-inf")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} hold NaN or infinite"):
+        load(tmp_path, experts_quant_type="nf4")
+
+
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_scales_of_linears_that_are_no_numbers_are_refused(mixtral: Path, tmp_path: Path, settings) -> None:
+    folder = packed_folder(mixtral, tmp_path / "packed", **settings)
+    tensors = load_file(folder / "model.safetensors")
+    suffix = "weight.absmax" if "load_in_4bit" in settings else "SCB"
+    name = next(k for k in tensors if k.endswith(f"layers.1.self_attn.q_proj.{suffix}"))
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj.* hold NaN"):
+        load(folder)
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_dequantize_where_no_linear_is_quantized(mixtral: Path, tmp_path: Path, bits: str) -> None:
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = load(mixtral, **{bits: True}, llm_int8_skip_modules=linears)
+    model.save_pretrained(tmp_path / "packed")
+    wanted = logits(model)
+    for again in (model, load(tmp_path / "packed")):
+        plain = fourfold.dequantize(again)
+        assert torch.allclose(logits(plain), wanted, atol=1e-5)
+        assert not hasattr(plain, "is_loaded_in_4bit")
+        assert not hasattr(plain, "is_loaded_in_8bit")
+
+
+def test_dequantize_under_the_hooks_of_a_device_map(mixtral: Path) -> None:
+    from accelerate.hooks import attach_execution_device_hook
+
+    model = load(mixtral, experts_quant_type="nf4")
+    wanted = logits(model)
+    attach_execution_device_hook(model, "cpu")
+    assert torch.equal(logits(model), wanted)
+    assert torch.allclose(logits(fourfold.dequantize(model)), wanted, atol=1e-5)
+
+
 def test_expert_parallelism_is_refused(mixtral: Path) -> None:
     model = load(mixtral, experts_quant_type="nf4")
     tiny.experts_of(model)._is_expert_parallel = True

@@ -10,6 +10,7 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from fourfold.loading import reading
 from fourfold.loading.converters import PackingConverter
+from fourfold.loading.stored import DecodingConverter
 
 
 class Elsewhere(torch.Tensor):
@@ -70,3 +71,24 @@ def test_a_copied_converter_collects_for_itself_and_shares_the_rest() -> None:
     assert made.rename_source_key("text.experts.3.w1.weight") == original.rename_source_key(
         "text.experts.3.w1.weight"
     )
+
+
+def test_a_copied_decoding_converter_finds_a_device_of_its_own() -> None:
+    """One converter serves all layers, and layers may lie on different devices."""
+
+    class Stored:
+        dtype = torch.bfloat16
+
+    class Format:
+        stored = Stored()
+
+        def is_encoded(self, key: str) -> bool:
+            return True
+
+    original = DecodingConverter.around(
+        WeightConverter("experts.*.w1.weight", "experts.up_proj", [MergeModulelist(dim=0)]), Format()
+    )
+    copies = [copy.deepcopy(original) for _ in range(2)]
+    for made, device in zip(copies, ("cpu", "meta"), strict=True):
+        made.add_tensor("up", "experts.0.w1.weight", "experts.*.w1.weight", torch.zeros(1, device=device))
+    assert [made.target.device().type for made in copies] == ["cpu", "meta"]

@@ -25,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fourfold.experts.forward import compute_dtype
-from fourfold.experts.packed import PackedExperts
+from fourfold.experts.packed import PackedExperts, give_class_back_
 from fourfold.experts.shapes import OwnForwardLayout, Projection
 from fourfold.formats import PackedStack
 from fourfold.kernels.decode import decode
@@ -294,5 +294,4 @@ def release_readers_(model: nn.Module) -> None:
     """Give every module that has nothing packed to read any more its own class back."""
     for module in model.modules():
         if isinstance(module, ReadsPackedExperts) and not _lenders(module):
-            plain: Any = type(module).__bases__[-1]
-            module.__class__ = plain
+            give_class_back_(module)

@@ -11,6 +11,7 @@ sharding and slicing need no hook.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -183,6 +184,18 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
         "workspace_bytes",
     ):
         delattr(module, attribute)
+    return give_class_back_(module)
+
+
+def give_class_back_(module: nn.Module) -> nn.Module:
+    """Undo a dynamic subclass, in place; returns the module.
+
+    Accelerate's hooks (``device_map`` over several devices) keep the forward that they found; it has to be
+    that of the class that is left.
+    """
     plain: Any = type(module).__bases__[-1]
     module.__class__ = plain
+    kept = module.__dict__.get("_old_forward")
+    if kept is not None and getattr(kept, "__self__", None) is module:
+        module.__dict__["_old_forward"] = types.MethodType(plain.forward, module)
     return module

@@ -179,6 +179,11 @@ class PerExpertBitsAndBytes:
         found = quantizer.packing_target(model, name)
         device = converter.target.device()
         if found is not None:
+            if not converter.is_plain_merge() or not found[0].fourfold_layout.is_out_by_in(found[1]):
+                raise CheckpointError(
+                    f"{name}: packed experts of this checkpoint are put together by more than stacking, "
+                    "which packed bytes do not allow; take the model in bf16"
+                )
             placed = self._experts(name, keys, *found)
             converter.collected_tensors.clear()
             return {
@@ -232,10 +237,10 @@ class PerExpertBitsAndBytes:
         shape, fmt = projection.shape, module.fourfold_format
         E, P = shape.experts, shape.parts
         counts = [len(of_pattern) for of_pattern in keys]
-        if counts != [E] * P or module.fourfold_layout.is_transposed:
+        if counts != [E] * P:
             raise CheckpointError(
                 f"{name}: the checkpoint holds {counts} packed tensors of experts, where {P} times {E} are "
-                "expected; files are missing, or the experts are laid out in a way that cannot be read"
+                "expected; files are missing"
             )
         stack = PackedStack.empty(fmt, shape, _CPU)
         for part, of_pattern in enumerate(keys):

@@ -74,7 +74,8 @@ class PackingConverter(WeightConverter):
         object.__setattr__(made, "layer_targets", defaultdict(set))
         return made
 
-    def _is_plain_merge(self) -> bool:
+    def is_plain_merge(self) -> bool:
+        """Whether it stacks experts, and gate on up, and does nothing else."""
         kinds = [type(op) for op in self.operations]
         merge = kinds in ([MergeModulelist], [MergeModulelist, Concatenate]) and self.operations[0].dim == 0
         return merge and (len(kinds) == 1 or self.operations[1].dim == 1)
@@ -92,7 +93,7 @@ class PackingConverter(WeightConverter):
             if self.quantization_operation is not None
             else None
         )
-        if found is not None and self._is_plain_merge() and found[0].fourfold_layout.is_out_by_in(found[1]):
+        if found is not None and self.is_plain_merge() and found[0].fourfold_layout.is_out_by_in(found[1]):
             return self._convert_streaming(layer_name, *found)
         return super().convert(layer_name, model, config, hf_quantizer, loading_info)
 

@@ -30,6 +30,7 @@ from fourfold.experts import (
 )
 from fourfold.experts.layout import name_suffix
 from fourfold.formats import COMPANION_SUFFIXES
+from fourfold.loading.complete import check_complete, check_finite, refuse_offloading
 from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation, whole_names
 from fourfold.loading.cpu_linears import flatten_inputs, keep_trainable, refuse_wrong_widths
@@ -122,6 +123,7 @@ class FourfoldQuantizer(HfQuantizer):
             if found.reader != found.name:
                 prepare_reader_(model.get_submodule(found.reader))
             self.packed.append(found.name)
+        refuse_offloading(self.packed, kwargs.get("device_map"))
         self._shapes = expected_shapes(model)
         if self.packed:
             self._tie_companions(model)
@@ -243,8 +245,9 @@ class FourfoldQuantizer(HfQuantizer):
         if self.failure is not None:
             raise self.failure
         if not self.config.only_written:  # there `loading.stream` has checked and handed on all weights
-            self._check_complete(model)
-            self._check_finite(model)
+            refuse_offloading(self.packed, getattr(model, "hf_device_map", None))
+            check_complete(model, self.packed)
+            check_finite(model)
             for name, module in model.named_modules():
                 check_shapes(module, f"{name}." if name else "", self._shapes)
         if self.linears is not None:
@@ -259,60 +262,6 @@ class FourfoldQuantizer(HfQuantizer):
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         self._set_conversions_for_saving(model)
         return model
-
-    def _check_complete(self, model: PreTrainedModel) -> None:
-        """Every packed tensor must have come from the checkpoint.
-
-        A missing one is only reported by transformers, filled with whatever memory holds, and would load as
-        noise.
-        """
-        missing = []
-        for name in self.packed:
-            module = model.get_submodule(name)
-            assert isinstance(module, PackedExperts)
-            for projection in module.fourfold_layout.projections:
-                for suffix, (shape, dtype) in projection.shape.tensors(module.fourfold_format).items():
-                    leaf = projection.name + suffix
-                    tensor = module._parameters[leaf]
-                    assert tensor is not None
-                    loaded = getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta
-                    if not loaded or tensor.dtype != dtype or tuple(tensor.shape) != shape:
-                        missing.append(f"{name}.{leaf}")
-            biases = [p.bias for p in module.fourfold_layout.projections if p.bias is not None]
-            missing += [
-                f"{name}.{bias}"
-                for bias in biases
-                if not getattr(getattr(module, bias), "_is_hf_initialized", False)
-            ]
-        if missing:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise CheckpointError(
-                f"the checkpoint lacks {', '.join(missing[:5])}{more}, or holds them in another format than "
-                "its "
-                "config.json says; experts cannot be read without them. Save or download the checkpoint again"
-            )
-
-    def _check_finite(self, model: PreTrainedModel) -> None:
-        """Scales of a packed checkpoint must be numbers (one synchronisation with the device, at the end)."""
-        if not self.pre_quantized:
-            return
-        names, flags = [], []
-        for name in self.packed:
-            module = model.get_submodule(name)
-            assert isinstance(module, PackedExperts)
-            for projection in module.fourfold_layout.projections:
-                for suffix, (_, dtype) in projection.shape.tensors(module.fourfold_format).items():
-                    if dtype == torch.int32:
-                        names.append(f"{name}.{projection.name}{suffix}")
-                        scales = getattr(module, projection.name + suffix).view(torch.float32)
-                        flags.append(torch.isfinite(scales).all())
-        damaged = [name for name, fine in zip(names, flags, strict=True) if not fine]
-        if damaged:
-            raise CheckpointError(
-                f"the scales {', '.join(damaged[:5])} hold NaN or infinite numbers; the file is damaged, "
-                "get another "
-                "copy"
-            )
 
     def _set_conversions_for_saving(self, model: PreTrainedModel) -> None:
         """What is packed is saved under the names that the model itself has, without any conversion.
@@ -353,8 +302,7 @@ class FourfoldQuantizer(HfQuantizer):
         if getattr(model, "peft_config", None):
             raise ConfigurationError(
                 "take the adapter off first (`model.unload()`), then dequantize the base model: its layers "
-                "compute "
-                "with packed experts only"
+                "compute with packed experts only"
             )
         loaded_in = model.config.dtype or torch.float32
         if isinstance(loaded_in, str):
@@ -377,7 +325,8 @@ class FourfoldQuantizer(HfQuantizer):
             for companion in [n for n in self._tied if n.endswith(COMPANION_SUFFIXES)]:
                 model.all_tied_weights_keys.pop(companion, None)
             model.tie_weights()
-        if self.linears is not None:
+        has_linears = any(hasattr(p, "quant_state") or hasattr(p, "SCB") for p in model.parameters())
+        if self.linears is not None and has_linears:  # (stock fails where it finds none)
             model = self.linears._dequantize(model, dtype=dtype)
         # (None: the model's default conversions, as for a model that was made in memory)
         model._weight_conversions = self._original_conversions if self.packed else model._weight_conversions

@@ -120,6 +120,13 @@ class DecodingConverter(PackingConverter):
         made.source, made.target = source, Target(source.stored.dtype)
         return made
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodingConverter:
+        made = super().__deepcopy__(memo)
+        assert isinstance(made, DecodingConverter)
+        if getattr(self, "source", None) is not None:
+            made.target = Target(self.source.stored.dtype)  # parameters may go to different devices
+        return made
+
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         source: Source | None = getattr(
             self, "source", None
