@@ -224,7 +224,7 @@ def test_fewer_and_more_experts_than_the_configuration_says(model: Path) -> None
     for count in (3, 5):
         config["num_local_experts"] = count
         (model / "config.json").write_text(json.dumps(config))
-        with pytest.raises((CheckpointError, RuntimeError), match=rf"4 of {count}|mismatch"):
+        with pytest.raises(CheckpointError, match=rf"gate\.weight is \[4, 64\].* asks for \[{count}, 64\]"):
             load(model, experts_quant_type="nf4")
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from fourfold.errors import CheckpointError
 from fourfold.experts import PackedExperts, find_experts
@@ -163,3 +163,35 @@ def check_packed(model: PreTrainedModel, headers: Mapping[str, Header], *, compl
                     "of another model or format than its config.json, or damaged"
                 )
     return unpacked
+
+
+_FLOATS = ("BF16", "F16", "F32", "F64")
+
+
+def check_plain(model: PreTrainedModel, headers: Mapping[str, Header], *, converted: bool) -> None:
+    """Compare the shapes of tensors that the loader takes as they are.
+
+    transformers finds a wrong one too, but says no more than "the above report" where its log is turned down.
+
+    Args:
+        model: prepared, on the meta device.
+        headers: of the checkpoint.
+        converted: whether the model's conversions are applied while loading (not to packed checkpoints).
+
+    Raises:
+        CheckpointError: naming file, key and both shapes.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [c for c in mapping if isinstance(c, WeightRenaming)]
+    converters = [c for c in mapping if isinstance(c, WeightConverter)] if converted else []
+    state = model.state_dict()
+    for key, header in headers.items():
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
+        tensor = state.get(name)
+        if pattern is not None or tensor is None or not tensor.is_floating_point():
+            continue
+        if header.dtype in _FLOATS and header.shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{header.file}: {key} is {list(header.shape)} in the checkpoint, where the configuration "
+                f"asks for {list(tensor.shape)}; they are not of the same model"
+            )

@@ -35,7 +35,7 @@ from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation, whole_names
 from fourfold.loading.cpu_linears import flatten_inputs, keep_trainable, refuse_wrong_widths
 from fourfold.loading.foreign import ForeignCheckpoint
-from fourfold.loading.headers import check_files, check_packed, read_headers
+from fourfold.loading.headers import check_files, check_packed, check_plain, read_headers
 from fourfold.loading.patch import stored_method
 from fourfold.loading.shapes import check_shapes, expected_shapes
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
@@ -127,14 +127,12 @@ class FourfoldQuantizer(HfQuantizer):
         self._shapes = expected_shapes(model)
         if self.packed:
             self._tie_companions(model)
-            if self.pre_quantized:
-                self._check_headers(model, kwargs.get("checkpoint_files"))
+            self._check_headers(model, kwargs.get("checkpoint_files"))
             return
         if self.linears is None:
             raise NoExpertsError(
                 f"{type(model).__name__} has no fused experts to pack and neither load_in_4bit nor "
-                "load_in_8bit is "
-                "set for its Linears"
+                "load_in_8bit is set for its Linears"
             )
         # Nothing here is ours: what is saved from this model is a plain bitsandbytes checkpoint. It says
         # which experts were left alone, so that `verify` knows when it is loaded again.
@@ -143,14 +141,18 @@ class FourfoldQuantizer(HfQuantizer):
         self.quantization_config.llm_int8_skip_modules += sorted(left)
 
     def _check_headers(self, model: PreTrainedModel, files: list[str] | None) -> None:
-        """The files must hold packed tensors as the configuration says; found before a weight is read."""
+        """The files must hold what the configuration says; found before a weight is read."""
         files = [file for file in files or [] if str(file).endswith(".safetensors")]
-        unpacked = check_packed(model, read_headers(map(Path, files)), complete=False)
+        if self.foreign is not None or not files:
+            return
+        headers = read_headers(map(Path, files))
+        check_plain(model, headers, converted=not self.pre_quantized)
+        unpacked = check_packed(model, headers, complete=False) if self.pre_quantized else []
         if unpacked:
             raise CheckpointError(
                 f"config.json says that experts are packed, but {unpacked[0]} and {len(unpacked) - 1} more "
-                "are "
-                "stored in high precision; take quantization_config out of config.json, or the right files"
+                "are stored in high precision; take quantization_config out of config.json, or the right "
+                "files"
             )
 
     def _refuse_unsupported(self, experts: list[FoundExperts], requested: list[str] | None) -> None:
