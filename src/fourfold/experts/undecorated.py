@@ -42,10 +42,10 @@ def _expert_counts(module: nn.Module) -> set[int]:
     return _counts_in(vars(module))
 
 
-def configured_expert_counts(config: Any) -> set[int]:
+def configured_expert_counts(config: Any, but_heads: bool = False) -> set[int]:
     """How many experts a configuration, or one inside it, speaks of.
 
-    A number of experts that is a number of heads as well says nothing about a stack, and is left out.
+    ``but_heads``: without numbers that are those of heads as well, which say nothing about a stack.
     """
     counts: set[int] = set()
     heads: set[int] = set()
@@ -61,7 +61,7 @@ def configured_expert_counts(config: Any) -> set[int]:
         heads |= {n for key, n in _numbers(settings) if _HEADS.search(key)}
         nested = [v for k, v in settings.items() if isinstance(v, dict) or str(k).endswith("config")]
         left += [v for v in nested if v is not None]
-    return counts - heads
+    return counts - heads if but_heads else counts
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _stacks(module: nn.Module, model: nn.Module | None, name: str) -> _Stacks | 
         return _Stacks(matrices, own)
     if len(parameters) < 2:
         return None
-    configured = configured_expert_counts(getattr(model, "config", None))
+    configured = configured_expert_counts(getattr(model, "config", None), but_heads=True)
     counted = {n: p for n, p in stacks.items() if p.shape[0] in configured}
     if len(counted) >= 2:
         return _Stacks(counted, configured)
