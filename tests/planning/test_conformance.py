@@ -47,6 +47,8 @@ KINDS = [
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_row_passes(model_type: str) -> None:
+    if model_type not in tiny_models.known_types():
+        pytest.skip(f"this transformers has no {model_type}")
     row = check_model_type(model_type)
     assert row is not None
     assert row.problems == []
