@@ -132,7 +132,8 @@ def document(rows: list[Row]) -> str:
     page = [
         "# Supported versions of transformers",
         "",
-        f"Tests of loading, adapters, own forwards and conformance ({', '.join(f'`{test}`' for test in TESTS)}) under each version, "
+        f"Tests of loading, adapters, own forwards and conformance "
+        f"({', '.join(f'`{test}`' for test in TESTS)}) under each version, "
         f"made by `make test-versions` on {time.strftime('%Y-%m-%d')}; Python {python}, torch {v['torch']}, "
         f"bitsandbytes {v['bitsandbytes']}.",
         "",

@@ -286,6 +286,9 @@ def randomise_vectors_(model: PreTrainedModel) -> None:
         for vector in vectors:
             if vector.is_floating_point():
                 vector.add_(torch.randn_like(vector) * 0.02)
+        for matrix in (m.weight for m in model.modules() if isinstance(m, nn.Linear)):
+            if matrix.abs().max() < 1e-6:  # some are initialised below what fp16, and so INT8, can hold
+                matrix.normal_(0, 0.02)
 
 
 def linear_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
