@@ -35,3 +35,10 @@ def test_a_failing_or_empty_row_is_an_exit_status_of_1(
         assert name in out
         assert name in page.read_text()
     assert ("FAILS" in page.read_text()) == bool(status)
+
+
+def test_own_forwards_and_conformance_are_run_under_each_version() -> None:
+    for test in ("tests/experts/test_own_forward.py", "tests/planning/test_conformance.py::test_row_passes"):
+        assert test in run_versions.TESTS
+        file, _, name = test.partition("::")
+        assert f"def {name or 'test_'}" in (run_versions.ROOT / file).read_text()

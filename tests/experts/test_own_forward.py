@@ -1,6 +1,8 @@
 """Undecorated experts: observed, packed, and run by their own forward over decoded weights."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -37,6 +39,8 @@ NF4 = PackFormat("nf4", 64, True)
 
 
 def build(model_type: str) -> nn.Module:
+    if model_type not in tiny_models.known_types():
+        pytest.skip(f"this transformers has no {model_type}")
     config = tiny_models.tiny_config(model_type)
     model = tiny_models.build(config, tiny_models.model_classes(type(config))[0])
     tiny_models.randomise_experts_(model)
@@ -277,3 +281,104 @@ def test_lora_on_such_experts_is_refused_and_on_attention_works() -> None:
     gradients = [p.grad for n, p in model.named_parameters() if "lora_" in n]
     assert gradients
     assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+class _OwnExperts(nn.Module):
+    """Undecorated experts whose forward runs whatever a test gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts, self.body = 3, None
+        self.w1 = nn.Parameter(torch.randn(3, 8, 8))
+        self.w2 = nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, hidden_states: torch.Tensor, *others) -> torch.Tensor:
+        if self.body is not None:
+            return self.body(hidden_states, *others)
+        return torch.bmm(torch.bmm(hidden_states.expand(3, -1, -1), self.w1), self.w2).sum(0, keepdim=True)
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = _OwnExperts()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.experts(hidden_states.flatten(0, 1)[None])
+
+
+def own_experts() -> nn.Module:
+    return pack(nn.ModuleDict({"mlp": _Block()}).requires_grad_(False))["mlp"].experts
+
+
+def test_threads_may_run_the_same_module() -> None:
+    module = own_experts()
+    x = torch.randn(1, 5, 8)
+    expected = module(x)
+    inside, left = threading.Barrier(2, timeout=20), threading.Event()
+
+    def slow(hidden_states: torch.Tensor, first: bool) -> torch.Tensor:
+        inside.wait()
+        if not first:
+            assert left.wait(20)  # until the other one has left its forward
+        return torch.bmm(torch.bmm(hidden_states.expand(3, -1, -1), module.w1), module.w2).sum(
+            0, keepdim=True
+        )
+
+    def run(first: bool) -> torch.Tensor:
+        try:
+            return module(x, first)
+        finally:
+            left.set()
+
+    module.body = slow
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(run, (True, False)):
+            assert torch.equal(result, expected)
+    assert module.w1.dtype == torch.uint8
+
+
+def test_a_call_within_a_call_leaves_the_outer_one_its_weights_and_errors_come_through() -> None:
+    module = own_experts()
+    x = torch.randn(1, 5, 8)
+    expected = module(x)
+
+    def nested(hidden_states: torch.Tensor) -> torch.Tensor:
+        module.body = None
+        inner = module(hidden_states)
+        return inner + module.w1[0].sum() * 0
+
+    module.body = nested
+    assert torch.equal(module(x), expected)
+
+    def failing(hidden_states: torch.Tensor) -> torch.Tensor:
+        module.body = nested
+        module(hidden_states)
+        raise LookupError("out of paper")
+
+    module.body = failing
+    with pytest.raises(LookupError, match="out of paper"):
+        module(x)
+
+
+def test_gradients_after_an_operation_in_place_on_a_decoded_matrix() -> None:
+    module = own_experts()
+    x = torch.randn(5, 8, requires_grad=True)
+    w = decode(module.stack(module.own_layout.projection("w1")).experts(0, 1), torch.float32)
+    right = module.own_layout.from_stack(w, module.own_layout.projection("w1"))[0]
+
+    def in_place(hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states @ module.w1[0].mul_(3)
+
+    module.body = in_place
+    y = module(x)
+    torch.testing.assert_close(y, x @ (3 * right))
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, (3 * right).sum(1).expand(5, -1))
+
+
+def test_a_call_without_floating_arguments_is_the_modules_own() -> None:
+    module = own_experts()
+    module.body = lambda index: module.w1[index[0]]
+    assert module(torch.tensor([1])).shape == (8, 8)
+    assert module(torch.tensor([1])).dtype == torch.float32

@@ -23,7 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv-versions"
 NEWEST = "newest"
 VERSIONS = ("5.17.0", "5.20.0", "5.21.0", NEWEST)
-TESTS = ("tests/loading", "tests/adapters")
+TESTS = (
+    "tests/loading",
+    "tests/adapters",
+    "tests/experts/test_own_forward.py",
+    "tests/planning/test_conformance.py::test_row_passes",
+)
 SHOWN = ("transformers", "huggingface_hub", "peft", "bitsandbytes", "torch")
 
 
@@ -127,7 +132,8 @@ def document(rows: list[Row]) -> str:
     page = [
         "# Supported versions of transformers",
         "",
-        f"Tests of loading and adapters ({', '.join(f'`{test}`' for test in TESTS)}) under each version, "
+        f"Tests of loading, adapters, own forwards and conformance "
+        f"({', '.join(f'`{test}`' for test in TESTS)}) under each version, "
         f"made by `make test-versions` on {time.strftime('%Y-%m-%d')}; Python {python}, torch {v['torch']}, "
         f"bitsandbytes {v['bitsandbytes']}.",
         "",

@@ -39,12 +39,16 @@ KINDS = [
     "inkling2_text",  # Linears that are renamed, but not what belongs to them
     "unlimited_ocr",  # Linears that files hold in another cut
     "switch_transformers",  # Linears
+    "nllb-moe",  # Linears, and a dropout beside them
+    "kimi_linear",  # experts of a token under another name
     "doge",  # refused
 ]
 
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_row_passes(model_type: str) -> None:
+    if model_type not in tiny_models.known_types():
+        pytest.skip(f"this transformers has no {model_type}")
     row = check_model_type(model_type)
     assert row is not None
     assert row.problems == []
@@ -122,7 +126,10 @@ def test_what_is_written_is_read_and_not_worse(tmp_path: Path) -> None:
     file = tmp_path / "table.md"
     file.write_text(table.render(rows()))
     before = table.read(file)
-    assert before == {row.model_type: table.cells_of(row) for row in rows()}
+    assert {t: table.cells_of(row) for t, row in before.items()} == {
+        row.model_type: table.cells_of(row) for row in rows()
+    }
+    assert [before[row.model_type].problems for row in rows()] == [[], ["packed: a / b"], ["built: no"]]
     assert "1 of 3 model types pass" in file.read_text()
     assert table.worse(before, rows(), ["a", "b", "c"]) == []
     better = rows()
@@ -135,7 +142,7 @@ def test_what_is_written_is_read_and_not_worse(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cell", ["FAILED", "-", "refused"])
 def test_a_worse_cell_and_a_lost_row_are_named(tmp_path: Path, cell: str) -> None:
-    before = {row.model_type: table.cells_of(row) for row in rows()}
+    before = {row.model_type: row for row in rows()}
     now = rows()[:2]
     now[0].cells["reload"] = cell
     assert table.worse(before, now, ["a", "b", "c"]) == [f"a: reload was ok, is {cell}", "c: no row any more"]

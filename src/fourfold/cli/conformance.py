@@ -22,11 +22,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=Path("docs/conformance.md"),
         help="the table's file (default: %(default)s)",
     )
-    parser.add_argument("--accept", action="store_true", help="write the file though rows got worse")
+    parser.add_argument(
+        "--accept", action="store_true", help="write the file though rows got worse, or there is none"
+    )
 
 
 def execute(args: argparse.Namespace, console: Console) -> Outcome:
-    """Exit status 1 where a row got worse than the one in the file, which is then left as it is."""
+    """Exit status 1 where a row got worse than the one in the file, or a new one fails, or there is no file;
+    it is then left as it is.
+    """
     from fourfold.cli.libraries import quiet
 
     quiet(args.debug)
@@ -52,18 +56,26 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
         rows.append(row)
         _print(console, row)
     got_worse = table.worse(before, rows, args.model_type or known)
+    kept = [row for model_type, row in before.items() if model_type not in known]
     passed = sum(row.passed for row in rows)
     console.print(f"{passed} of {len(rows)} model types pass", highlight=False)
+    if kept and not args.model_type:
+        names = ", ".join(row.model_type for row in kept)
+        said = f"kept as they were, for this transformers has no such type: {names}"
+        console.print(said, soft_wrap=True, markup=False, highlight=False)
+    if not before and not args.model_type:
+        got_worse.append("there is no such file to compare with")
     for line in got_worse:
         console.print(f"worse than in {args.out}: {line}", soft_wrap=True, markup=False, highlight=False)
     written = not args.model_type and (args.accept or not got_worse)
     if written:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(table.render(rows))
+        args.out.write_text(table.render(rows, kept))
     data = {
         "passed": passed,
         "rows": [row.to_dict() for row in rows],
         "worse": got_worse,
+        "kept": [row.model_type for row in kept],
         "written": str(args.out) if written else None,
     }
     return Outcome(SAYS_NO if got_worse and not args.accept else DONE, data)

@@ -158,12 +158,13 @@ def possible_inputs(
     block: nn.Module, sizes: list[int], dtype: torch.dtype
 ) -> Iterator[dict[str, torch.Tensor]]:
     """What the block could be called with: token ids, or hidden states of each width there could be."""
-    signature = inspect.signature(type(block).forward).parameters
+    # (without the first, the module itself, whatever it is called)
+    signature = dict(list(inspect.signature(type(block).forward).parameters.items())[1:])
     if "input_ids" in signature:
         yield {"input_ids": torch.ones(1, 2, dtype=torch.long)}
         return
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    required = [n for n, p in signature.items() if p.default is p.empty and p.kind in plain and n != "self"]
+    required = [n for n, p in signature.items() if p.default is p.empty and p.kind in plain]
     if len(required) == 1:
         for size in sizes:
             yield {required[0]: torch.zeros(1, 2, size, dtype=dtype)}
@@ -185,19 +186,21 @@ def observe(model: nn.Module, name: str, parameters: dict[str, nn.Parameter]) ->
         parameters: the module's own parameters that hold experts.
 
     Returns:
-        None where no module around it could be called, or a parameter entered no product.
+        None where no module around it could be called. A parameter that entered no product has no use.
     """
     sizes = sorted({size for p in parameters.values() for size in p.shape})
     dtype = next(iter(parameters.values())).dtype
     parts = name.split(".")
+    partly: Observed | None = None
     with torch.device("cpu"):  # models are made, and so observed, under the meta device as the default
         for levels, block in enumerate(blocks_around(model, name), start=1):
             inside = ".".join(parts[-levels:])
             for inputs in possible_inputs(block, sizes, dtype):
                 found = _observe_in(block, inside, parameters, inputs)
-                if found is not None:
+                if found is not None and found.uses.keys() == parameters.keys():
                     return found
-    return None
+                partly = partly or found
+    return partly
 
 
 def _observe_in(
@@ -215,7 +218,7 @@ def _observe_in(
         pass
     except Exception:  # whatever a block says to inputs that are not its own: then another one is asked
         return None
-    if len(watch.uses) != len(watched) or not readers:
+    if not watch.uses or not readers:
         return None
     levels = path.count(".") + 1
     return Observed(watch.uses, max(levels - (r.count(".") + 1 if r else 0) for r in readers))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -59,18 +60,20 @@ class _Scope:
     Attributes:
         decoded: whole projections, kept until the scope is closed.
         origin: where a decoded storage comes from, by its identity. A weak reference keeps that identity from
-            being given to another storage as long as the scope is open.
+            being given to another storage as long as the scope is open. The version is that of the numbers as
+            decoded: what was changed in place since cannot be decoded again.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.decoded: dict[tuple[int, str], torch.Tensor] = {}
-        self.origin: dict[int, tuple[StorageWeakRef, PackedStack, OwnForwardLayout, Projection]] = {}
+        self.origin: dict[int, tuple[StorageWeakRef, int, PackedStack, OwnForwardLayout, Projection]] = {}
 
     def _decode(self, stack: PackedStack, layout: OwnForwardLayout, projection: Projection) -> torch.Tensor:
         weight = layout.from_stack(decode(stack, self.dtype), projection)
         storage = weight.untyped_storage()
-        self.origin[storage._cdata] = (StorageWeakRef(storage), stack, layout, projection)
+        version = 0 if weight.is_inference() else weight._version  # (inference keeps none, and saves nothing)
+        self.origin[storage._cdata] = (StorageWeakRef(storage), version, stack, layout, projection)
         return weight
 
     def weight(self, module: OwnForwardExperts, projection: Projection) -> torch.Tensor:
@@ -94,9 +97,9 @@ class _Scope:
         if not self.origin or tensor.dtype != self.dtype:
             return None
         found = self.origin.get(tensor.untyped_storage()._cdata)
-        if found is None:
+        if found is None or tensor._version != found[1]:
             return None
-        return _View(*found[1:], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return _View(*found[2:], tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     @contextlib.contextmanager
     def saving_views(self) -> Iterator[None]:
@@ -210,6 +213,10 @@ class _Shown(torch.Tensor):
         raise AssertionError(f"{func} was reached by a parameter that is packed")
 
 
+# Scopes by the identity of the modules that show decoded weights, in this thread and at this moment.
+_SHOWING: ContextVar[dict[int, _Scope] | None] = ContextVar("_SHOWING", default=None)
+
+
 class OwnForwardExperts(PackedExperts):
     """Mixin of packed experts modules that keep their forward."""
 
@@ -220,7 +227,7 @@ class OwnForwardExperts(PackedExperts):
         return layout
 
     def __getattr__(self, name: str) -> Any:
-        scope = self.__dict__.get("_fourfold_scope")
+        scope = (_SHOWING.get() or {}).get(id(self))
         if scope is not None:
             projection = self.own_layout.projection(name)
             if projection is not None:
@@ -250,12 +257,14 @@ def _run(modules: list[OwnForwardExperts], own: Any, args: Any, kwargs: Any) -> 
 
     The dtype of the products (an explicit one, else autocast's) holds for the whole forward: inputs are cast
     to it and results back, as a quantized Linear does. Under autocast alone some of these forwards fail, for
-    they add products to a buffer of the input's dtype.
+    they add products to a buffer of the input's dtype. Other threads, and other calls of the same modules
+    within this one, have scopes of their own.
     """
-    first = next(
-        t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point()
-    )
-    given, dtype = first.dtype, compute_dtype(modules[0], first)
+    floats = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point())
+    first = next(floats, None)
+    given = modules[0].fourfold_dtype if first is None else first.dtype
+    first = next(modules[0].parameters()) if first is None else first
+    dtype = compute_dtype(modules[0], first)
 
     def cast(value: Any, to: torch.dtype) -> Any:
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -266,14 +275,12 @@ def _run(modules: list[OwnForwardExperts], own: Any, args: Any, kwargs: Any) -> 
         args, kwargs = tree_map(lambda v: cast(v, dtype), (args, kwargs))
     scope = _Scope(dtype)
     autocast = torch.autocast(first.device.type, enabled=False) if other else contextlib.nullcontext()
-    for module in modules:
-        module.__dict__["_fourfold_scope"] = scope
+    token = _SHOWING.set((_SHOWING.get() or {}) | {id(module): scope for module in modules})
     try:
         with scope.saving_views(), autocast:
             result = own(*args, **kwargs)
     finally:
-        for module in modules:
-            del module.__dict__["_fourfold_scope"]
+        _SHOWING.reset(token)
         scope.close()
     return tree_map(lambda v: cast(v, given), result) if other else result
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -15,41 +17,105 @@ from fourfold.formats import StackShape
 _BUILTIN = "torch.nn."
 
 
+# Numbers that speak of experts and count none: how many a token gets, how large they are, where they stand.
+_NO_COUNT = re.compile(
+    r"per_tok|top_?k|selected|activated|active|capacity|group|size|dim|hidden|intermediate|ffn|channels"
+    r"|layers$|expert_layer|period|interval|freq|step|offset|start|rank|idx|index|_ids?$"
+)
+_HEADS = re.compile(r"heads?$|num_head")
+
+
+def _numbers(settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Whole numbers above one, by name; those in a list too."""
+    for key, value in settings.items():
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, int) and not isinstance(number, bool) and number > 1:
+                yield str(key).lower(), number
+
+
+def _counts_in(settings: dict[str, Any]) -> set[int]:
+    """Values that count experts (``num_experts``, ``n_routed_experts``, ``expert_num``, ...)."""
+    return {n for key, n in _numbers(settings) if "expert" in key and not _NO_COUNT.search(key)}
+
+
 def _expert_counts(module: nn.Module) -> set[int]:
-    """Values of the module's attributes that count experts (``num_experts``, ``moe_num_experts``, ...)."""
-    return {
-        value
-        for key, value in vars(module).items()
-        if re.search(r"num_(local_|routed_)?experts|n_routed_experts", key)
-        and isinstance(value, int)
-        and value > 1
-    }
+    return _counts_in(vars(module))
 
 
-def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
+def configured_expert_counts(config: Any, but_heads: bool = False) -> set[int]:
+    """How many experts a configuration, or one inside it, speaks of.
+
+    ``but_heads``: without numbers that are those of heads as well, which say nothing about a stack.
+    """
+    counts: set[int] = set()
+    heads: set[int] = set()
+    seen: set[int] = set()
+    left = [config]
+    while left:
+        found = left.pop()
+        settings = found if isinstance(found, dict) else getattr(found, "__dict__", {})
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        counts |= _counts_in(settings)
+        heads |= {n for key, n in _numbers(settings) if _HEADS.search(key)}
+        nested = [v for k, v in settings.items() if isinstance(v, dict) or str(k).endswith("config")]
+        left += [v for v in nested if v is not None]
+    return counts - heads if but_heads else counts
+
+
+@dataclass(frozen=True)
+class _Stacks:
+    """Parameters that are, or may be, stacks over experts.
+
+    Attributes:
+        parameters: 3-D, or flattened to 2-D.
+        counts: numbers of experts that there can be.
+        certain: a stack is one by its shape or the class's name; else only its use can tell.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    counts: set[int]
+    certain: bool = True
+
+
+def _stacks(module: nn.Module, model: nn.Module | None, name: str) -> _Stacks | None:
     """Parameters of an undecorated module that are stacks over experts, 3-D or flattened to 2-D.
 
-    Either an attribute counts experts and a stack has as many entries, or the class calls itself experts.
-    (Block-wise recurrences, relative attention and some Mamba mixers hold stacks of matrices too and are
-    none.) Empty for everything else.
+    Either an attribute or the configuration counts experts and stacks have as many entries, or the class
+    calls itself experts. (Block-wise recurrences, relative attention and some Mamba mixers hold stacks of
+    matrices too and are none.) None for everything else.
     """
     if type(module).__module__.startswith(_BUILTIN):
-        return {}
+        return None
     parameters = {n: p for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
-    counts = _expert_counts(module)
-    stacks = {n: p for n, p in parameters.items() if p.ndim == 3 and min(p.shape[1:]) > 1 and p.shape[0] > 1}
-    if any(p.shape[0] in counts for p in stacks.values()):
-        return stacks
-    if "expert" in type(module).__name__.lower():
-        named = {n: p for n, p in parameters.items() if p.ndim == 3 and min(p.shape[1:]) > 1}
-        if len(named) >= 2:
-            return named
-    flattened = {
-        n: p
-        for n, p in parameters.items()
-        if p.ndim == 2 and any(p.shape[0] > c and p.shape[0] % c == 0 for c in counts)
-    }
-    return flattened if len(flattened) >= 2 else {}
+    if not parameters:
+        return None
+    own = _expert_counts(module)
+    matrices = {n: p for n, p in parameters.items() if p.ndim == 3 and min(p.shape[1:]) > 1}
+    stacks = {n: p for n, p in matrices.items() if p.shape[0] > 1}
+    if any(p.shape[0] in own for p in stacks.values()):
+        return _Stacks(stacks, own)
+    if "expert" in type(module).__name__.lower() and len(matrices) >= 2:
+        return _Stacks(matrices, own)
+    if len(parameters) < 2:
+        return None
+    configured = configured_expert_counts(getattr(model, "config", None), but_heads=True)
+    counted = {n: p for n, p in stacks.items() if p.shape[0] in configured}
+    if len(counted) >= 2:
+        return _Stacks(counted, configured)
+    # The configuration alone says too little about 2-D parameters, which every layer has.
+    called = re.search(r"expert|moe|mixture", f"{name}.{type(module).__name__}".lower())
+    counts = own | (configured if called else set())
+    flattened = {n: p for n, p in parameters.items() if _may_be_flattened(p, counts)}
+    return _Stacks(flattened, counts, certain=False) if len(flattened) >= 2 else None
+
+
+def _may_be_flattened(parameter: nn.Parameter, counts: set[int]) -> bool:
+    """Whether a matrix can be ``[E * rows, columns]``; one with an edge of E is a router."""
+    if parameter.ndim != 2 or any(size in counts for size in parameter.shape):
+        return False
+    return any(parameter.shape[0] > c and parameter.shape[0] % c == 0 for c in counts)
 
 
 def rows_of_embeddings(module: nn.Module, name: str) -> bool:
@@ -68,10 +134,18 @@ def _observe_cached(
     key = (type(module), tuple((n, tuple(p.shape)) for n, p in stacks.items()))
     if key not in _OBSERVED:
         found = observe(model, name, stacks)
-        if found is None:
-            return None
+        if found is None or found.uses.keys() != stacks.keys():
+            return found
         _OBSERVED[key] = found
     return _OBSERVED[key]
+
+
+def _are_in_counts(observed: Observed, stacks: _Stacks) -> bool:
+    """Whether every matrix is taken apart into as many pieces as there are experts (a router's is whole)."""
+    return all(
+        stacks.parameters[name].numel() / (use.rows * use.columns) in stacks.counts
+        for name, use in observed.uses.items()
+    )
 
 
 def _from_observed(stacks: dict[str, nn.Parameter], observed: Observed) -> OwnForwardLayout | str:
@@ -107,11 +181,14 @@ def read_undecorated(
     module: nn.Module, model: nn.Module | None, name: str
 ) -> tuple[OwnForwardLayout | None, str] | None:
     """As `fourfold.experts.layout.read_layout`, for a module that does not say what it is."""
-    stacks = _stacks(module)
-    if not stacks:
+    found = _stacks(module, model, name)
+    if found is None:
         return None
+    stacks = found.parameters
     observed = _observe_cached(model, name, module, stacks) if model is not None else None
-    if observed is None:
+    if observed is not None and not found.certain and not _are_in_counts(observed, found):
+        return None
+    if observed is None or observed.uses.keys() != stacks.keys():
         return None, "its fused experts cannot be packed, for how its forward uses them could not be observed"
     layout = _from_observed(stacks, observed)
     return (None, f"it cannot be packed: {layout}") if isinstance(layout, str) else (layout, "")

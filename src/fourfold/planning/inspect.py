@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.errors import NoExpertsError
-from fourfold.experts import expert_targets, find_experts
+from fourfold.experts import PackedExperts, expert_targets, find_experts
 from fourfold.formats import PackFormat
 from fourfold.loading.skeleton import build_skeleton
 
@@ -80,8 +80,10 @@ def inspect_model(model: str | Path) -> Inspection:
             shapes = {p.name: list(found.layout.model_shape(p)) for p in projections}
             params = sum(p.shape.experts * p.shape.rows * p.shape.columns for p in projections)
             nbytes = {name: sum(p.shape.nbytes(fmt) for p in projections) for name, fmt in FORMATS.items()}
-            stored = sum(p.numel() for _, p in found.module.named_parameters(recurse=False))
-            packed_on_disk += params - stored if hasattr(found.module, "fourfold_format") else 0
+            if isinstance(found.module, PackedExperts):
+                # (its biases are ordinary parameters, and counted as such)
+                tensors = [t for p in projections for _, t in found.module.stack(p).tensors()]
+                packed_on_disk += params - sum(t.numel() for t in tensors)
         else:
             own = dict(found.module.named_parameters(recurse=False))
             shapes = {name: list(p.shape) for name, p in own.items()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,22 @@ from transformers import PreTrainedModel
 
 from fourfold.errors import UnsupportedExpertsError
 from fourfold.experts import FoundExperts, PackedExperts, find_experts
+from fourfold.experts.undecorated import configured_expert_counts
 from fourfold.formats import decode_stack
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.prepare import dequantize
-from fourfold.planning.conformance.modules import Call, check_output, observe_calls, run_on_ids
+from fourfold.loading.skeleton import build_skeleton
+from fourfold.planning.conformance.modules import Call, check_output, inputs_it_takes, observe_calls, run_on
 from fourfold.planning.conformance.row import CHECKS, FORMATS, NOT_APPLICABLE, OK, Row
+from fourfold.planning.conformance.tensors import check_bf16, check_packed, check_same_state, same
 from fourfold.planning.conformance.tiny_models import (
     build,
     linear_experts,
     model_classes,
     randomise_experts_,
+    randomise_vectors_,
     tiny_config,
 )
-from fourfold.planning.report import verify
 
 
 def check_model_type(model_type: str) -> Row | None:
@@ -57,7 +61,12 @@ def check_model_type(model_type: str) -> Row | None:
             row.fail("built", f"{type(error).__name__}: {error}")
             return row
         if model is None:
-            return None
+            counts = configured_expert_counts(tiny_config(model_type))
+            if not counts:
+                return None
+            row.kind = "not found"
+            row.fail("built", f"its configuration speaks of {sorted(counts)} experts, and none were found")
+            return row
         row.cells["built"] = OK
         with row.check("packed"):
             check_model(row, model, Path(folder))
@@ -66,7 +75,10 @@ def check_model_type(model_type: str) -> Row | None:
 
 def _build(row: Row) -> PreTrainedModel | None:
     config = tiny_config(row.model_type)
-    for model_class in model_classes(type(config)):
+    classes = model_classes(type(config))
+    if not classes:
+        raise LookupError("no class takes this configuration")
+    for model_class in classes:
         skeleton = build(config, model_class, "meta")
         found = list(find_experts(skeleton))
         if not found and not linear_experts(skeleton):
@@ -75,6 +87,7 @@ def _build(row: Row) -> PreTrainedModel | None:
         kinds = dict.fromkeys(f.layout.kind if f.layout else f"refused: {f.reason}" for f in found)
         row.kind = "; ".join(kinds) or "Linears, by bitsandbytes"
         model = build(config, model_class)
+        randomise_vectors_(model)
         randomise_experts_(model)
         return model
     return None
@@ -86,10 +99,10 @@ def _has_no_experts(model_type: str) -> bool:
 
     try:
         config = CONFIG_MAPPING[model_type]()
-        skeletons = [build(config, c, "meta") for c in model_classes(type(config))[:1]]
+        skeletons = [build(config, c, "meta") for c in model_classes(type(config))]
     except Exception:
         return False
-    return not any(list(find_experts(s)) or linear_experts(s) for s in skeletons)
+    return bool(skeletons) and not any(list(find_experts(s)) or linear_experts(s) for s in skeletons)
 
 
 def check_model(row: Row, model: PreTrainedModel, folder: Path) -> None:
@@ -99,9 +112,16 @@ def check_model(row: Row, model: PreTrainedModel, folder: Path) -> None:
         _check_refusal(row, model, folder)
         return
     model.save_pretrained(folder / "float")
-    calls, logits = observe_calls(model, found)
+    inputs: dict[str, torch.Tensor] | None = None
+    with row.check("forward"):
+        inputs = inputs_it_takes(model)
+        if inputs is None:
+            row.cells["forward"] = NOT_APPLICABLE
+    calls = observe_calls(model, found, inputs)
     for name, settings in FORMATS.items():
-        _check_format(row, name, settings, model, calls, logits is not None, folder)
+        _check_format(row, name, settings, model, calls, inputs, folder)
+    with row.check("bf16"):
+        check_bf16(model, inputs, _narrow(model), folder)
 
 
 def _check_format(
@@ -110,27 +130,26 @@ def _check_format(
     settings: dict[str, Any],
     model: PreTrainedModel,
     calls: list[Call],
-    callable_: bool,
+    inputs: dict[str, torch.Tensor] | None,
     folder: Path,
 ) -> None:
     cls: Any = type(model)
     config = MoeBitsAndBytesConfig(**settings, llm_int8_skip_modules=_narrow(model))
     packed = cls.from_pretrained(folder / "float", quantization_config=config).eval()
     with row.check("packed", name):
-        _check_packed(packed, model)
+        check_packed(packed, model, name)
     with row.check("reload", name):
         packed.save_pretrained(folder / name)
         again = cls.from_pretrained(folder / name).eval()
-        _check_same_state(packed, again)
+        check_same_state(packed, again)
     if row.cells["reload"] != OK:
         again = cls.from_pretrained(folder / "float", quantization_config=config).eval()
-    row.cells.setdefault("forward", OK if callable_ else NOT_APPLICABLE)
-    if callable_:
+    if inputs is not None:
         with row.check("forward", name):
-            ours = run_on_ids(packed)
+            ours = run_on(packed, inputs)
             # (stock repacks a reloaded Linear of four bits on some CPUs: only what is ours is run again)
-            theirs = run_on_ids(again) if calls else ours
-            if ours is None or theirs is None or not ours.isfinite().all() or not torch.equal(ours, theirs):
+            theirs = run_on(again, inputs) if calls else ours
+            if not ours.isfinite().all() or not torch.equal(ours, theirs):
                 raise ValueError("the packed model does not run, is not finite, or differs after reloading")
     with row.check("dequantize", name):
         if not calls:  # stock cannot save what it has dequantized after reloading
@@ -152,26 +171,6 @@ def _narrow(model: nn.Module) -> list[str]:
     return [name for name, module in linears if module.in_features % 64]
 
 
-def _check_packed(packed: PreTrainedModel, model: PreTrainedModel) -> None:
-    verify(packed)
-    names = [f.name for f in find_experts(model)]
-    left = [n for n in names if not isinstance(packed.get_submodule(n), PackedExperts)]
-    for name, _ in linear_experts(model):
-        inside = packed.get_submodule(name).named_modules()
-        left += [f"{name}.{n}" for n, m in inside if type(m) is nn.Linear and m.in_features % 64 == 0]
-    if left:
-        raise ValueError(f"not packed: {', '.join(left)}")
-
-
-def _check_same_state(first: nn.Module, second: nn.Module) -> None:
-    before, after = first.state_dict(), second.state_dict()
-    if before.keys() != after.keys():
-        raise ValueError(f"other tensors: {sorted(before.keys() ^ after.keys())[:5]}")
-    other = [n for n, t in before.items() if isinstance(t, torch.Tensor) and not torch.equal(t, after[n])]
-    if other:
-        raise ValueError(f"other values: {', '.join(other[:5])}")
-
-
 def _check_dequantized(packed: PreTrainedModel, plain: PreTrainedModel, found: list[FoundExperts]) -> None:
     for f in found:
         module, own = packed.get_submodule(f.name), plain.get_submodule(f.name)
@@ -181,7 +180,7 @@ def _check_dequantized(packed: PreTrainedModel, plain: PreTrainedModel, found: l
         for projection in module.fourfold_layout.projections:
             decoded = decode_stack(module.stack(projection), torch.float32)
             expected = module.fourfold_layout.from_stack(decoded, projection)
-            if not torch.equal(getattr(own, projection.name), expected):
+            if not same(getattr(own, projection.name), expected):
                 raise ValueError(f"{f.name}.{projection.name} has other values")
 
 
@@ -194,33 +193,36 @@ def _check_keys(folder: Path, name: str, plain: PreTrainedModel, cls: Any, found
         raise ValueError(f"other keys: {sorted(ours ^ original)[:4]}")
     loaded = cls.from_pretrained(folder / f"{name}-plain")
     for tensor in (t for f in found for t in f.tensors()):
-        if not torch.equal(loaded.get_parameter(tensor), plain.get_parameter(tensor)):
+        if not same(loaded.get_parameter(tensor), plain.get_parameter(tensor)):
             raise ValueError(f"{tensor} has other values after saving and loading")
 
 
 def _check_refusal(row: Row, model: PreTrainedModel, folder: Path) -> None:
     """Refused from the configuration alone, and loaded when the setting in the message is passed."""
     cls: Any = type(model)
-    model.config.save_pretrained(folder / "bare")  # no weights: they must not be asked for
-    model.save_pretrained(folder / "float")
     settings = FORMATS["NF4"]
-    try:
-        cls.from_pretrained(folder / "bare", quantization_config=MoeBitsAndBytesConfig(**settings))
-    except (UnsupportedExpertsError, OSError) as error:
-        message = str(error)
-        if isinstance(error, OSError):  # transformers looks for the files first
-            message = _refusal(cls, folder / "float", settings)
+    quantization = MoeBitsAndBytesConfig(**settings)
+    model.config.architectures = [cls.__name__]
+    message = _refusal(lambda: build_skeleton(model.config, quantization))  # there are no weights to read
+    model.save_pretrained(folder / "float")
+    if _refusal(lambda: cls.from_pretrained(folder / "float", quantization_config=quantization)) != message:
+        raise ValueError("loading says something else than the skeleton without weights")
     patterns = re.findall(r"'([^']+)'", message.partition("llm_int8_skip_modules=")[2].partition("]")[0])
     if not patterns:
         raise ValueError("it was not refused")
     skipping = MoeBitsAndBytesConfig(**settings, llm_int8_skip_modules=[*patterns, *_narrow(model)])
-    cls.from_pretrained(folder / "float", quantization_config=skipping)
+    loaded = cls.from_pretrained(folder / "float", quantization_config=skipping)
+    refused = [f for f in find_experts(model) if f.layout is None]
+    for name in (tensor for f in refused for tensor in f.tensors()):
+        if not same(loaded.get_parameter(name), model.get_parameter(name)):
+            raise ValueError(f"{name} was to be left as it is, and has other values")
+    check_packed(loaded, model, "NF4", left=[f.name for f in refused])
     row.cells |= dict.fromkeys(CHECKS, NOT_APPLICABLE) | {"packed": "refused"}
 
 
-def _refusal(cls: Any, folder: Path, settings: dict[str, Any]) -> str:
+def _refusal(load: Callable[[], object]) -> str:
     try:
-        cls.from_pretrained(folder, quantization_config=MoeBitsAndBytesConfig(**settings))
+        load()
     except UnsupportedExpertsError as error:
         return str(error)
     return ""

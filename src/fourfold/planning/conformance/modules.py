@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +21,9 @@ from fourfold.experts.observe import blocks_around, possible_inputs
 from fourfold.planning.conformance.row import NOISE, TIGHT, Row
 from fourfold.planning.conformance.tiny_models import HIDDEN, VOCABULARY
 
+# How models say that inputs which their signature leaves open are missing.
+_WANTS_OTHERS = r"(must|have to|need to|should|please) (specify|provide|pass|be)|required|missing"
+
 
 def _inputs(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
     """Token ids; where those are not taken, their embeddings."""
@@ -29,14 +34,44 @@ def _inputs(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
     }
 
 
-def run_on_ids(model: PreTrainedModel) -> torch.Tensor | None:
-    """The model's first output on such inputs alone; None where it wants something else."""
-    torch.manual_seed(0)  # embeddings, and the noise that diffusion begins with
+def _takes(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:
+    """Whether the signature offers these inputs and asks for no others."""
+    parameters = inspect.signature(type(model).forward).parameters
+    try:
+        inspect.signature(model.forward).bind(**inputs)
+    except TypeError:
+        return False
+    return inputs.keys() <= parameters.keys() and type(model).forward is not nn.Module.forward
+
+
+def inputs_it_takes(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """Token ids or embeddings, whichever the model runs on; None where its signature wants something else.
+
+    Raises:
+        Exception: the model's own, where it takes such inputs by its signature and runs on none of them,
+            unless it says itself that they lack something.
+    """
+    torch.manual_seed(0)
+    error: Exception | None = None
     for inputs in _inputs(model):
-        with contextlib.suppress(Exception), torch.no_grad():
-            output = model(**inputs)
-            return next(t for t in tree_leaves(tuple(output.values())) if isinstance(t, torch.Tensor))
+        if not _takes(model, inputs):
+            continue
+        try:
+            run_on(model, inputs)
+            return inputs
+        except Exception as raised:
+            error = error or raised
+    if error is not None and not re.search(_WANTS_OTHERS, str(error), re.IGNORECASE | re.DOTALL):
+        raise error
     return None
+
+
+def run_on(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The model's first output on these inputs."""
+    torch.manual_seed(0)  # the noise that diffusion begins with
+    with torch.no_grad():
+        output = model(**inputs)
+    return next(t for t in tree_leaves(tuple(output.values())) if isinstance(t, torch.Tensor))
 
 
 @dataclass
@@ -56,8 +91,8 @@ def _routed_arguments(found: FoundExperts, tokens: int = 17) -> tuple[torch.Tens
 
 
 def observe_calls(
-    model: PreTrainedModel, found: list[FoundExperts]
-) -> tuple[list[Call], torch.Tensor | None]:
+    model: PreTrainedModel, found: list[FoundExperts], inputs: dict[str, torch.Tensor] | None
+) -> list[Call]:
     """One call for each kind and shape: made up for the routed, overheard for the undecorated."""
     kinds = {(type(f.module), f.layout): f for f in found}
     heard: dict[str, tuple[Any, Any]] = {}
@@ -66,7 +101,8 @@ def observe_calls(
         if f.layout is not None and not f.layout.routed:
             reader = model.get_submodule(f.reader)
             handles.append(reader.register_forward_pre_hook(partial(_hear, heard, f.name), with_kwargs=True))
-    logits = run_on_ids(model)
+    if inputs is not None:
+        run_on(model, inputs)
     for f in kinds.values():
         if f.layout is not None and not f.layout.routed and f.name not in heard:
             _call_around(model, f, heard)
@@ -78,7 +114,7 @@ def observe_calls(
             calls.append(Call(f, _routed_arguments(f), {}))
         else:
             calls.append(Call(f, *_vivid(*heard[f.name])))
-    return calls, logits
+    return calls
 
 
 def _hear(heard: dict[str, Any], name: str, _: nn.Module, args: Any, kwargs: Any) -> None:

@@ -15,6 +15,7 @@ CHECKS = (
     "backward",
     "forward",
     "reload",
+    "bf16",
     "dequantize",
     "keys",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -18,13 +19,15 @@ tiny random model is made from its configuration class and taken through loading
 in INT8. A cell holds for both formats.
 
 - *noise*: distance of the experts' own output from that of the unquantized experts, relative; the worst.
-- *packed*: every experts module is, from an ordinary float checkpoint. *refused*: it cannot be, and loading
-  says so before it reads a weight, naming the setting that leaves it in high precision.
+- *packed*: every experts module is, from an ordinary float checkpoint, and every matrix within the noise of
+  its format; everything else is bit-equal. *refused*: it cannot be, and loading says so before it reads a
+  weight, naming the setting that leaves it in high precision.
 - *same numbers*: the experts' output equals that of the same numbers dequantized, within 2e-5.
 - *controls*: experts rolled by one, scales of the neighbour, gate and up swapped: both comparisons see each.
 - *backward*: the gradient of the input equals that of the same numbers dequantized.
 - *forward*: the whole model runs on token ids, and bit-equal after reloading (`-`: it wants other inputs).
-- *reload*: saved and loaded again, every tensor is bit-equal.
+- *bf16*: loaded in bf16 (NF4), the same holds of *packed*, *reload* and, where the model can, *forward*.
+- *reload*: saved and loaded again, every tensor is bit-equal, in the same dtype.
 - *dequantize*: the model's own classes come back with exactly the packed numbers; *keys*: saved under the
   original keys, and loaded from there with the same values.
 """
@@ -37,11 +40,12 @@ def cells_of(row: Row) -> dict[str, str]:
     return {check: row.cells.get(check, NOT_APPLICABLE) for check in CHECKS}
 
 
-def render(rows: list[Row]) -> str:
-    """The whole file."""
+def render(rows: list[Row], kept: Sequence[Row] = ()) -> str:
+    """The whole file; ``kept`` are rows of an earlier one, of types that this transformers does not have."""
     versions = ", ".join(
         f"{name} {metadata.version(name)}" for name in ("transformers", "torch", "bitsandbytes")
     )
+    rows = sorted([*rows, *kept], key=lambda row: row.model_type)
     total, passed = Counter(row.kind for row in rows), Counter(row.kind for row in rows if row.passed)
     summary = f"{versions}. {sum(passed.values())} of {len(rows)} model types pass."
     lines = ["# Conformance", "", _EXPLANATION, summary, ""]
@@ -52,6 +56,9 @@ def render(rows: list[Row]) -> str:
         noise = [f"{row.noise[f]:.2g}" if f in row.noise else NOT_APPLICABLE for f in ("NF4", "INT8")]
         cells = [f"`{row.model_type}`", row.model, _clean(row.kind), *noise, *cells_of(row).values()]
         lines.append(f"| {' | '.join(cells)} |")
+    if kept:
+        names = ", ".join(f"`{row.model_type}`" for row in kept)
+        lines += ["", f"Kept as they were, for this transformers has no such type: {names}."]
     problems = [(row, problem) for row in rows for problem in row.problems]
     if problems:
         lines += ["", "## What fails", ""]
@@ -63,27 +70,37 @@ def _clean(text: str) -> str:
     return " ".join(text.split()).replace("|", "/")
 
 
-def read(path: Path) -> dict[str, dict[str, str]]:
-    """Model type -> check -> cell, of a file that `render` wrote.
+def read(path: Path) -> dict[str, Row]:
+    """Rows by model type, of a file that `render` wrote.
 
     Raises:
         ConfigurationError: there is no table in it.
     """
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, Row] = {}
     header: list[str] = []
     for line in path.read_text().splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if line.startswith("| model type |"):
             header = cells
         elif header and (match := re.match(r"^\| `([^`]+)` \|", line)) and len(cells) == len(header):
-            named = dict(zip(header, cells, strict=True))
-            found[match[1]] = {check: named[check] for check in CHECKS if check in named}
+            found[match[1]] = _read_row(match[1], dict(zip(header, cells, strict=True)))
+        elif (match := re.match(r"^- `([^`]+)`: (.*)", line)) and match[1] in found:
+            found[match[1]].problems.append(match[2])
     if not found:
         raise ConfigurationError(f"{path} holds no conformance table; name another file with --out")
     return found
 
 
-def worse(before: dict[str, dict[str, str]], rows: list[Row], expected: list[str]) -> list[str]:
+def _read_row(model_type: str, named: dict[str, str]) -> Row:
+    row = Row(model_type, named.get("model", ""), named.get("experts", ""))
+    if named.get("packed") != "not built":
+        row.cells = {"built": OK} | {check: named[check] for check in CHECKS if check in named}
+    noise = {fmt: named.get(f"noise {fmt}", NOT_APPLICABLE) for fmt in ("NF4", "INT8")}
+    row.noise = {fmt: float(value) for fmt, value in noise.items() if value != NOT_APPLICABLE}
+    return row
+
+
+def worse(before: dict[str, Row], rows: list[Row], expected: list[str]) -> list[str]:
     """What got worse, a line each.
 
     Args:
@@ -92,13 +109,28 @@ def worse(before: dict[str, dict[str, str]], rows: list[Row], expected: list[str
         expected: model types that this run should have a row of, as far as there was one before.
     """
     lines = []
-    now = {row.model_type: cells_of(row) for row in rows}
-    for model_type, cells in before.items():
+    now = {row.model_type: row for row in rows}
+    for model_type, old in before.items():
         if model_type not in now:
             if model_type in expected:
                 lines.append(f"{model_type}: no row any more")
             continue
-        for check, cell in cells.items():
-            if _RANK.get(now[model_type][check], 0) < _RANK.get(cell, 0):
-                lines.append(f"{model_type}: {check} was {cell}, is {now[model_type][check]}")
+        lines += [f"{model_type}: {line}" for line in _worse_row(old, now[model_type])]
+    for row in rows:
+        if row.model_type not in before and not row.passed:
+            lines.append(f"{row.model_type}: new, and fails: {row.problems[0]}")
+    return lines
+
+
+def _worse_row(old: Row, new: Row) -> list[str]:
+    before, now = cells_of(old), cells_of(new)
+    lines = [
+        f"{check} was {cell}, is {now[check]}"
+        for check, cell in before.items()
+        if _RANK.get(now[check], 0) < _RANK.get(cell, 0)
+    ]
+    # Other experts than before are no better for passing: some may not be found any more.
+    better = _RANK.get(now["packed"], 0) > _RANK.get(before["packed"], 0)
+    if _clean(new.kind) != _clean(old.kind) and not better:
+        lines.append(f"experts were {_clean(old.kind)}, are {_clean(new.kind)}")
     return lines

@@ -100,7 +100,7 @@ def _shrink_value(key: str, value: Any, layers: int | None) -> Any:
         return value or bool(re.search(r"^((use|enable|is)_)?moe(_block)?$", key))
     if value is None:
         return _fill(key)
-    if re.search(r"token(_id|_index)?s?$|_ids?$|^(bos|eos|pad)", key):
+    if re.search(r"token(_id|_index)?s?$|_ids?$|^(bos|eos|pad)", key) and "per_tok" not in key:
         return _small_token(key, value)
     if key == "per_layer_config":
         return _last_layer_only(value, layers)
@@ -276,16 +276,31 @@ def randomise_experts_(model: PreTrainedModel) -> None:
                     getattr(found.module, projection.bias).normal_(0, 0.1)
 
 
+def randomise_vectors_(model: PreTrainedModel) -> None:
+    """Norms that are not one and biases that are not zero: a loader that loses them must not get away with
+    initial values. (Norms inside experts modules as well.)
+    """
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    vectors += [b for b in model.buffers() if b.ndim == 1 and not b.any()]
+    with torch.no_grad():
+        for vector in vectors:
+            if vector.is_floating_point():
+                vector.add_(torch.randn_like(vector) * 0.02)
+        for matrix in (m.weight for m in model.modules() if isinstance(m, nn.Linear)):
+            if matrix.abs().max() < 1e-6:  # some are initialised below what fp16, and so INT8, can hold
+                matrix.normal_(0, 0.02)
+
+
 def linear_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Collections of like modules made of Linears that are called experts: bitsandbytes covers them."""
     found: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
-        children = list(module.children())
+        # (beside them there may be a dropout)
+        children = [c for c in module.children() if any(isinstance(m, nn.Linear) for m in c.modules())]
         called = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
         alike = len(children) > 1 and len({type(c) for c in children}) == 1
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
         collection = isinstance(module, nn.ModuleList | nn.ModuleDict)
-        linear = any(isinstance(m, nn.Linear) for m in module.modules())
-        if collection and alike and linear and not inside and re.search("expert|moe", called):
+        if collection and alike and not inside and re.search("expert|moe", called):
             found.append((name, module))
     return found

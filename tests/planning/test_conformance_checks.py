@@ -1,0 +1,174 @@
+"""That the checks of the conformance matrix see what they are for: each is given something wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import fourfold
+import tiny
+from fourfold.planning.conformance import checks, modules, tensors, tiny_models
+from fourfold.planning.conformance.checks import check_model_type
+from fourfold.planning.conformance.row import FORMATS
+
+
+@pytest.fixture(params=FORMATS)
+def loaded(request: pytest.FixtureRequest, tmp_path: Path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny.gpt_oss(), dtype=torch.float32).eval()
+    tiny_models.randomise_vectors_(model)
+    tiny_models.randomise_experts_(model)
+    model.save_pretrained(tmp_path)
+    config = fourfold.MoeBitsAndBytesConfig(**FORMATS[request.param])
+    return type(model).from_pretrained(tmp_path, quantization_config=config).eval(), model, request.param
+
+
+def _flip_bytes(module: nn.Module) -> None:
+    module.weight.data = module.weight.data.flip(0)
+
+
+CHANGES = {
+    "router": lambda m: m.model.layers[0].mlp.router.weight.data.normal_(),
+    "bias of the router": lambda m: m.model.layers[0].mlp.router.bias.data.zero_(),
+    "bias of experts": lambda m: m.model.layers[0].mlp.experts.down_proj_bias.data.zero_(),
+    "bias of a Linear": lambda m: m.model.layers[1].self_attn.q_proj.bias.data.zero_(),
+    "norm": lambda m: m.model.norm.weight.data.fill_(1),
+    "embedding": lambda m: m.model.embed_tokens.weight.data.normal_(),
+    "head": lambda m: m.lm_head.weight.data.roll(1, 0).clone() is m.lm_head.weight.data.normal_(),
+    "dtype": lambda m: m.model.norm.to(torch.bfloat16),
+    "bytes of a Linear": lambda m: _flip_bytes(m.model.layers[0].self_attn.k_proj),
+    "bytes of experts": lambda m: m.model.layers[1].mlp.experts.gate_up_proj.data.random_(0, 100),
+    "a tensor lost": lambda m: m.model.layers[0].self_attn.o_proj.register_parameter("bias", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_any_tensor_that_is_not_the_float_models_is_seen(loaded, change) -> None:
+    packed, model, fmt = loaded
+    tensors.check_packed(packed, model, fmt)
+    change(packed)
+    with pytest.raises(ValueError, match=r"values|original|lost"):
+        tensors.check_packed(packed, model, fmt)
+
+
+def test_a_stack_in_high_precision_needs_a_reason(loaded) -> None:
+    packed, model, fmt = loaded
+
+    class Unfound(nn.Module):
+        """Experts that `find_experts` does not see."""
+
+        def __init__(self, *shape: int, name: str = "w") -> None:
+            super().__init__()
+            self.register_parameter(name, nn.Parameter(torch.zeros(*shape)))
+
+    for reasonable in (Unfound(1, 9, 8), Unfound(64, 1, 7), Unfound(2, 9, 8, name="position_embedding")):
+        packed.extra = reasonable
+        tensors.check_packed(packed, model, fmt)
+    packed.extra = Unfound(4, 9, 8)
+    with pytest.raises(ValueError, match=r"not packed: extra.w \(4, 9, 8\)"):
+        tensors.check_packed(packed, model, fmt)
+
+
+def test_norms_and_biases_are_given_values_of_their_own() -> None:
+    for model_type, name in (("muse_spark_text", "post_expert_norm"), ("gpt_oss", "q_proj.bias")):
+        config = tiny_models.tiny_config(model_type)
+        model = tiny_models.build(config, tiny_models.model_classes(type(config))[0])
+        tiny_models.randomise_vectors_(model)
+        found = [p for n, p in model.named_parameters() if name in n]
+        assert found
+        assert all(p.unique().numel() > 1 for p in found)
+
+
+def test_dtypes_are_compared() -> None:
+    ones = nn.Linear(2, 2).requires_grad_(False)
+    tensors.check_same_state(ones, ones)
+    ones.weight.fill_(1)
+    ones.bias.fill_(1)
+    other = nn.Linear(2, 2)
+    other.load_state_dict(ones.state_dict())
+    with pytest.raises(ValueError, match="dtypes: weight, bias"):
+        tensors.check_same_state(ones, other.bfloat16())
+
+
+def test_bf16_is_loaded_and_what_it_gives_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = check_model_type("mixtral")
+    assert row is not None
+    assert row.cells["bf16"] == "ok"
+    run_on = tensors.run_on
+
+    def in_fp32(model, inputs):
+        output = run_on(model, inputs)
+        return output.float() if hasattr(model, "hf_quantizer") else output
+
+    monkeypatch.setattr(tensors, "run_on", in_fp32)
+    row = check_model_type("mixtral")
+    assert row is not None
+    assert row.cells["bf16"] == "FAILED"
+
+
+def test_experts_that_the_configuration_speaks_of_and_nobody_finds_are_a_failed_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checks, "find_experts", lambda model: iter(()))
+    row = check_model_type("mixtral")
+    assert row is not None
+    assert row.kind == "not found"
+    assert row.problems == ["built: its configuration speaks of [4] experts, and none were found"]
+
+
+def test_a_type_without_a_class_is_a_failed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "model_classes", lambda config_class: [])
+    row = check_model_type("llama")
+    assert row is not None
+    assert row.problems == ["built: LookupError: no class takes this configuration"]
+
+
+def test_every_class_is_asked_for_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = tiny_models.model_classes
+    asked = []
+
+    def with_another(config_class):
+        return [torch.nn.Linear, *classes(config_class)] if asked else classes(config_class)
+
+    def build(config, model_class, device="cpu"):
+        asked.append(model_class)
+        if len(asked) == 1:
+            raise RuntimeError("the cut configuration cannot be built")
+        return nn.Linear(1, 1) if model_class is nn.Linear else tiny_models.build(config, model_class, device)
+
+    monkeypatch.setattr(checks, "build", build)
+    monkeypatch.setattr(checks, "model_classes", with_another)
+    row = check_model_type("mixtral")
+    assert row is not None
+    assert row.kind == "not built"
+
+
+def test_how_many_experts_a_token_gets_is_cut_as_a_size() -> None:
+    settings = {"num_experts_per_token": 100, "num_experts_per_tok": 100, "pad_token_id": 100}
+    cut = tiny_models.shrink(settings)
+    assert cut["num_experts_per_token"] == cut["num_experts_per_tok"] == 2
+    assert cut["pad_token_id"] >= tiny_models.VOCABULARY // 2
+
+
+@pytest.mark.parametrize(
+    ("message", "cell"), [("out of paper", "FAILED"), ("You must specify pixel_values", "-")]
+)
+def test_only_a_want_of_inputs_keeps_a_model_from_being_run(
+    monkeypatch: pytest.MonkeyPatch, message: str, cell: str
+) -> None:
+    def broken(model, inputs):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(modules, "run_on", broken)
+    row = check_model_type("mixtral")
+    assert row is not None
+    assert row.cells["forward"] == cell
+
+
+def test_a_refusal_that_comes_with_the_weights_only_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "build_skeleton", lambda *_: None)
+    row = check_model_type("doge")
+    assert row is not None
+    assert row.cells["packed"] == "FAILED"
