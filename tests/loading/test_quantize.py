@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import foreign_checkpoints
 import fourfold
 import tiny
 from fourfold.errors import CheckpointError, ConfigurationError, UnsupportedExpertsError
@@ -83,6 +84,45 @@ def test_writes_what_save_pretrained_writes(tmp_path: Path, kind: str, name: str
     before, after = model.state_dict(), again.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+FOREIGN = {
+    "mxfp4": lambda folder: foreign_checkpoints.mxfp4(folder),
+    "fp8": lambda folder: foreign_checkpoints.fp8(foreign_checkpoints.deepseek_v3(), folder),
+    "bitsandbytes v4": lambda folder: foreign_checkpoints.bitsandbytes(
+        tiny.qwen3_moe(moe_intermediate_size=64), folder, double=True
+    ),
+    "bitsandbytes v5": lambda folder: foreign_checkpoints.bitsandbytes(
+        tiny.qwen3_moe(moe_intermediate_size=64), folder, double=True, experts=False
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FOREIGN)
+def foreign(request, tmp_path_factory) -> Path:
+    return FOREIGN[request.param](tmp_path_factory.mktemp("foreign"))[0]
+
+
+@pytest.mark.usefixtures("widths_do_not_matter")
+@pytest.mark.parametrize("name", ["nf4", "linears alone", "some skipped"])
+def test_reads_the_formats_that_loading_reads(foreign: Path, tmp_path: Path, name: str) -> None:
+    settings = SETTINGS[name]
+    model = AutoModelForCausalLM.from_pretrained(foreign, quantization_config=Config(**settings))
+    model.save_pretrained(tmp_path / "saved")
+    written = quantize_checkpoint(foreign, tmp_path / "ours", Config(**settings), max_shard_size="30KB")
+    assert_same_checkpoint(tmp_path / "ours", tmp_path / "saved")
+    assert written.ignored_keys == []
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_other_keys_of_such_a_source_are_still_reported(tmp_path: Path) -> None:
+    source, _ = FOREIGN["fp8"](tmp_path)
+    damage(source, lambda t: t.update({"model.extra.weight": torch.ones(2)}))
+    written = quantize_checkpoint(source, tmp_path / "out", Config(**NF4))
+    assert written.ignored_keys == ["model.extra.weight"]
 
 
 def test_packs_on_a_cpu_what_it_could_not_compute(tmp_path: Path, monkeypatch) -> None:

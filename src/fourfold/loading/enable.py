@@ -39,7 +39,8 @@ def enable() -> bool:
     Settings keep their meaning: Linears are quantized as before, experts in the same format. Unlike in
     `MoeBitsAndBytesConfig`, a ``bnb_4bit_compute_dtype`` left unset is fp32, since a plain configuration does
     not tell whether it was set; set it to bf16 for speed. Plain 4-bit checkpoints are read as well: experts
-    that are quantized one by one are taken over, those in high precision are packed. Calling it twice does nothing more.
+    that are quantized one by one are taken over, those in high precision are packed. Calling it twice does
+    nothing more.
 
     Returns:
         Whether Fourfold serves plain configurations now. False where this transformers quantizes fused

@@ -1,4 +1,5 @@
-"""From a checkpoint in high precision to a packed one, without ever holding the model.
+"""From a checkpoint in high precision, or in a format that `loading.foreign` reads, to a packed one, without
+ever holding the model.
 
 The packed checkpoint is what `save_pretrained` of the loaded packed model writes: same keys, same bytes, same
 configuration. Weights come through `loading.stream` one parameter at a time and go to `loading.shards`; the
@@ -24,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.headers import checkpoint_files, read_headers
+from fourfold.loading.patch import READABLE, stored_method
 from fourfold.loading.shards import ShardWriter, parse_size
 from fourfold.loading.skeleton import model_class, read_config
 from fourfold.loading.stream import Progress, stream_pretrained
@@ -103,7 +105,8 @@ def quantize_checkpoint(
     """Write the packed checkpoint of ``model`` to ``out``.
 
     Args:
-        model: local folder or hub id of a checkpoint in high precision (safetensors).
+        model: local folder or hub id of a checkpoint (safetensors) in high precision, in MXFP4 or block-FP8,
+            or with every expert in 4 bit by itself (bitsandbytes of transformers v4).
         out: the folder to make; nothing is there until all of it is.
         config: how to quantize.
         device: where to quantize; None is the GPU if there is one, as in `from_pretrained`.
@@ -112,7 +115,8 @@ def quantize_checkpoint(
         progress: is called with parameters done, their total, and the name of the next one.
 
     Raises:
-        CheckpointError: the source is no checkpoint, is damaged, lacks tensors, or is quantized already.
+        CheckpointError: the source is no checkpoint, is damaged, lacks tensors, or is quantized in a format
+            that is not read.
         ConfigurationError: ``out`` exists, or a setting is wrong.
         UnsupportedExpertsError: its experts cannot be packed and are not skipped on request.
     """
@@ -181,9 +185,12 @@ def _usable(device: str) -> str:
 
 
 def _refuse_quantized(config: PretrainedConfig, model: str | Path) -> None:
+    """What `from_pretrained` reads with another configuration than the stored one is read here as well."""
     stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    if stored is None:
+        return
+    method = stored_method(stored if isinstance(stored, dict) else stored.to_dict())
+    if method not in READABLE:
         raise CheckpointError(
             f"{model} is quantized already ({method}); name the checkpoint in high precision it was made from"
         )
