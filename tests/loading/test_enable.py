@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
+import foreign_checkpoints
 import fourfold
 import tiny
 from fourfold.errors import ConfigurationError
@@ -128,17 +130,62 @@ def test_a_dense_model_stays_plain(tmp_path: Path) -> None:
     assert_same_tensors(load(tmp_path / "out"), stock)
 
 
-def test_a_plain_checkpoint_with_experts_in_high_precision_is_refused(folder: Path, tmp_path: Path) -> None:
-    load(folder, plain(load_in_4bit=True)).save_pretrained(tmp_path)
+def test_a_plain_4_bit_checkpoint_gets_its_experts_packed(folder: Path, tmp_path: Path) -> None:
+    stock = load(folder, plain(load_in_4bit=True))
+    stock.save_pretrained(tmp_path)
     fourfold.enable()
-    with pytest.raises(ConfigurationError, match=r"model\.layers\.0\.mlp\.experts and 1 more"):
-        load(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "mlp.experts"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load(tmp_path)
+    fourfold.verify(model)
+    assert_same_tensors(model, load(folder, plain(load_in_4bit=True)))
+    skip_experts(tmp_path)
+    assert_same_tensors(load(tmp_path), stock)
     fourfold.verify(load(tmp_path))
     fourfold.disable()
     load(tmp_path)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_checkpoint_with_experts_quantized_one_by_one_is_taken_over(tmp_path: Path, double: bool) -> None:
+    config = tiny.qwen3_moe(moe_intermediate_size=64)
+    stored, _, _ = foreign_checkpoints.bitsandbytes(config, tmp_path, double=double)
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double}
+    dtype = {"bnb_4bit_compute_dtype": torch.bfloat16}
+    wanted = load(stored, fourfold.MoeBitsAndBytesConfig(**settings, **dtype))
+    fourfold.enable()
+    for given in (None, plain(**settings, **dtype)):
+        model = load(stored, given)
+        fourfold.verify(model)
+        assert_same_tensors(model, wanted)
+        assert torch.equal(logits(model), logits(wanted))
+    model.save_pretrained(tmp_path / "packed")
+    fourfold.disable()
+    assert_same_tensors(load(tmp_path / "packed"), wanted)
+
+
+def test_a_plain_8_bit_checkpoint_with_experts_is_refused_for_the_right_reason(
+    folder: Path, tmp_path: Path
+) -> None:
+    load(folder, plain(load_in_8bit=True)).save_pretrained(tmp_path)
+    fourfold.enable()
+    with pytest.raises(
+        ConfigurationError, match=r"model\.layers\.0\.mlp\.experts and 1 more.*high precision"
+    ):
+        load(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    scale = {"model.layers.0.mlp.experts.0.w1.SCB": torch.ones(96)}
+    save_file(tensors | scale, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match="one by one, which cannot be read"):
+        load(tmp_path)
+    save_file(tensors, file, metadata={"format": "pt"})
+    skip_experts(tmp_path)
+    fourfold.verify(load(tmp_path))
+
+
+def skip_experts(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = ["lm_head", "mlp.experts"]
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def future_by_parameter(stock):

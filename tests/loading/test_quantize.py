@@ -1,8 +1,12 @@
 """A packed checkpoint written without the model: what `save_pretrained` writes, in little memory, or not at
 all."""
 
+import contextlib
+import errno
+import fcntl
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,10 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import foreign_checkpoints
 import fourfold
 import tiny
 from fourfold.errors import CheckpointError, ConfigurationError, UnsupportedExpertsError
 from fourfold.loading import cpu_linears
+from fourfold.loading.quantize import _workplace as workplace
 from fourfold.loading.quantize import quantize_checkpoint
 from fourfold.loading.shards import parse_size
 
@@ -78,6 +84,45 @@ def test_writes_what_save_pretrained_writes(tmp_path: Path, kind: str, name: str
     before, after = model.state_dict(), again.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+FOREIGN = {
+    "mxfp4": lambda folder: foreign_checkpoints.mxfp4(folder),
+    "fp8": lambda folder: foreign_checkpoints.fp8(foreign_checkpoints.deepseek_v3(), folder),
+    "bitsandbytes v4": lambda folder: foreign_checkpoints.bitsandbytes(
+        tiny.qwen3_moe(moe_intermediate_size=64), folder, double=True
+    ),
+    "bitsandbytes v5": lambda folder: foreign_checkpoints.bitsandbytes(
+        tiny.qwen3_moe(moe_intermediate_size=64), folder, double=True, experts=False
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FOREIGN)
+def foreign(request, tmp_path_factory) -> Path:
+    return FOREIGN[request.param](tmp_path_factory.mktemp("foreign"))[0]
+
+
+@pytest.mark.usefixtures("widths_do_not_matter")
+@pytest.mark.parametrize("name", ["nf4", "linears alone", "some skipped"])
+def test_reads_the_formats_that_loading_reads(foreign: Path, tmp_path: Path, name: str) -> None:
+    settings = SETTINGS[name]
+    model = AutoModelForCausalLM.from_pretrained(foreign, quantization_config=Config(**settings))
+    model.save_pretrained(tmp_path / "saved")
+    written = quantize_checkpoint(foreign, tmp_path / "ours", Config(**settings), max_shard_size="30KB")
+    assert_same_checkpoint(tmp_path / "ours", tmp_path / "saved")
+    assert written.ignored_keys == []
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    before, after = model.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_other_keys_of_such_a_source_are_still_reported(tmp_path: Path) -> None:
+    source, _ = FOREIGN["fp8"](tmp_path)
+    damage(source, lambda t: t.update({"model.extra.weight": torch.ones(2)}))
+    written = quantize_checkpoint(source, tmp_path / "out", Config(**NF4))
+    assert written.ignored_keys == ["model.extra.weight"]
 
 
 def test_packs_on_a_cpu_what_it_could_not_compute(tmp_path: Path, monkeypatch) -> None:
@@ -161,7 +206,7 @@ def test_a_killed_run_leaves_nothing_that_loads_and_the_next_one_cleans_up(tmp_p
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not out.exists()
-    (left,) = (p for p in tmp_path.iterdir() if p.name not in ("model", "out"))
+    (left,) = (p for p in tmp_path.iterdir() if p.is_dir() and p.name not in ("model", "out"))
     assert any(left.iterdir())
     with pytest.raises(Exception, match=r"config\.json"):
         AutoModelForCausalLM.from_pretrained(left)
@@ -195,6 +240,136 @@ def test_two_runs_to_the_same_place(tmp_path: Path) -> None:
     quantize_checkpoint(tmp_path / "model", tmp_path / "out", Config(**NF4), progress=again)
     assert seen == ["refused"]
     fourfold.verify(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_ending_run_leaves_the_next_ones_folder_alone(tmp_path: Path, monkeypatch, fails: bool) -> None:
+    """The next run begins at the moment at which the lock is given back."""
+    out, close, busy = tmp_path / "out", os.close, []
+    following: list[Path] = []
+    runs = contextlib.ExitStack()
+
+    def close_and_begin(handle: int) -> None:
+        close(handle)
+        if busy or following:
+            return
+        busy.append(handle)
+        with contextlib.suppress(ConfigurationError):  # not that moment yet
+            following.append(runs.enter_context(workplace(out, tmp_path / "model", force=True)))
+            (following[0] / "part").write_text("of the next")
+        busy.clear()
+
+    with runs:
+        with (
+            contextlib.suppress(KeyboardInterrupt),
+            monkeypatch.context() as patch,
+            workplace(out, tmp_path / "model", force=False) as folder,
+        ):
+            (folder / "config.json").write_text("{}")
+            patch.setattr(os, "close", close_and_begin)
+            if fails:
+                raise KeyboardInterrupt
+        assert (following[0] / "part").read_text() == "of the next"
+        assert out.exists() != fails
+    assert [p.name for p in out.iterdir()] == ["part"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture
+def replaceable(tmp_path: Path) -> Path:
+    """What passes for a checkpoint that is to be replaced."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("old")
+    return tmp_path / "out"
+
+
+def write_new(out: Path) -> None:
+    with workplace(out, out.parent / "model", force=True) as folder:
+        (folder / "config.json").write_text("new")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("rename", [1, 2])
+def test_an_interrupted_replacement_leaves_the_old_or_the_new(
+    replaceable: Path, monkeypatch, error: type[BaseException], done: bool, rename: int
+) -> None:
+    original, count = Path.rename, 0
+
+    def interrupted(path: Path, target: Path) -> Path:
+        nonlocal count
+        count += 1
+        if count != rename:
+            return original(path, target)
+        if done:
+            original(path, target)
+        raise error
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(error):
+        write_new(replaceable)
+    assert (replaceable / "config.json").read_text() == ("new" if rename == 2 and done else "old")
+    assert [p.name for p in replaceable.parent.iterdir()] == ["out"]
+
+
+def test_what_a_run_killed_while_replacing_left(replaceable: Path) -> None:
+    old, folder = (replaceable.with_name(f".out.{name}") for name in ("replaced", "quantizing"))
+    folder.mkdir()
+    replaceable.rename(old)  # killed between the two renames: the next run finds what it must not destroy
+    with (
+        pytest.raises(ConfigurationError, match="exists"),
+        workplace(replaceable, replaceable.parent / "model", force=False),
+    ):
+        pytest.fail("begun")
+    assert (replaceable / "config.json").read_text() == "old"
+    assert [p.name for p in replaceable.parent.iterdir()] == ["out"]
+    old.mkdir()  # killed after the second
+    (old / "config.json").write_text("older")
+    write_new(replaceable)
+    assert (replaceable / "config.json").read_text() == "new"
+    assert [p.name for p in replaceable.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_symbolic_link_is_refused_before_any_work(tmp_path: Path, replaceable: Path, force: bool) -> None:
+    tiny.save(tiny.mixtral(), tmp_path / "model")
+    (tmp_path / "link").symlink_to(replaceable)
+    with pytest.raises(ConfigurationError, match="is a symbolic link"):
+        quantize_checkpoint(
+            tmp_path / "model", tmp_path / "link", Config(**NF4), force=force, progress=pytest.fail
+        )
+    assert (replaceable / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("code", [errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_goes_on_where_nothing_can_be_locked(replaceable: Path, monkeypatch, code: int) -> None:
+    def no_locks(handle: int, _operation: int) -> None:
+        assert fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with workplace(replaceable, replaceable.parent / "model", force=True) as folder:
+        (folder / "config.json").write_text("new")
+        with pytest.raises(ConfigurationError, match="no locks"):
+            write_new(replaceable)
+        assert (folder / "config.json").read_text() == "new"
+    assert (replaceable / "config.json").read_text() == "new"
+    assert [p.name for p in replaceable.parent.iterdir()] == ["out"]
+
+
+def test_a_lock_that_fails_is_an_error_and_leaves_nothing(replaceable: Path, monkeypatch) -> None:
+    handles: list[int] = []
+
+    def broken(handle: int, _operation: int) -> None:
+        handles.append(handle)
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(ConfigurationError, match="cannot be locked"):
+        write_new(replaceable)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(handles[0])
+    assert [p.name for p in replaceable.parent.iterdir()] == ["out"]
 
 
 def test_what_is_replaced_and_what_is_not(tmp_path: Path) -> None:

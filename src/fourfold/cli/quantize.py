@@ -13,7 +13,7 @@ from fourfold.cli.outcome import Outcome
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument("model", help="a folder, or a model's id on the hub, in high precision")
+    parser.add_argument("model", help="a folder, or a model's id on the hub")
     parser.add_argument("out", help="the folder to make")
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="4 (the default) or 8 (INT8)")
     parser.add_argument("--quant-type", choices=("nf4", "fp4"), help="of 4 bit (nf4)")

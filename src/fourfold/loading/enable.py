@@ -8,6 +8,7 @@ says ``fourfold``: as a plain bitsandbytes checkpoint its packed experts would b
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fourfold.errors import ConfigurationError
 from fourfold.experts import find_experts
 from fourfold.experts.layout import name_suffix
 from fourfold.loading.config import MoeBitsAndBytesConfig
+from fourfold.loading.headers import read_headers
 from fourfold.loading.quantizer import FourfoldQuantizer
 from fourfold.loading.register import register
 from fourfold.loading.skips import is_skipped
@@ -36,7 +38,9 @@ def enable() -> bool:
 
     Settings keep their meaning: Linears are quantized as before, experts in the same format. Unlike in
     `MoeBitsAndBytesConfig`, a ``bnb_4bit_compute_dtype`` left unset is fp32, since a plain configuration does
-    not tell whether it was set; set it to bf16 for speed. Calling it twice does nothing more.
+    not tell whether it was set; set it to bf16 for speed. Plain 4-bit checkpoints are read as well: experts
+    that are quantized one by one are taken over, those in high precision are packed. Calling it twice does
+    nothing more.
 
     Returns:
         Whether Fourfold serves plain configurations now. False where this transformers quantizes fused
@@ -72,15 +76,16 @@ def disable() -> None:
 
 
 def _serving(stock: Any) -> Any:
-    """What is called with a plain configuration: Fourfold's quantizer for models, stock's for checkpoints
-    that are quantized already.
+    """What is called with a plain configuration: Fourfold's quantizer, for models and for 4-bit checkpoints;
+    stock's for 8-bit checkpoints.
     """
 
     class Stock(stock):
-        """Stock's quantizer; refuses a checkpoint whose experts were left in high precision unasked."""
+        """Stock's quantizer; refuses an 8-bit checkpoint whose experts are not packed unasked."""
 
         def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
-            _refuse_unquantized_experts(model, self.quantization_config.llm_int8_skip_modules)
+            skipped, files = self.quantization_config.llm_int8_skip_modules, kwargs.get("checkpoint_files")
+            _refuse_experts_beside_8_bit(model, skipped, files)
             return super()._process_model_before_weight_loading(model, **kwargs)
 
     Stock.__name__ = Stock.__qualname__ = stock.__name__
@@ -88,7 +93,8 @@ def _serving(stock: Any) -> Any:
     class PlainConfigQuantizer(FourfoldQuantizer):
         def __new__(cls, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> Any:
             if kwargs.get("pre_quantized", True):
-                return Stock(quantization_config, **kwargs)
+                kind = _StoredPlainQuantizer if quantization_config.load_in_4bit else Stock
+                return kind(quantization_config, **kwargs)
             return super().__new__(cls)
 
         def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
@@ -97,16 +103,46 @@ def _serving(stock: Any) -> Any:
     return PlainConfigQuantizer
 
 
-def _refuse_unquantized_experts(model: PreTrainedModel, skipped: list[str] | None) -> None:
-    left = [found.name for found in find_experts(model) if not is_skipped(found.name, skipped)]
-    if left:
-        patterns = sorted({name_suffix(name) for name in left})
+class _StoredPlainQuantizer(FourfoldQuantizer):
+    """Reads plain 4-bit checkpoints: experts that lie there one by one are taken over as they are, experts
+    in high precision are packed, and a model without experts is stock's, as it was.
+    """
+
+    def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
+        stored = quantization_config.to_dict()
+        super().__init__(for_experts_too(quantization_config).reading(stored), **kwargs)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not _experts_to_pack(model, self.config.llm_int8_skip_modules):
+            self.config.read_from, self.pre_quantized = None, True
+            assert self.linears is not None
+            self.linears.pre_quantized = True
+        super()._process_model_before_weight_loading(model, **kwargs)
+
+
+def _experts_to_pack(model: PreTrainedModel, skipped: list[str] | None) -> list[str]:
+    return [found.name for found in find_experts(model) if not is_skipped(found.name, skipped)]
+
+
+def _refuse_experts_beside_8_bit(
+    model: PreTrainedModel, skipped: list[str] | None, files: list[str] | None
+) -> None:
+    left = _experts_to_pack(model, skipped)
+    if not left:
+        return
+    safetensors = [Path(file) for file in files or () if str(file).endswith(".safetensors")]
+    where = f"its experts ({left[0]} and {len(left) - 1} more)"
+    if any(".experts." in key and key.endswith(".SCB") for key in read_headers(safetensors)):
         raise ConfigurationError(
-            f"this checkpoint was quantized by plain bitsandbytes, which left its experts ({left[0]} and "
-            f"{len(left) - 1} more) in high precision. fourfold.enable() is on, so load the original "
-            f"checkpoint; or call fourfold.disable(), or add {patterns} to llm_int8_skip_modules in its "
-            "config.json to load it as it is"
+            f"this checkpoint was quantized by plain bitsandbytes in INT8, {where} one by one, which cannot "
+            "be read; load the model in high precision"
         )
+    patterns = sorted({name_suffix(name) for name in left})
+    raise ConfigurationError(
+        f"this checkpoint was quantized by plain bitsandbytes in INT8, which left {where} in high precision. "
+        "fourfold.enable() is on, so load the original checkpoint; or call fourfold.disable(), or add "
+        f"{patterns} to llm_int8_skip_modules in its config.json to load it as it is"
+    )
 
 
 def for_experts_too(plain: BitsAndBytesConfig) -> MoeBitsAndBytesConfig:

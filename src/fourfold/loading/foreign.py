@@ -256,6 +256,11 @@ class ForeignCheckpoint:
         self._ignored = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = {*(self._ignored or ()), *self._format.leftovers}
 
+    @property
+    def leftovers(self) -> tuple[str, ...]:
+        """Patterns of keys that are read beside the weights they belong to."""
+        return self._format.leftovers
+
     def conversions(self, conversions: list[Any]) -> list[Any]:
         """The model's converters, reading this format."""
         return self._format.conversions(conversions)

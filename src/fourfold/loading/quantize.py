@@ -1,4 +1,5 @@
-"""From a checkpoint in high precision to a packed one, without ever holding the model.
+"""From a checkpoint in high precision, or in a format that `loading.foreign` reads, to a packed one, without
+ever holding the model.
 
 The packed checkpoint is what `save_pretrained` of the loaded packed model writes: same keys, same bytes, same
 configuration. Weights come through `loading.stream` one parameter at a time and go to `loading.shards`; the
@@ -9,6 +10,7 @@ the wanted one, which is renamed when it is complete.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import time
@@ -23,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.headers import checkpoint_files, read_headers
+from fourfold.loading.patch import READABLE, stored_method
 from fourfold.loading.shards import ShardWriter, parse_size
 from fourfold.loading.skeleton import model_class, read_config
 from fourfold.loading.stream import Progress, stream_pretrained
@@ -51,6 +54,8 @@ COMPANION_FILES = (
     "LICENSE.txt",
     "NOTICE",
 )
+# What file systems without locks answer (NFS mounted without, and some of clusters).
+_NO_LOCKS = (errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # `save_pretrained` takes 50 GB, which would be the whole model in memory here.
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -100,7 +105,8 @@ def quantize_checkpoint(
     """Write the packed checkpoint of ``model`` to ``out``.
 
     Args:
-        model: local folder or hub id of a checkpoint in high precision (safetensors).
+        model: local folder or hub id of a checkpoint (safetensors) in high precision, in MXFP4 or block-FP8,
+            or with every expert in 4 bit by itself (bitsandbytes of transformers v4).
         out: the folder to make; nothing is there until all of it is.
         config: how to quantize.
         device: where to quantize; None is the GPU if there is one, as in `from_pretrained`.
@@ -109,7 +115,8 @@ def quantize_checkpoint(
         progress: is called with parameters done, their total, and the name of the next one.
 
     Raises:
-        CheckpointError: the source is no checkpoint, is damaged, lacks tensors, or is quantized already.
+        CheckpointError: the source is no checkpoint, is damaged, lacks tensors, or is quantized in a format
+            that is not read.
         ConfigurationError: ``out`` exists, or a setting is wrong.
         UnsupportedExpertsError: its experts cannot be packed and are not skipped on request.
     """
@@ -124,7 +131,7 @@ def quantize_checkpoint(
         read_headers(checkpoint_files(source))  # damaged files are found before anything is written
     cls = _concrete_class(model_config, model)
     arguments = {"device_map": {"": _usable(device)}} if device else {}
-    with _workplace(target, force) as folder:
+    with _workplace(target, source, force) as folder:
         writer = ShardWriter(folder, shard_size)
         built, ignored = stream_pretrained(
             cls,
@@ -178,9 +185,12 @@ def _usable(device: str) -> str:
 
 
 def _refuse_quantized(config: PretrainedConfig, model: str | Path) -> None:
+    """What `from_pretrained` reads with another configuration than the stored one is read here as well."""
     stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    if stored is None:
+        return
+    method = stored_method(stored if isinstance(stored, dict) else stored.to_dict())
+    if method not in READABLE:
         raise CheckpointError(
             f"{model} is quantized already ({method}); name the checkpoint in high precision it was made from"
         )
@@ -189,7 +199,9 @@ def _refuse_quantized(config: PretrainedConfig, model: str | Path) -> None:
 def _check_target(target: Path, source: Path, force: bool) -> None:
     if source.exists() and (target == source.absolute() or target.resolve() == source.resolve()):
         raise ConfigurationError(f"{target} is the model itself; name another folder to write to")
-    if not target.exists() and not target.is_symlink():
+    if target.is_symlink():
+        raise ConfigurationError(f"{target} is a symbolic link; name the folder that it stands for")
+    if not target.exists():
         return
     if not force:
         raise ConfigurationError(f"{target} exists; name another folder, or pass --force to replace it")
@@ -202,48 +214,95 @@ def _check_target(target: Path, source: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def _workplace(target: Path, force: bool) -> Iterator[Path]:
+def _workplace(target: Path, source: Path, force: bool) -> Iterator[Path]:
     """A folder beside ``target`` that takes its name when all is done, and is removed when anything fails.
 
-    What a killed run has left is removed first; another run that is still at it is an error. In the folder of
-    a killed run no file has a name that a loader looks for.
+    What a killed run has left is removed first; another run that is still at it is an error. Nothing loads
+    from the folder of a killed run, whatever it holds: config.json is written last of all.
     """
     folder = target.with_name(f".{target.name}.quantizing")
+    lock = target.with_name(f".{target.name}.quantizing.lock")
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = _claim(folder, target)
+    handle = _lock(lock, target)
     try:
-        yield folder
-        if force and target.exists():
-            old = target.with_name(f".{target.name}.replaced")
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            folder.rename(target)
-            shutil.rmtree(old)
-        else:
-            folder.rename(target)
+        if handle is not None:  # whoever made it is gone
+            shutil.rmtree(folder, ignore_errors=True)
+        _make(folder, target)
+        try:
+            _recover(target)
+            _check_target(target, source, force)
+            yield folder
+            _put_in_place(folder, target, force)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     finally:
-        os.close(lock)
-        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:  # last of all: from here on the names belong to the next run
+            lock.unlink(missing_ok=True)
+            os.close(handle)
 
 
-def _claim(folder: Path, target: Path) -> int:
-    """Make the folder anew and lock it; a process that ends, however it ends, unlocks it."""
+def _make(folder: Path, target: Path) -> None:
+    try:
+        folder.mkdir()
+    except FileExistsError:  # only where nothing can be locked
+        raise ConfigurationError(
+            f"{folder} exists, and there are no locks on this file system that would tell why: another run "
+            f"is writing {target} at this moment, or one was killed. If none is running, remove that folder"
+        ) from None
+
+
+def _lock(path: Path, target: Path) -> int | None:
+    """Make the file and lock it; a process that ends, however it ends, unlocks it.
+
+    Returns:
+        The open file, or None on a file system that has no locks.
+    """
     import fcntl
 
     while True:
-        folder.mkdir(exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(handle)
             raise ConfigurationError(f"another run is writing {target} at this moment") from None
-        mine = folder.is_dir() and os.path.samestat(os.fstat(handle), folder.stat())
-        if mine and not any(folder.iterdir()):
-            return handle
-        if mine:  # otherwise another run has removed it in between, and made its own
-            shutil.rmtree(folder)
-        os.close(handle)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            os.close(handle)
+            if error.errno in _NO_LOCKS:
+                return None
+            raise ConfigurationError(
+                f"{path} cannot be locked ({error.strerror}); write to a folder on another file system"
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        os.close(handle)  # the run before has ended in between, and taken its file away
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def _recover(target: Path) -> None:
+    """Finish what a run was killed at: the checkpoint that it was replacing comes back, or goes."""
+    old = _replaced(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_in_place(folder: Path, target: Path, force: bool) -> None:
+    """Give the finished folder its name; there is always a checkpoint at ``target`` if there was one."""
+    if not (force and target.exists()):
+        folder.rename(target)
+        return
+    try:
+        target.rename(_replaced(target))
+        folder.rename(target)
+    finally:
+        _recover(target)
 
 
 def _copy_companions(model: str | Path, folder: Path) -> list[str]:

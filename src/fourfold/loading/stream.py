@@ -163,6 +163,8 @@ class _Stream:
         renamings = [c for c in mapping if isinstance(c, WeightRenaming)]
         converters = [c for c in mapping if isinstance(c, WeightConverter)]
         state, prefix = self.model.state_dict(), self.model.base_model_prefix
+        foreign = self.quantizer.foreign  # scales are read beside their weights, by the format's converters
+        read_beside = [re.compile(pattern) for pattern in (foreign.leftovers if foreign else ())]
         groups: dict[str, list[str]] = defaultdict(list)
         ignored: list[str] = []
         for key in sorted(slices, key=dot_natural_key):
@@ -171,7 +173,7 @@ class _Stream:
                 name, _ = rename_source_key(key, [], [], prefix, state)
             if name in state:
                 groups[name].append(key)
-            else:
+            elif not any(pattern.search(key) for pattern in read_beside):
                 ignored.append(key)
         return dict(groups), ignored
 
