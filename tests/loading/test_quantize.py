@@ -12,8 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +24,7 @@ import fourfold
 import tiny
 from fourfold.errors import CheckpointError, ConfigurationError, UnsupportedExpertsError
 from fourfold.loading import cpu_linears
+from fourfold.loading.quantize import _copy_companions as copy_companions
 from fourfold.loading.quantize import _workplace as workplace
 from fourfold.loading.quantize import quantize_checkpoint
 from fourfold.loading.shards import parse_size
@@ -189,25 +192,35 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import fourfold
+from fourfold.loading import quantize
 from fourfold.loading.quantize import quantize_checkpoint
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 def die(done, total, name):
     if done == total // 2:
-        os.kill(os.getpid(), signal.SIGKILL)
+        kill()
+if sys.argv[3] == "all weights written":
+    quantize._save_configuration = lambda *_: kill()
+    die = None
 config = fourfold.MoeBitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 quantize_checkpoint(sys.argv[1], sys.argv[2], config, max_shard_size="20KB", progress=die)
 """
 
 
-def test_a_killed_run_leaves_nothing_that_loads_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["half-way", "all weights written"])
+def test_a_killed_run_leaves_nothing_that_loads_and_the_next_one_cleans_up(tmp_path: Path, when: str) -> None:
     tiny.save(tiny.mixtral(), tmp_path / "model")
     out = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(out)], capture_output=True, check=False
+        [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(out), when],
+        capture_output=True,
+        check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not out.exists()
     (left,) = (p for p in tmp_path.iterdir() if p.is_dir() and p.name not in ("model", "out"))
     assert any(left.iterdir())
+    assert any(left.glob("*.safetensors")) == (when == "all weights written")
     with pytest.raises(Exception, match=r"config\.json"):
         AutoModelForCausalLM.from_pretrained(left)
     quantize_checkpoint(tmp_path / "model", out, Config(**NF4))
@@ -401,6 +414,31 @@ def test_copies_known_files_and_no_code(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
         [*known, "additional_chat_templates", "config.json", "generation_config.json", "model.safetensors"]
     )
+
+
+def test_a_model_from_the_hub_brings_all_of_its_chat_templates(tmp_path: Path, monkeypatch) -> None:
+    repository = {
+        name: tmp_path / "hub" / name
+        for name in (
+            "tokenizer.json",
+            "additional_chat_templates/rag.jinja",
+            "additional_chat_templates/x.py",
+        )
+    }
+    for file in repository.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+
+    def download(_model: str, *, allow_patterns: list[str]) -> str:
+        for name in repository.keys() - set(filter_repo_objects(repository, allow_patterns=allow_patterns)):
+            repository[name].unlink()
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (tmp_path / "out").mkdir()
+    copied = copy_companions("somebody/model", tmp_path / "out")
+    assert copied == ["tokenizer.json", "additional_chat_templates/rag.jinja"]
+    assert not repository["additional_chat_templates/x.py"].exists()
 
 
 def drop(tensors: dict[str, torch.Tensor], pattern: str) -> None:

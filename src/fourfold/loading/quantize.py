@@ -54,6 +54,7 @@ COMPANION_FILES = (
     "LICENSE.txt",
     "NOTICE",
 )
+TEMPLATES = "additional_chat_templates"  # a folder of more of them
 # What file systems without locks answer (NFS mounted without, and some of clusters).
 _NO_LOCKS = (errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # `save_pretrained` takes 50 GB, which would be the whole model in memory here.
@@ -311,13 +312,14 @@ def _copy_companions(model: str | Path, folder: Path) -> list[str]:
     if not source.is_dir():
         from huggingface_hub import snapshot_download
 
-        source = Path(snapshot_download(str(model), allow_patterns=list(COMPANION_FILES)))
+        patterns = [*COMPANION_FILES, f"{TEMPLATES}/*.jinja"]
+        source = Path(snapshot_download(str(model), allow_patterns=patterns))
     copied = []
     for name in COMPANION_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
             copied.append(name)
-    templates = source / "additional_chat_templates"
+    templates = source / TEMPLATES
     for template in sorted(templates.glob("*.jinja")) if templates.is_dir() else ():
         (folder / templates.name).mkdir(exist_ok=True)
         shutil.copyfile(template, folder / templates.name / template.name)
