@@ -13,8 +13,7 @@ import fourfold
 import tiny
 from fourfold.adapters.peft_lora import add_lora, check_targets, load_adapter
 from fourfold.errors import AdapterError
-
-IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 8, 9, 7], [31, 41, 59, 26, 53, 58, 9, 79, 3]])
+from tiny import IDS, logits
 
 
 @pytest.fixture(params=tiny.KINDS)
@@ -39,12 +38,6 @@ def lora(model, **changes) -> LoraConfig:
         "init_lora_weights": False,
     }
     return LoraConfig(**(arguments | changes))
-
-
-def logits(model) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def gradients(model, checkpointing: bool = False) -> dict[str, torch.Tensor]:

@@ -7,41 +7,14 @@ import torch
 import transformers
 
 import fourfold
+import tiny
 
 pytestmark = pytest.mark.gpu
 IDS = torch.arange(1, 19).view(2, 9)
 
 
-def llama4() -> transformers.PretrainedConfig:
-    return transformers.Llama4TextConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        intermediate_size_mlp=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=4,
-        pad_token_id=0,
-    )
-
-
-def jetmoe() -> transformers.PretrainedConfig:
-    return transformers.JetMoeConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_key_value_heads=2,
-        kv_channels=16,
-        intermediate_size=128,
-        num_local_experts=4,
-        pad_token_id=0,
-    )
-
-
 @pytest.mark.parametrize("quant_type", ["nf4", "int8"])
-@pytest.mark.parametrize("make", [llama4, jetmoe])
+@pytest.mark.parametrize("make", [tiny.llama4, tiny.jetmoe])
 def test_output_and_gradient_are_those_of_the_same_numbers_unpacked(
     tmp_path: Path, make, quant_type: str
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 8, 9, 7], [31, 41, 59, 26, 53, 58, 9, 79, 3]])
 COMMON = {
     "vocab_size": 96,
     "num_hidden_layers": 2,
@@ -71,6 +72,48 @@ def dense(**changes: object) -> PretrainedConfig:
     return transformers.LlamaConfig(**(COMMON | {"hidden_size": 64, "intermediate_size": 128} | changes))
 
 
+def llama4(**changes: object) -> PretrainedConfig:
+    """Undecorated: dense batched products over in-by-out matrices."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "intermediate_size_mlp": 128,
+        "num_local_experts": 4,
+        "interleave_moe_layer_step": 1,
+        "architectures": ["Llama4ForCausalLM"],
+    }
+    return transformers.Llama4TextConfig(**(COMMON | sizes | changes))
+
+
+def jetmoe(**changes: object) -> PretrainedConfig:
+    """Undecorated: a module for each projection."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "kv_channels": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "architectures": ["JetMoeForCausalLM"],
+    }
+    common = {k: v for k, v in COMMON.items() if k not in ("head_dim", "num_attention_heads")}
+    return transformers.JetMoeConfig(**(common | sizes | changes))
+
+
+def dbrx(**changes: object) -> PretrainedConfig:
+    """Undecorated: flattened to two dimensions, read by the module around."""
+    sizes = {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 64,
+        "vocab_size": 96,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+        "architectures": ["DbrxForCausalLM"],
+    }
+    return transformers.DbrxConfig(**(sizes | changes))
+
+
 KINDS: dict[str, Callable[..., PretrainedConfig]] = {
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,
@@ -95,6 +138,27 @@ def save(config: PretrainedConfig, folder: Path, **arguments: object) -> PreTrai
     model = build(config)
     model.save_pretrained(folder, **arguments)
     return model
+
+
+def load(folder: Path, **settings: object) -> PreTrainedModel:
+    """Load with a `MoeBitsAndBytesConfig` of these settings; as stored without any."""
+    import fourfold
+
+    arguments = {"quantization_config": fourfold.MoeBitsAndBytesConfig(**settings)} if settings else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **arguments)
+
+
+def packed_folder(source: Path, folder: Path, **settings: object) -> Path:
+    """A packed checkpoint of the model in ``source``: NF4 experts unless told otherwise."""
+    load(source, **(settings or {"experts_quant_type": "nf4"})).save_pretrained(folder)
+    return folder
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """Of two rows of tokens, in evaluation mode."""
+    model.eval()
+    with torch.no_grad():
+        return model(IDS).logits
 
 
 def experts_of(model: PreTrainedModel) -> torch.nn.Module:

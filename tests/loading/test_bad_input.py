@@ -11,19 +11,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import fourfold
 import tiny
 from fourfold.errors import CheckpointError, ConfigurationError
+from tiny import load
 
 Config = fourfold.MoeBitsAndBytesConfig
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-
-
-def load(folder: Path, **settings):
-    arguments = {"quantization_config": Config(**settings)} if settings else {}
-    return AutoModelForCausalLM.from_pretrained(folder, **arguments)
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import fourfold
 import tiny
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.experts import PackedExperts, find_experts
+from tiny import load, logits
 
 Config = fourfold.MoeBitsAndBytesConfig
-IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 8, 9, 7]])
 KINDS = {
     "qwen3_moe": lambda: tiny.qwen3_moe(moe_intermediate_size=64),
     "mixtral": lambda: tiny.mixtral(intermediate_size=192),
@@ -28,15 +28,6 @@ FORMATS = {"nf4": ("nf4", False), "nf4 double": ("nf4", True), "fp4 double": ("f
 
 def settings_of(quant_type: str, double: bool) -> dict[str, object]:
     return {"load_in_4bit": True, "bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": double}
-
-
-def load(folder: Path, **settings):
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=Config(**settings))
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 @pytest.fixture(scope="module", params=KINDS)

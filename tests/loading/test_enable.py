@@ -20,9 +20,9 @@ import fourfold
 import tiny
 from fourfold.errors import ConfigurationError
 from fourfold.experts import PackedExperts
+from tiny import logits
 
 ENTRIES = ("bitsandbytes_4bit", "bitsandbytes_8bit")
-IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 8, 9, 7]])
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +42,6 @@ def folder(tmp_path_factory) -> Path:
 def load(folder: Path, config: BitsAndBytesConfig | None = None):
     arguments = {} if config is None else {"quantization_config": config}
     return AutoModelForCausalLM.from_pretrained(folder, **arguments)
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def assert_same_tensors(model, other) -> None:

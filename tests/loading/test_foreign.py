@@ -14,9 +14,9 @@ import fourfold
 import tiny
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.experts import PackedExperts, find_experts
+from tiny import load, logits
 
 Config = fourfold.MoeBitsAndBytesConfig
-IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 8, 9, 7]])
 KINDS = ["gpt_oss", "deepseek_v3", "qwen3_moe"]
 SETTINGS = {
     "experts alone": {"experts_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -36,16 +36,6 @@ def folders(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
         ),
         "qwen3_moe": foreign_checkpoints.fp8(qwen3, tmp_path_factory.mktemp("qwen3_moe")),
     }
-
-
-def load(folder: Path, **settings):
-    arguments = {"quantization_config": Config(**settings)} if settings else {}
-    return AutoModelForCausalLM.from_pretrained(folder, **arguments)
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def assert_same_state(one, other) -> None:

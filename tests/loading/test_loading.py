@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +16,9 @@ import tiny
 from fourfold.errors import CheckpointError, ConfigurationError, NoExpertsError, UnsupportedExpertsError
 from fourfold.experts import PackedExperts, find_experts
 from fourfold.formats import PackFormat
+from tiny import IDS, load, logits, packed_folder
 
 Config = fourfold.MoeBitsAndBytesConfig
-IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 8, 9, 7], [31, 41, 59, 26, 53, 58, 9, 79, 3]])
 SETTINGS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "nf4 double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -36,27 +34,11 @@ SETTINGS = {
 }
 
 
-def load(folder: Path, **settings):
-    arguments = {"quantization_config": Config(**settings)} if settings else {}
-    return AutoModelForCausalLM.from_pretrained(folder, **arguments)
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
-
-
 @pytest.fixture(scope="module", params=tiny.KINDS)
 def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     tiny.save(tiny.KINDS[request.param](), folder)
     return request.param, folder
-
-
-@pytest.fixture
-def mixtral(tmp_path) -> Path:
-    tiny.save(tiny.mixtral(), tmp_path / "model", max_shard_size="100KB")
-    return tmp_path / "model"
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "int8"])
@@ -271,46 +253,6 @@ def test_device_maps_count_packed_bytes(mixtral: Path) -> None:
     assert quantizer.param_element_size(model, "lm_head.weight", head) == head.element_size()
 
 
-@pytest.mark.parametrize("other", ["disk", "meta"])
-@pytest.mark.parametrize("packed_on_disk", [False, True])
-def test_offloaded_experts_are_refused_by_name(
-    mixtral: Path, tmp_path: Path, other: str, packed_on_disk: bool
-) -> None:
-    """`device_map="auto"` spills like this where memory is short."""
-    folder = packed_folder(mixtral, tmp_path / "packed") if packed_on_disk else mixtral
-    rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
-    here, away = ("cpu", "disk") if other == "disk" else ("meta", "cpu")
-    device_map = dict.fromkeys(rest, here) | {"model.layers.1": away}
-    settings = {} if packed_on_disk else {"quantization_config": Config(experts_quant_type="nf4")}
-    with pytest.raises(ConfigurationError, match=r"beside another device: .*layers\.1\.mlp\.experts"):
-        AutoModelForCausalLM.from_pretrained(
-            folder, device_map=device_map, offload_folder=tmp_path / "offload", **settings
-        )
-
-
-@pytest.mark.parametrize("leaf", ["input_layernorm.weight", "gate.weight", "embed_tokens.weight"])
-def test_any_number_that_is_none_is_refused_by_name(tmp_path: Path, leaf: str) -> None:
-    model = tiny.build(tiny.mixtral())
-    name = [n for n, _ in model.named_parameters() if n.endswith(leaf)][-1]
-    with torch.no_grad():
-        model.get_parameter(name).view(-1)[1] = float("-inf")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} hold NaN or infinite"):
-        load(tmp_path, experts_quant_type="nf4")
-
-
-@pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"load_in_8bit": True}])
-def test_scales_of_linears_that_are_no_numbers_are_refused(mixtral: Path, tmp_path: Path, settings) -> None:
-    folder = packed_folder(mixtral, tmp_path / "packed", **settings)
-    tensors = load_file(folder / "model.safetensors")
-    suffix = "weight.absmax" if "load_in_4bit" in settings else "SCB"
-    name = next(k for k in tensors if k.endswith(f"layers.1.self_attn.q_proj.{suffix}"))
-    tensors[name].view(-1)[0] = float("nan")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj.* hold NaN"):
-        load(folder)
-
-
 @pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
 def test_dequantize_where_no_linear_is_quantized(mixtral: Path, tmp_path: Path, bits: str) -> None:
     linears = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -383,81 +325,6 @@ def test_training_after_evaluation_still_reaches_lower_layers(mixtral: Path) -> 
 # -----------------------------------------------------------------------------------------
 
 
-def packed_folder(mixtral: Path, folder: Path, **settings) -> Path:
-    load(mixtral, **(settings or {"experts_quant_type": "nf4"})).save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("settings", [{"experts_quant_type": "nf4"}, {"experts_quant_type": "int8"}])
-def test_without_fourfold_a_packed_checkpoint_fails(mixtral: Path, tmp_path: Path, settings) -> None:
-    folder = packed_folder(mixtral, tmp_path / "packed", **settings)
-    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert re.search("size mismatch|mismatch|ignore_mismatched_sizes", done.stderr)
-
-
-@pytest.mark.parametrize("suffix", ["gate_up_proj_absmax", "down_proj"])
-def test_a_missing_packed_tensor_is_an_error_with_its_name(
-    mixtral: Path, tmp_path: Path, suffix: str
-) -> None:
-    folder = packed_folder(mixtral, tmp_path / "packed")
-    tensors = load_file(folder / "model.safetensors")
-    (gone,) = (k for k in tensors if re.search(rf"layers\.1\..*experts\.{suffix}$", k))
-    del tensors[gone]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"layers\.1\.mlp\.experts\.{suffix}[,\s]"):
-        load(folder)
-
-
-def test_scales_stored_in_another_dtype_are_refused(mixtral: Path, tmp_path: Path) -> None:
-    """The loader would cast them by value into int32: all zero."""
-    folder = packed_folder(mixtral, tmp_path / "packed")
-    tensors = load_file(folder / "model.safetensors")
-    name = next(k for k in tensors if re.search(r"layers\.1\..*experts\.down_proj_absmax$", k))
-    tensors[name] = tensors[name].view(torch.float32)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*down_proj_absmax is F32"):
-        load(folder)
-
-
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_scales_that_are_no_numbers_are_refused(mixtral: Path, tmp_path: Path, double_quant: bool) -> None:
-    settings = {"experts_quant_type": "nf4", "bnb_4bit_use_double_quant": double_quant}
-    folder = packed_folder(mixtral, tmp_path / "packed", **settings)
-    tensors = load_file(folder / "model.safetensors")
-    suffix = "absmax_offset" if double_quant else "absmax"
-    name = next(k for k in tensors if re.search(rf"layers\.1\..*experts\.down_proj_{suffix}$", k))
-    tensors[name].view(torch.float32).view(-1)[0] = float("nan")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"layers\.1\.mlp\.experts\.down_proj_{suffix} hold NaN"):
-        load(folder)
-
-
-def test_high_precision_experts_under_a_packed_configuration_are_refused(
-    mixtral: Path, tmp_path: Path
-) -> None:
-    folder = packed_folder(mixtral, tmp_path / "packed")
-    fourfold.dequantize(load(folder)).save_pretrained(tmp_path / "plain")
-    config = json.loads((folder / "config.json").read_text())
-    stored = load_file(tmp_path / "plain" / "model.safetensors")
-    fused = load(tmp_path / "plain").state_dict()
-    stored |= {k.replace("mlp", "block_sparse_moe"): v for k, v in fused.items() if "experts" in k}
-    save_file({k: v.contiguous() for k, v in stored.items()}, tmp_path / "plain" / "model.safetensors")
-    (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="stored in high precision"):
-        load(tmp_path / "plain")
-
-
-def test_a_missing_expert_is_an_error_with_its_name(mixtral: Path, tmp_path: Path) -> None:
-    tiny.save(tiny.mixtral(), tmp_path / "one")
-    tensors = load_file(tmp_path / "one" / "model.safetensors")
-    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
-    save_file(tensors, tmp_path / "one" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.gate_up_proj.*3 of 4"):
-        load(tmp_path / "one", experts_quant_type="nf4")
-
-
 def test_a_newer_format_is_refused(mixtral: Path, tmp_path: Path) -> None:
     folder = packed_folder(mixtral, tmp_path / "packed")
     config = json.loads((folder / "config.json").read_text())
@@ -492,17 +359,6 @@ def test_unknown_tensor_names_are_refused(mixtral: Path, tmp_path: Path) -> None
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="newer fourfold"):
         load(folder)
-
-
-@pytest.mark.parametrize("kind", tiny.KINDS)
-def test_not_finite_weights_are_refused_with_their_name(tmp_path: Path, kind: str) -> None:
-    model = tiny.build(tiny.KINDS[kind]())
-    name, experts = [(f.name, f.module) for f in find_experts(model)][-1]
-    with torch.no_grad():
-        experts.down_proj[3, 0, 0] = float("nan")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}\.down_proj: weights of expert\(s\) 3"):
-        load(tmp_path, experts_quant_type="nf4")
 
 
 @pytest.mark.parametrize(
@@ -540,37 +396,3 @@ def test_experts_that_cannot_be_packed_are_refused_before_weights_are_read(tmp_p
         build_skeleton(tmp_path, Config(load_in_4bit=True, llm_int8_skip_modules=patterns[:1]))
     build_skeleton(tmp_path, Config(load_in_4bit=True, llm_int8_skip_modules=patterns))
     build_skeleton(tmp_path, Config(load_in_4bit=True, experts_quant_type="none"))
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "fourfold.loading.headers",
-        "fourfold.loading.converters",
-        "fourfold.loading.enable",
-        "fourfold.planning.report",
-        "fourfold.adapters.wrapper",
-        "fourfold.adapters.patch",
-    ],
-)
-def test_modules_can_be_imported_first(module: str) -> None:
-    """Importing transformers calls back into this package, which must not need the module being imported."""
-    code = (
-        f"import {module}, transformers.modeling_utils; from transformers.quantizers import auto; "
-        "auto.AUTO_QUANTIZER_MAPPING['fourfold']"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_importing_fourfold_is_light() -> None:
-    code = (
-        "import sys, time; t = time.perf_counter(); import fourfold; t = time.perf_counter() - t;"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules and 'peft' not in "
-        "sys.modules;"
-        "print(t)"
-    )
-    done = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        for _ in range(3)
-    ]
-    assert min(float(d.stdout) for d in done) < 0.1

@@ -167,6 +167,21 @@ def test_only_a_want_of_inputs_keeps_a_model_from_being_run(
     assert row.cells["forward"] == cell
 
 
+@pytest.mark.parametrize("who", ["the unquantized model", "the packed model"])
+def test_a_run_in_bf16_that_is_left_out_is_said(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    run_on = tensors.run_on
+
+    def broken(model, inputs):
+        if (getattr(model, "hf_quantizer", None) is None) == (who == "the unquantized model"):
+            raise RuntimeError("not in bf16")
+        return run_on(model, inputs)
+
+    monkeypatch.setattr(tensors, "run_on", broken)
+    row = check_model_type("mixtral")
+    assert row is not None
+    assert row.cells["bf16"] == ("not run" if who == "the unquantized model" else "FAILED")
+
+
 def test_a_refusal_that_comes_with_the_weights_only_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "build_skeleton", lambda *_: None)
     row = check_model_type("doge")

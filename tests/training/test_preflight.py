@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import tiny
 from fourfold.errors import (
     AdapterError,
     ConfigurationError,
@@ -30,48 +31,6 @@ def write_model_config(folder: Path, tokenizer: Any, config: Any) -> Path:
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def undecorated(kind: str) -> Any:
-    """Tiny configurations of models whose experts keep their own forward; LoRA cannot train those."""
-    import transformers
-
-    if kind == "llama4":
-        return transformers.Llama4TextConfig(
-            vocab_size=32,
-            hidden_size=64,
-            intermediate_size=128,
-            intermediate_size_mlp=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            interleave_moe_layer_step=1,
-            pad_token_id=0,
-            architectures=["Llama4ForCausalLM"],
-        )
-    if kind == "dbrx":
-        return transformers.DbrxConfig(
-            d_model=64,
-            n_heads=4,
-            n_layers=2,
-            max_seq_len=64,
-            vocab_size=32,
-            attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
-            ffn_config={"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
-            architectures=["DbrxForCausalLM"],
-        )
-    return transformers.JetMoeConfig(
-        vocab_size=32,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_key_value_heads=2,
-        kv_channels=16,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        architectures=["JetMoeForCausalLM"],
-    )
 
 
 def spoil_json(path: Path, **changes: Any) -> None:
@@ -157,7 +116,7 @@ def test_bad_input_is_found_before_weights_are_read(
 def test_experts_that_lora_cannot_train_are_said_and_not_left_out(
     settings: Settings, tokenizer: Any, tmp_path: Path, kind: str
 ) -> None:
-    folder = write_model_config(tmp_path / kind, tokenizer, undecorated(kind))
+    folder = write_model_config(tmp_path / kind, tokenizer, getattr(tiny, kind)(vocab_size=32))
     with pytest.raises(ConfigurationError, match=r"lora_target_parameters: LoRA on experts") as caught:
         run(TrainConfig(**settings(base_model=str(folder))), quiet())
     assert caught.value.exit_status == 2

@@ -29,8 +29,7 @@ def refuse_merging() -> NoReturn:
     """The one answer to every way of merging."""
     raise AdapterError(
         "an adapter cannot be merged into packed weights: the sum would have to be quantized again. Load "
-        "the base in "
-        "high precision, or call `dequantize()` on it first, and merge there"
+        "the base in high precision, or call `dequantize()` on it first, and merge there"
     )
 
 
@@ -48,15 +47,13 @@ def refuse_what_would_be_ignored(config: Any, experts: PackedExperts) -> None:
     if isinstance(init, str) and init != "gaussian":
         raise AdapterError(
             f"init_lora_weights={init!r} starts from the base weight's numbers, which packed experts do not "
-            "offer; "
-            "use True, 'gaussian' or False, or leave the experts out of target_parameters"
+            "offer; use True, 'gaussian' or False, or leave the experts out of target_parameters"
         )
     for setting in ("layers_to_transform", "layers_pattern"):
         if getattr(config, setting, None):
             raise AdapterError(
                 f"{setting} would be ignored for target_parameters: LoRA would go on the experts of every "
-                "layer. "
-                "Name the layers in target_parameters, e.g. 'layers.0.mlp.experts.down_proj'"
+                "layer. Name the layers in target_parameters, e.g. 'layers.0.mlp.experts.down_proj'"
             )
     excluded = getattr(config, "exclude_modules", None) or []
     name = experts.fourfold_name
@@ -67,8 +64,7 @@ def refuse_what_would_be_ignored(config: Any, experts: PackedExperts) -> None:
     if hits:
         raise AdapterError(
             f"exclude_modules={hits[0]!r} names {name}, but would be ignored for target_parameters; leave "
-            "those experts "
-            "out of target_parameters"
+            "those experts out of target_parameters"
         )
 
 
@@ -87,8 +83,7 @@ class ParamWrapper(StockParamWrapper):
             names = ", ".join(p.name for p in self._experts().fourfold_layout.projections)
             raise AdapterError(
                 f"{self.parameter_name!r} is no projection of {type(self._experts()).__name__}; LoRA on "
-                "packed experts "
-                f"can target {names}"
+                f"packed experts can target {names}"
             )
         return projection
 

@@ -28,3 +28,12 @@ LINEARS_ONLY = (
     "llm_int8_enable_fp32_cpu_offload",
     "llm_int8_has_fp16_weight",
 )
+# What a plain BitsAndBytesConfig takes.
+PLAIN = (
+    "load_in_8bit",
+    "load_in_4bit",
+    "llm_int8_skip_modules",
+    "llm_int8_enable_fp32_cpu_offload",
+    *BNB_4BIT,
+    *BNB_8BIT,
+)

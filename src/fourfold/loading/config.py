@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig
 
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.formats import PackFormat
-from fourfold.loading.arguments import LINEARS_ONLY
+from fourfold.loading.arguments import LINEARS_ONLY, PLAIN
 from fourfold.version import __version__
 
 QUANT_METHOD = "fourfold"
@@ -78,8 +78,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         if bnb_4bit_quant_type is not None and stored is None and load_in_8bit:
             raise ConfigurationError(
                 f"bnb_4bit_quant_type={bnb_4bit_quant_type!r} has no meaning with load_in_8bit; set "
-                "load_in_4bit "
-                "instead, or experts_quant_type for 4-bit experts beside 8-bit Linears"
+                "load_in_4bit instead, or experts_quant_type for 4-bit experts beside 8-bit Linears"
             )
         super().__init__(
             load_in_8bit=load_in_8bit,
@@ -160,18 +159,10 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
 
     def linears_config(self, dtype: torch.dtype) -> BitsAndBytesConfig:
         """The plain configuration that Linears are quantized with; ``dtype`` is the model's."""
-        return BitsAndBytesConfig(
-            load_in_8bit=self.load_in_8bit,
-            load_in_4bit=self.load_in_4bit,
-            llm_int8_threshold=self.llm_int8_threshold,
-            llm_int8_skip_modules=self.llm_int8_skip_modules,
-            llm_int8_enable_fp32_cpu_offload=self.llm_int8_enable_fp32_cpu_offload,
-            llm_int8_has_fp16_weight=self.llm_int8_has_fp16_weight,
-            bnb_4bit_compute_dtype=self.bnb_4bit_compute_dtype if self.compute_dtype_is_set else dtype,
-            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
-            bnb_4bit_quant_storage=self.bnb_4bit_quant_storage,
-        )
+        settings = {name: getattr(self, name) for name in PLAIN}
+        if not self.compute_dtype_is_set:
+            settings["bnb_4bit_compute_dtype"] = dtype
+        return BitsAndBytesConfig(**settings)
 
     def to_dict(self) -> dict[str, Any]:
         """What is written into ``config.json``.

@@ -107,8 +107,7 @@ class PackingConverter(WeightConverter):
             if len(slices) != shape.experts:
                 raise CheckpointError(
                     f"{layer_name}: the checkpoint holds {len(slices)} of {shape.experts} tensors "
-                    f"`{pattern}`; "
-                    "files are missing, or the configuration names another number of experts"
+                    f"`{pattern}`; files are missing, or the configuration names another number of experts"
                 )
             sources.append(slices)
         count = len(sources)

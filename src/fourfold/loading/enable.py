@@ -20,6 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from fourfold.errors import ConfigurationError
 from fourfold.experts import find_experts
 from fourfold.experts.layout import name_suffix
+from fourfold.loading.arguments import BNB_4BIT, PLAIN
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.headers import read_headers
 from fourfold.loading.quantizer import FourfoldQuantizer
@@ -151,22 +152,9 @@ def for_experts_too(plain: BitsAndBytesConfig) -> MoeBitsAndBytesConfig:
     Raises:
         ConfigurationError: it asks for neither 4 nor 8 bit.
     """
-    in_4bit = {
-        "bnb_4bit_compute_dtype": plain.bnb_4bit_compute_dtype,
-        "bnb_4bit_quant_type": plain.bnb_4bit_quant_type,
-        "bnb_4bit_use_double_quant": plain.bnb_4bit_use_double_quant,
-        "bnb_4bit_quant_storage": plain.bnb_4bit_quant_storage,
-    }
-    return MoeBitsAndBytesConfig(
-        load_in_8bit=plain.load_in_8bit,
-        load_in_4bit=plain.load_in_4bit,
-        llm_int8_threshold=plain.llm_int8_threshold,
-        llm_int8_skip_modules=plain.llm_int8_skip_modules,
-        llm_int8_enable_fp32_cpu_offload=plain.llm_int8_enable_fp32_cpu_offload,
-        llm_int8_has_fp16_weight=plain.llm_int8_has_fp16_weight,
-        # With 8 bit they mean nothing in stock transformers, and programs set them all the same.
-        **(in_4bit if plain.load_in_4bit else {}),
-    )
+    # With 8 bit, those of 4 bit mean nothing in stock transformers, and programs set them all the same.
+    names = [name for name in PLAIN if plain.load_in_4bit or name not in BNB_4BIT]
+    return MoeBitsAndBytesConfig(**{name: getattr(plain, name) for name in names})
 
 
 @use_experts_implementation

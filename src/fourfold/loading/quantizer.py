@@ -164,8 +164,7 @@ class FourfoldQuantizer(HfQuantizer):
             patterns = list(dict.fromkeys(name_suffix(f.name) for f in refused))
             raise UnsupportedExpertsError(
                 f"{first.name} ({type(first.module).__name__}, and {len(refused) - 1} more) cannot be "
-                "packed: "
-                f"{first.reason}. To leave such experts in high precision on purpose, pass "
+                f"packed: {first.reason}. To leave such experts in high precision on purpose, pass "
                 f"llm_int8_skip_modules={patterns} or experts_quant_type='none'"
             )
 

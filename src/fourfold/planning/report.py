@@ -239,8 +239,7 @@ def verify(model: nn.Module) -> Report:
             f"{len(report.unquantized)} expert tensors of {type(model).__name__} are in high precision:\n  "
             f"{shown}\n"
             "Load the model with quantization_config=fourfold.MoeBitsAndBytesConfig(load_in_4bit=True, "
-            "...), or say "
-            "llm_int8_skip_modules / experts_quant_type='none' if that is on purpose",
+            "...), or say llm_int8_skip_modules / experts_quant_type='none' if that is on purpose",
             report.unquantized,
         )
     return report

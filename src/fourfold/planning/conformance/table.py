@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 
 from fourfold.errors import ConfigurationError
-from fourfold.planning.conformance.row import CHECKS, FAILED, NOT_APPLICABLE, OK, Row
+from fourfold.planning.conformance.row import CHECKS, FAILED, NOT_APPLICABLE, NOT_RUN, OK, Row
 
-_RANK = {OK: 3, "refused": 2, NOT_APPLICABLE: 1, FAILED: 0, "not built": 0}
+_RANK = {OK: 3, NOT_RUN: 2, "refused": 2, NOT_APPLICABLE: 1, FAILED: 0, "not built": 0}
 _COLUMNS = ("model type", "model", "experts", "noise NF4", "noise INT8", *CHECKS)
 _EXPLANATION = """\
 Written by `fourfold conformance`; do not edit. For every model type of transformers with routed experts, a
@@ -26,7 +26,8 @@ in INT8. A cell holds for both formats.
 - *controls*: experts rolled by one, scales of the neighbour, gate and up swapped: both comparisons see each.
 - *backward*: the gradient of the input equals that of the same numbers dequantized.
 - *forward*: the whole model runs on token ids, and bit-equal after reloading (`-`: it wants other inputs).
-- *bf16*: loaded in bf16 (NF4), the same holds of *packed*, *reload* and, where the model can, *forward*.
+- *bf16*: loaded in bf16 (NF4), the same holds of *packed*, *reload* and *forward* (`not run`: the
+  unquantized model does not run in bf16 either, or wants other inputs; the rest was checked).
 - *reload*: saved and loaded again, every tensor is bit-equal, in the same dtype.
 - *dequantize*: the model's own classes come back with exactly the packed numbers; *keys*: saved under the
   original keys, and loaded from there with the same values.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def check_same_state(first: nn.Module, second: nn.Module) -> None:
         raise ValueError(f"other values or dtypes: {', '.join(other[:5])}")
 
 
-def check_packed(packed: PreTrainedModel, model: PreTrainedModel, fmt: str, left: list[str] = []) -> None:  # noqa: B006
+def check_packed(packed: PreTrainedModel, model: PreTrainedModel, fmt: str, left: Sequence[str] = ()) -> None:
     """Every experts module is packed but those in ``left``, and nothing else was lost or changed.
 
     ``model`` holds what every unquantized tensor must equal, dtype included.
@@ -132,10 +133,16 @@ def _check_noise(name: str, ours: torch.Tensor, theirs: torch.Tensor, fmt: str) 
 
 def check_bf16(
     model: PreTrainedModel, inputs: dict[str, torch.Tensor] | None, skip: list[str], folder: Path
-) -> None:
-    """Loaded in bf16, NF4: dtypes as without quantization, the same after saving, and it runs."""
+) -> bool:
+    """Loaded in bf16, NF4: dtypes as without quantization, the same after saving, and it runs.
+
+    Returns:
+        Whether it was run: False where ``inputs`` is None, or the unquantized model does not run in bf16.
+    """
     cls: Any = type(model)
     plain = cls.from_pretrained(folder / "float", dtype=torch.bfloat16).eval()
+    if hasattr(model.config, "_experts_implementation"):  # not saved; stock's fast one refuses odd sizes
+        plain.config._experts_implementation = model.config._experts_implementation
     config = MoeBitsAndBytesConfig(**FORMATS["NF4"], llm_int8_skip_modules=skip)
     packed = cls.from_pretrained(folder / "float", quantization_config=config, dtype=torch.bfloat16).eval()
     check_packed(packed, plain, "NF4")
@@ -143,12 +150,13 @@ def check_bf16(
     again = cls.from_pretrained(folder / "bf16").eval()
     check_same_state(packed, again)
     if inputs is None:
-        return
+        return False
     floats = {n: t.bfloat16() if t.is_floating_point() else t for n, t in inputs.items()}
     try:
         expected = run_on(plain, floats)
-    except Exception:
-        return  # the model itself does not run in bf16 on this device
+    except Exception:  # stock's own: the model does not run in bf16 on this device
+        return False
     ours = run_on(packed, floats)
     if ours.dtype != expected.dtype or not ours.isfinite().all():
         raise ValueError(f"the packed model gives {ours.dtype} instead of {expected.dtype}, or is not finite")
+    return True
