@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from fourfold.errors import CheckpointError, ConfigurationError
@@ -85,44 +86,57 @@ def check_complete(model: PreTrainedModel, packed: Iterable[str]) -> None:
         )
 
 
-def _numbers(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every floating point number of a model: parameters, and scales wherever they are kept."""
-    for prefix, module in model.named_modules():
-        packed = isinstance(module, PackedExperts)
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            if parameter.is_meta:
-                continue
-            state: Any = getattr(parameter, "quant_state", None)
-            if parameter.is_floating_point() and state is None:  # (4-bit Linears may hold bytes as bf16)
-                yield name, parameter
-            elif packed and parameter.dtype == torch.int32:
-                yield name, parameter.view(torch.float32)
-            while state is not None:
-                yield f"{name}.absmax", state.absmax
-                state = state.state2 if getattr(state, "nested", False) else None
-            if isinstance(scales := getattr(parameter, "SCB", None), torch.Tensor):
-                yield f"{name}.SCB", scales
+def _numbers(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Floating point numbers of a module itself: parameters, saved buffers, scales wherever they are kept."""
+    packed = isinstance(module, PackedExperts)
+    for leaf, parameter in module.named_parameters(recurse=False):
+        name = prefix + leaf
+        if parameter.is_meta:
+            continue
+        state: Any = getattr(parameter, "quant_state", None)
+        if parameter.is_floating_point() and state is None:  # (4-bit Linears may hold bytes as bf16)
+            yield name, parameter
+        elif packed and parameter.dtype == torch.int32:
+            yield name, parameter.view(torch.float32)
+        while state is not None:
+            yield f"{name}.absmax", state.absmax
+            yield f"{name}.quant_map", state.code
+            nested = getattr(state, "nested", False)
+            if nested and isinstance(state.offset, torch.Tensor):
+                yield f"{name}.nested_offset", state.offset
+            state = state.state2 if nested else None
+        if isinstance(scales := getattr(parameter, "SCB", None), torch.Tensor):
+            yield f"{name}.SCB", scales
+    for leaf, buffer in module.named_buffers(recurse=False):
+        # Single numbers may be bounds, and infinite on purpose (gemma4's ranges of activations).
+        if leaf not in module._non_persistent_buffers_set and buffer.ndim and not buffer.is_meta:
+            yield prefix + leaf, buffer
 
 
 @torch.no_grad()
-def check_finite(model: PreTrainedModel) -> None:
+def check_finite(module: nn.Module, name: str = "", *, recurse: bool = True) -> None:
     """No NaN and no infinity anywhere; read once per device, at the end.
+
+    Args:
+        module: a loaded model, or a part of one.
+        name: of the part; empty for a model.
+        recurse: whether in the modules inside it as well.
 
     Raises:
         CheckpointError: naming the tensors.
     """
     names: dict[torch.device, list[str]] = {}
-    ranges: dict[torch.device, list[torch.Tensor]] = {}
-    for name, tensor in _numbers(model):
-        if tensor.is_floating_point() and tensor.numel():
-            low, high = torch.aminmax(tensor)  # NaN where a number is; no copy of the tensor is made
-            names.setdefault(tensor.device, []).append(name)
-            ranges.setdefault(tensor.device, []).append((low.float() - high.float()).view(1))
+    limits: dict[torch.device, list[torch.Tensor]] = {}
+    for path, part in module.named_modules(prefix=name) if recurse else [(name, module)]:
+        for key, tensor in _numbers(part, f"{path}." if path else ""):
+            if tensor.is_floating_point() and tensor.numel():
+                low_and_high = torch.stack(torch.aminmax(tensor))  # NaN where a number is; no copy is made
+                names.setdefault(tensor.device, []).append(key)
+                limits.setdefault(tensor.device, []).append(low_and_high.float())
     damaged = []
-    for device, differences in ranges.items():
-        fine = torch.isfinite(torch.cat(differences)).tolist()
-        damaged += [name for name, is_fine in zip(names[device], fine, strict=True) if not is_fine]
+    for device, found in limits.items():
+        fine = torch.isfinite(torch.stack(found)).all(dim=1).tolist()
+        damaged += [key for key, is_fine in zip(names[device], fine, strict=True) if not is_fine]
     if damaged:
         raise CheckpointError(
             f"{_shown(damaged)} hold NaN or infinite numbers; the checkpoint is damaged, get another copy"

@@ -30,6 +30,7 @@ from fourfold.experts import (
 )
 from fourfold.experts.layout import name_suffix
 from fourfold.formats import COMPANION_SUFFIXES
+from fourfold.formats.quantize import FP16_MAX
 from fourfold.loading.complete import check_complete, check_finite, refuse_offloading
 from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation, whole_names
@@ -217,11 +218,16 @@ class FourfoldQuantizer(HfQuantizer):
 
     def quantize_linear(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         assert self.linears is not None
+        eight = self.config.load_in_8bit
+        limit = FP16_MAX if eight else torch.finfo(torch.float32).max
         for name, value in input_dict.items():  # bitsandbytes makes some numbers of NaN, without a word
-            low, high = torch.aminmax(value[0] if isinstance(value, list) else value)
-            if not (torch.isfinite(low) & torch.isfinite(high)):
+            low, high = torch.stack(torch.aminmax(value[0] if isinstance(value, list) else value)).float()
+            if not ((low >= -limit) & (high <= limit)):
+                skip = f"use load_in_4bit, or llm_int8_skip_modules=[{name.rpartition('.')[0]!r}]"
                 self.failure = self.failure or CheckpointError(
-                    f"{name}: weights are NaN or infinite; the checkpoint is damaged, get another copy"
+                    f"{name}: weights are NaN or infinite"
+                    f"{' or beyond the range of fp16 that INT8 quantization goes through' if eight else ''}; "
+                    f"the checkpoint is damaged, {f'or {skip}' if eight else 'get another copy'}"
                 )
         return self.linears.get_quantize_ops().convert(input_dict, **kwargs)
 
