@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import foreign_checkpoints
 import fourfold
 import tiny
 from fourfold.errors import CheckpointError, ConfigurationError
@@ -202,6 +203,34 @@ def test_other_tensors_of_a_wrong_shape(model: Path, leaf: str, settings: dict, 
 def test_linears_that_lack_their_scales(packed: Path, suffix: str, caplog) -> None:
     change(packed, rf"layers\.1\.self_attn\.q_proj\.weight\.{suffix}$", lambda _: None)
     refused(lambda: load(packed), "layers.1.self_attn.q_proj.weight", caplog)
+
+
+@pytest.mark.parametrize("which", ["model", "packed"])
+@pytest.mark.parametrize("leaf", ["self_attn.k_proj", "input_layernorm", "gate"])
+def test_other_tensors_that_are_missing(request, which: str, leaf: str) -> None:
+    """transformers fills them with random numbers, and says so in a log that commands turn down."""
+    folder = request.getfixturevalue(which)
+    name = change(folder, rf"layers\.1\.(.*\.)?{re.escape(leaf)}\.weight$", lambda _: None)
+    said = re.escape(name).replace("block_sparse_moe", "mlp")
+    with pytest.raises(CheckpointError, match=rf"the checkpoint lacks {said}"):
+        load(folder, **(NF4 if which == "model" else {}))
+
+
+def test_a_packed_checkpoint_that_lacks_a_buffer(tmp_path: Path) -> None:
+    tiny.save(foreign_checkpoints.deepseek_v3(), tmp_path / "model")
+    packed = tiny.packed_folder(tmp_path / "model", tmp_path / "packed")
+    name = change(packed, r"gate\.e_score_correction_bias$", lambda _: None)
+    with pytest.raises(CheckpointError, match=rf"the checkpoint lacks {re.escape(name)}"):
+        load(packed)
+
+
+@pytest.mark.parametrize("which", ["model", "packed"])
+def test_another_class_may_add_a_head(request, which: str) -> None:
+    settings = {"quantization_config": Config(**NF4)} if which == "model" else {}
+    kind = transformers.AutoModelForSequenceClassification
+    loaded = kind.from_pretrained(request.getfixturevalue(which), num_labels=3, **settings)
+    fourfold.verify(loaded)
+    assert loaded.score.weight.isfinite().all()
 
 
 @pytest.mark.parametrize("settings", [NF4, {"load_in_8bit": True}])

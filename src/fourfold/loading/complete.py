@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,20 +71,55 @@ def check_complete(model: PreTrainedModel, packed: Iterable[str]) -> None:
                 leaf = projection.name + suffix
                 tensor = module._parameters[leaf]
                 assert tensor is not None
-                loaded = getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta
+                loaded = _is_loaded(tensor) and not tensor.is_meta
                 if not loaded or tensor.dtype != dtype or tuple(tensor.shape) != shape:
                     missing.append(f"{name}.{leaf}")
         biases = [p.bias for p in module.fourfold_layout.projections if p.bias is not None]
-        missing += [
-            f"{name}.{bias}"
-            for bias in biases
-            if not getattr(getattr(module, bias), "_is_hf_initialized", False)
-        ]
+        missing += [f"{name}.{bias}" for bias in biases if not _is_loaded(getattr(module, bias))]
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {_shown(missing)}, or holds them in another format than its config.json "
             "says; experts cannot be read without them. Save or download the checkpoint again"
         )
+
+
+def check_nothing_is_missing(model: PreTrainedModel, stored: Collection[str] | None = None) -> None:
+    """Every tensor must have come from the checkpoint, where that says it is of this very class.
+
+    transformers fills what is missing with random numbers and logs it; commands turn its log down. (Another
+    class may add a head, to be trained.)
+
+    Args:
+        model: loaded; or prepared, if ``stored`` is given.
+        stored: the model's own names of what the files hold; None asks the loaded tensors.
+
+    Raises:
+        CheckpointError: naming what is missing.
+    """
+    if type(model).__name__ not in (model.config.architectures or ()):
+        return
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {*ties, *ties.values()}  # either name will do
+    patterns = [
+        *(model._keys_to_ignore_on_load_missing or ()),
+        *map(re.escape, model._keys_to_ignore_on_save or ()),
+    ]
+    if stored is None:  # (old files may lack buffers, and their classes know what to put there)
+        absent = [n for n, p in model.named_parameters() if not (_is_loaded(p) or p.is_meta)]
+    else:
+        buffers = [n for n, _ in model.named_buffers() if n in model.state_dict()]
+        absent = [n for n in (*dict(model.named_parameters()), *buffers) if n not in stored]
+    missing = [n for n in absent if n not in tied and not any(re.search(p, n) for p in patterns)]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {_shown(missing)} of {type(model).__name__}; the files of another model "
+            "lie beside this configuration, or some are missing. Download or save it again"
+        )
+
+
+def _is_loaded(tensor: torch.Tensor) -> bool:
+    """The loader marks what it has read."""
+    return bool(getattr(tensor, "_is_hf_initialized", False))
 
 
 def _numbers(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -130,12 +166,12 @@ def check_finite(module: nn.Module, name: str = "", *, recurse: bool = True) -> 
     for path, part in module.named_modules(prefix=name) if recurse else [(name, module)]:
         for key, tensor in _numbers(part, f"{path}." if path else ""):
             if tensor.is_floating_point() and tensor.numel():
-                low_and_high = torch.stack(torch.aminmax(tensor))  # NaN where a number is; no copy is made
+                low, high = torch.aminmax(tensor)  # NaN where a number is; no copy of the tensor is made
                 names.setdefault(tensor.device, []).append(key)
-                limits.setdefault(tensor.device, []).append(low_and_high.float())
+                limits.setdefault(tensor.device, []).extend((low.float().view(1), high.float().view(1)))
     damaged = []
     for device, found in limits.items():
-        fine = torch.isfinite(torch.stack(found)).all(dim=1).tolist()
+        fine = torch.isfinite(torch.cat(found)).view(-1, 2).all(dim=1).tolist()
         damaged += [key for key, is_fine in zip(names[device], fine, strict=True) if not is_fine]
     if damaged:
         raise CheckpointError(
