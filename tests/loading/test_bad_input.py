@@ -158,6 +158,46 @@ def test_a_configuration_that_does_not_belong_to_the_files(packed: Path, changed
         load(packed)
 
 
+@pytest.mark.parametrize("linears", ["none", "3bit", "4bit"])
+def test_linears_in_int8_that_the_configuration_does_not_speak_of(
+    model: Path, tmp_path: Path, linears: str
+) -> None:
+    """Their shape is that of the weights, and 127 would be read as a number."""
+    packed = tiny.packed_folder(model, tmp_path / "packed", load_in_8bit=True)
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] |= {"linears": linears, "experts_quant_type": "int8"}
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"self_attn\..*weight is I8|linears='3bit'"):
+        load(packed)
+
+
+@pytest.mark.parametrize("settings", [NF4, {"load_in_8bit": True}])
+def test_linears_that_are_no_codes(model: Path, tmp_path: Path, settings: dict) -> None:
+    packed = tiny.packed_folder(model, tmp_path / "packed", **settings)
+    name = r"layers\.1\.self_attn\.k_proj\.weight"
+    change(packed, rf"{name}$", lambda t: torch.ones(32, 64))
+    if settings == NF4:
+        change(packed, rf"{name}\.absmax$", lambda _: None)
+    with pytest.raises(CheckpointError, match=rf"{name} is F32"):
+        load(packed)
+
+
+def test_int8_scales_of_a_wrong_shape(model: Path, tmp_path: Path) -> None:
+    packed = tiny.packed_folder(model, tmp_path / "packed", load_in_8bit=True)
+    change(packed, r"layers\.1\.self_attn\.k_proj\.SCB$", lambda t: t[:3])
+    with pytest.raises(CheckpointError, match=r"of .*k_proj\.weight are 3 in the checkpoint"):
+        load(packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("leaf", ["self_attn.k_proj", "experts.2.w3"])
+def test_codes_without_a_configuration_are_no_numbers(model: Path, leaf: str, dtype: torch.dtype) -> None:
+    name = change(model, rf"layers\.1\..*{re.escape(leaf)}\.weight$", lambda t: t.to(dtype))
+    for settings in (NF4, {"load_in_8bit": True}):
+        with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is (I8|F8_E4M3), where"):
+            load(model, **settings)
+
+
 @pytest.mark.parametrize("version", [2, 0, "1", None, 1.5])
 def test_unknown_format_versions(packed: Path, version) -> None:
     config = json.loads((packed / "config.json").read_text())
