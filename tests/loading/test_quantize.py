@@ -335,6 +335,46 @@ def test_other_wrong_sources(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 
+@pytest.mark.parametrize(
+    "index", [b'{"weight_map": {"a": 1}}', b'{"weight_map": {}}', b"\xff\xfe", b"[" * 100_000, b"null"]
+)
+def test_an_index_that_is_none(tmp_path: Path, index: bytes) -> None:
+    tiny.save(tiny.mixtral(), tmp_path / "model", max_shard_size="200KB")
+    (tmp_path / "model" / "model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(CheckpointError, match=r"index\.json is no index of a checkpoint"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", Config(**NF4))
+
+
+@pytest.mark.parametrize("stored", ["fp8", [], 4])
+def test_a_quantization_that_is_none(tmp_path: Path, stored: object) -> None:
+    tiny.save(tiny.mixtral(), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": stored}))
+    with pytest.raises(CheckpointError, match="cannot read the configuration"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", Config(**NF4))
+
+
+@pytest.mark.parametrize("name", [3, "AutoConfig", "MixtralConfig", "logging"])
+def test_an_architecture_that_is_no_model_is_passed_over(tmp_path: Path, name: object) -> None:
+    tiny.save(tiny.mixtral(), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": [name]}))
+    quantize_checkpoint(tmp_path / "model", tmp_path / "out", Config(**NF4))
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert stored["architectures"] == ["MixtralForCausalLM"]
+
+
+@pytest.mark.parametrize("out", ["file/out", "o" * 250])
+def test_where_nothing_can_be_written(tmp_path: Path, out: str) -> None:
+    tiny.save(tiny.mixtral(), tmp_path / "model")
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / out, Config(**NF4))
+    with pytest.raises(ConfigurationError, match="device 'meta' cannot be used"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", Config(**NF4), device="meta")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "model"]
+
+
 def test_the_class_when_the_configuration_does_not_name_it(tmp_path: Path) -> None:
     tiny.save(tiny.mixtral(), tmp_path / "model")
     file = tmp_path / "model" / "config.json"

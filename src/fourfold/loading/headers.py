@@ -52,7 +52,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; only safetensors are read")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError("weight_map holds no names of files")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no index of a checkpoint ({error!r})") from error
     for name in names:
         if Path(name).name != name:
