@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import foreign_checkpoints
 import fourfold
 import tiny
 from fourfold.errors import CheckpointError, ConfigurationError
@@ -157,6 +158,46 @@ def test_a_configuration_that_does_not_belong_to_the_files(packed: Path, changed
         load(packed)
 
 
+@pytest.mark.parametrize("linears", ["none", "3bit", "4bit"])
+def test_linears_in_int8_that_the_configuration_does_not_speak_of(
+    model: Path, tmp_path: Path, linears: str
+) -> None:
+    """Their shape is that of the weights, and 127 would be read as a number."""
+    packed = tiny.packed_folder(model, tmp_path / "packed", load_in_8bit=True)
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] |= {"linears": linears, "experts_quant_type": "int8"}
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"self_attn\..*weight is I8|linears='3bit'"):
+        load(packed)
+
+
+@pytest.mark.parametrize("settings", [NF4, {"load_in_8bit": True}])
+def test_linears_that_are_no_codes(model: Path, tmp_path: Path, settings: dict) -> None:
+    packed = tiny.packed_folder(model, tmp_path / "packed", **settings)
+    name = r"layers\.1\.self_attn\.k_proj\.weight"
+    change(packed, rf"{name}$", lambda t: torch.ones(32, 64))
+    if settings == NF4:
+        change(packed, rf"{name}\.absmax$", lambda _: None)
+    with pytest.raises(CheckpointError, match=rf"{name} is F32"):
+        load(packed)
+
+
+def test_int8_scales_of_a_wrong_shape(model: Path, tmp_path: Path) -> None:
+    packed = tiny.packed_folder(model, tmp_path / "packed", load_in_8bit=True)
+    change(packed, r"layers\.1\.self_attn\.k_proj\.SCB$", lambda t: t[:3])
+    with pytest.raises(CheckpointError, match=r"of .*k_proj\.weight are 3 in the checkpoint"):
+        load(packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("leaf", ["self_attn.k_proj", "experts.2.w3"])
+def test_codes_without_a_configuration_are_no_numbers(model: Path, leaf: str, dtype: torch.dtype) -> None:
+    name = change(model, rf"layers\.1\..*{re.escape(leaf)}\.weight$", lambda t: t.to(dtype))
+    for settings in (NF4, {"load_in_8bit": True}):
+        with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is (I8|F8_E4M3), where"):
+            load(model, **settings)
+
+
 @pytest.mark.parametrize("version", [2, 0, "1", None, 1.5])
 def test_unknown_format_versions(packed: Path, version) -> None:
     config = json.loads((packed / "config.json").read_text())
@@ -202,6 +243,34 @@ def test_other_tensors_of_a_wrong_shape(model: Path, leaf: str, settings: dict, 
 def test_linears_that_lack_their_scales(packed: Path, suffix: str, caplog) -> None:
     change(packed, rf"layers\.1\.self_attn\.q_proj\.weight\.{suffix}$", lambda _: None)
     refused(lambda: load(packed), "layers.1.self_attn.q_proj.weight", caplog)
+
+
+@pytest.mark.parametrize("which", ["model", "packed"])
+@pytest.mark.parametrize("leaf", ["self_attn.k_proj", "input_layernorm", "gate"])
+def test_other_tensors_that_are_missing(request, which: str, leaf: str) -> None:
+    """transformers fills them with random numbers, and says so in a log that commands turn down."""
+    folder = request.getfixturevalue(which)
+    name = change(folder, rf"layers\.1\.(.*\.)?{re.escape(leaf)}\.weight$", lambda _: None)
+    said = re.escape(name).replace("block_sparse_moe", "mlp")
+    with pytest.raises(CheckpointError, match=rf"the checkpoint lacks {said}"):
+        load(folder, **(NF4 if which == "model" else {}))
+
+
+def test_a_packed_checkpoint_that_lacks_a_buffer(tmp_path: Path) -> None:
+    tiny.save(foreign_checkpoints.deepseek_v3(), tmp_path / "model")
+    packed = tiny.packed_folder(tmp_path / "model", tmp_path / "packed")
+    name = change(packed, r"gate\.e_score_correction_bias$", lambda _: None)
+    with pytest.raises(CheckpointError, match=rf"the checkpoint lacks {re.escape(name)}"):
+        load(packed)
+
+
+@pytest.mark.parametrize("which", ["model", "packed"])
+def test_another_class_may_add_a_head(request, which: str) -> None:
+    settings = {"quantization_config": Config(**NF4)} if which == "model" else {}
+    kind = transformers.AutoModelForSequenceClassification
+    loaded = kind.from_pretrained(request.getfixturevalue(which), num_labels=3, **settings)
+    fourfold.verify(loaded)
+    assert loaded.score.weight.isfinite().all()
 
 
 @pytest.mark.parametrize("settings", [NF4, {"load_in_8bit": True}])

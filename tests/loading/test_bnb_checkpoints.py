@@ -142,6 +142,7 @@ def good(tmp_path_factory) -> Path:
 
 
 E = "model.layers.1.mlp.experts.2.up_proj.weight"
+LINEAR = "model.layers.1.self_attn.q_proj.weight"
 
 
 def damaged(folder: Path, out: Path, change) -> Path:
@@ -187,6 +188,12 @@ S = f"{E}.quant_state.bitsandbytes__nf4"
         (put(f"{E}.nested_absmax", torch.zeros(1).bfloat16()), rf"{E}\.nested_absmax is BF16"),
         (put(E, torch.zeros(12, 1, dtype=torch.uint8)), rf"{E} is U8 \[12, 1\]"),
         (put(f"{E}.quant_map", torch.linspace(-1, 1, 16)), rf"{E}\.quant_map is not the code map"),
+        (put(f"{LINEAR}.quant_map", torch.linspace(-1, 1, 16)), rf"{LINEAR}\.quant_map is not the code map"),
+        (
+            put(f"{LINEAR}.nested_quant_map", torch.linspace(-1, 1, 256)),
+            rf"{LINEAR}\.nested_quant_map is not",
+        ),
+        (put(S, packed_json(**STATE | {"shape": [float("inf"), 1]})), rf"{E}.*is no state of a 4-bit weight"),
         (put(S, torch.tensor([128, 4, 149], dtype=torch.uint8)), rf"{E}.*is no state of a 4-bit weight"),
         (put(S, packed_json(quant_type="nf4")), rf"{E}.*is no state of a 4-bit weight"),
         (put(S, packed_json(**STATE)), rf"{E}.*nested_offset"),

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import foreign_checkpoints
 import fourfold
 import tiny
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.experts import find_experts
+from fourfold.loading.complete import check_finite
 from tiny import load, packed_folder
 
 Config = fourfold.MoeBitsAndBytesConfig
@@ -44,6 +46,38 @@ def test_any_number_that_is_none_is_refused_by_name(tmp_path: Path, leaf: str) -
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=rf"{re.escape(name)} hold NaN or infinite"):
         load(tmp_path, experts_quant_type="nf4")
+
+
+def test_buffers_that_are_saved_are_numbers_too(tmp_path: Path) -> None:
+    """Routers keep what they add to an expert's score in one."""
+    model = tiny.build(foreign_checkpoints.deepseek_v3())
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert name in dict(model.named_buffers())
+    model.get_buffer(name)[2] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} hold NaN"):
+        load(tmp_path, experts_quant_type="nf4")
+
+
+def test_single_numbers_may_be_infinite_bounds() -> None:
+    module = torch.nn.Module()
+    module.register_buffer("highest", torch.tensor(float("inf")))
+    check_finite(module)
+
+
+@pytest.mark.parametrize("which", ["nested_offset", "quant_map"])
+def test_what_else_linears_are_decoded_with_is_a_number(mixtral: Path, tmp_path: Path, which: str) -> None:
+    folder = packed_folder(mixtral, tmp_path / "packed", load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(k for k in tensors if re.search(r"layers\.1\.self_attn\.q_proj\.weight\.quant_state", k))
+    if which == "quant_map":
+        tensors[f"{name.partition('.quant_state')[0]}.quant_map"][3] = float("nan")
+    else:
+        state = json.loads(bytes(tensors[name].tolist())) | {"nested_offset": float("nan")}
+        tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"layers\.1\.self_attn\.q_proj\.weight\.{which} hold NaN"):
+        load(folder)
 
 
 @pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"load_in_8bit": True}])

@@ -173,6 +173,30 @@ def test_wrong_shapes_are_errors_that_name_the_key(folders, tmp_path, kind, chan
         load(folder, experts_quant_type="nf4")
 
 
+@pytest.mark.parametrize("suffix", ["_blocks", "_scales"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e8m0fnu, torch.bfloat16])
+def test_mxfp4_under_another_dtype_is_refused(
+    folders, tmp_path: Path, suffix: str, dtype: torch.dtype
+) -> None:
+    """An exponent that is called a number would be read by its value."""
+    key = f"{E}.down_proj{suffix}"
+
+    def change(tensors) -> None:
+        tensors[key] = tensors[key].to(dtype) if dtype.itemsize > 1 else tensors[key].view(dtype)
+
+    folder = damaged(folders["gpt_oss"][0], tmp_path / "damaged", change)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(key)} is (I8|F8_E8M0|BF16), where"):
+        load(folder, experts_quant_type="nf4")
+
+
+@pytest.mark.parametrize("block", [[128], [0, 128], [-128, 128], [128, 128, 1], [1.5, 2], 128, "x", {}])
+def test_tiles_that_are_none_are_refused(folders, tmp_path: Path, block: object) -> None:
+    folder = damaged(folders["qwen3_moe"][0], tmp_path / "damaged", lambda tensors: None)
+    with_settings(folder, weight_block_size=block)
+    with pytest.raises(ConfigurationError, match="weight_block_size="):
+        load(folder, experts_quant_type="nf4")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"), [("rows", r"experts of shape \(32, 96\)"), ("experts", "holds 3 experts")]
 )

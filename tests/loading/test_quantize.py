@@ -249,6 +249,17 @@ def damage(folder: Path, change) -> None:
             lambda t: t["model.layers.1.block_sparse_moe.experts.2.w2.weight"].fill_(float("nan")),
             r"layers\.1\.mlp\.experts\.down_proj: weights of expert\(s\) 2",
         ),
+        *[
+            (
+                lambda t, name=name: t[name].view(-1)[3:4].fill_(float("inf")),
+                rf"{name.replace('block_sparse_moe', 'mlp')} hold NaN or infinite",
+            )
+            for name in (
+                "model.embed_tokens.weight",
+                "model.layers.1.post_attention_layernorm.weight",
+                "model.layers.1.block_sparse_moe.gate.weight",
+            )
+        ],
     ],
 )
 def test_a_damaged_source_is_an_error_with_the_tensors_name(tmp_path: Path, change, said: str) -> None:
@@ -257,6 +268,46 @@ def test_a_damaged_source_is_an_error_with_the_tensors_name(tmp_path: Path, chan
     with pytest.raises(CheckpointError, match=said):
         quantize_checkpoint(tmp_path / "model", tmp_path / "out", Config(**NF4))
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "said"),
+    [
+        ("fp8", "model.norm.weight", r"model\.norm\.weight hold NaN"),
+        ("fp8", "model.layers.1.mlp.gate.e_score_correction_bias", "e_score_correction_bias hold NaN"),
+        (
+            "bitsandbytes v4",
+            "model.layers.1.mlp.experts.2.up_proj.weight.nested_absmax",
+            "gate_up_proj_absmax_scale hold NaN",
+        ),
+        (
+            "bitsandbytes v4",
+            "model.layers.1.self_attn.k_proj.weight.nested_absmax",
+            r"k_proj\.weight\.absmax hold NaN",
+        ),
+    ],
+)
+def test_numbers_that_are_none_in_the_formats_that_loading_reads(
+    tmp_path: Path, name: str, key: str, said: str
+) -> None:
+    (tmp_path / "made").mkdir()
+    source, _ = FOREIGN[name](tmp_path / "made")[:2]
+    damage(source, lambda t: t[key].view(-1)[:1].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=said):
+        quantize_checkpoint(source, tmp_path / "out", Config(**NF4))
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
+def test_linears_beyond_what_int8_holds_are_refused_by_name(tmp_path: Path) -> None:
+    tiny.save(tiny.mixtral(), tmp_path / "model")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    damage(tmp_path / "model", lambda t: t[name].view(-1)[:1].fill_(1e5))
+    said = rf"{name}: .*beyond the range of fp16.*skip_modules=\['model\.layers\.1\.self_attn\.q_proj'\]"
+    with pytest.raises(CheckpointError, match=said):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", Config(load_in_8bit=True))
+    with pytest.raises(CheckpointError, match=said):
+        tiny.load(tmp_path / "model", load_in_8bit=True)
+    quantize_checkpoint(tmp_path / "model", tmp_path / "out", Config(**NF4))
 
 
 def test_other_wrong_sources(tmp_path: Path) -> None:
@@ -282,6 +333,46 @@ def test_other_wrong_sources(tmp_path: Path) -> None:
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../out/model.safetensors"}}')
     refused("outside its folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize(
+    "index", [b'{"weight_map": {"a": 1}}', b'{"weight_map": {}}', b"\xff\xfe", b"[" * 100_000, b"null"]
+)
+def test_an_index_that_is_none(tmp_path: Path, index: bytes) -> None:
+    tiny.save(tiny.mixtral(), tmp_path / "model", max_shard_size="200KB")
+    (tmp_path / "model" / "model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(CheckpointError, match=r"index\.json is no index of a checkpoint"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", Config(**NF4))
+
+
+@pytest.mark.parametrize("stored", ["fp8", [], 4])
+def test_a_quantization_that_is_none(tmp_path: Path, stored: object) -> None:
+    tiny.save(tiny.mixtral(), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": stored}))
+    with pytest.raises(CheckpointError, match="cannot read the configuration"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", Config(**NF4))
+
+
+@pytest.mark.parametrize("name", [3, "AutoConfig", "MixtralConfig", "logging"])
+def test_an_architecture_that_is_no_model_is_passed_over(tmp_path: Path, name: object) -> None:
+    tiny.save(tiny.mixtral(), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": [name]}))
+    quantize_checkpoint(tmp_path / "model", tmp_path / "out", Config(**NF4))
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert stored["architectures"] == ["MixtralForCausalLM"]
+
+
+@pytest.mark.parametrize("out", ["file/out", "o" * 250])
+def test_where_nothing_can_be_written(tmp_path: Path, out: str) -> None:
+    tiny.save(tiny.mixtral(), tmp_path / "model")
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ConfigurationError, match="cannot be written"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / out, Config(**NF4))
+    with pytest.raises(ConfigurationError, match="device 'meta' cannot be used"):
+        quantize_checkpoint(tmp_path / "model", tmp_path / "out", Config(**NF4), device="meta")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "model"]
 
 
 def test_the_class_when_the_configuration_does_not_name_it(tmp_path: Path) -> None:

@@ -53,6 +53,16 @@ def test_any_tensor_that_is_not_the_float_models_is_seen(loaded, change) -> None
         tensors.check_packed(packed, model, fmt)
 
 
+def test_weights_lie_where_torch_puts_them_before_outputs_are_compared() -> None:
+    linear = nn.Linear(64, 64)
+    before = linear.weight.detach().clone()
+    linear.weight.data = torch.empty(64 * 64 + 1)[1:].view(64, 64).copy_(before)  # as in a mapped file
+    assert linear.weight.data_ptr() % 64
+    modules.align_(linear)
+    assert linear.weight.data_ptr() % 64 == 0
+    assert torch.equal(linear.weight, before)
+
+
 def test_a_stack_in_high_precision_needs_a_reason(loaded) -> None:
     packed, model, fmt = loaded
 

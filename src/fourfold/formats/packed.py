@@ -69,7 +69,7 @@ class PackFormat:
                 f"unknown quantization type {self.quant_type!r} for experts; valid are "
                 f"{', '.join(QUANT_TYPES)}"
             )
-        if self.blocksize not in BLOCKSIZES:
+        if not isinstance(self.blocksize, int) or self.blocksize not in BLOCKSIZES:
             raise ConfigurationError(
                 f"experts_blocksize={self.blocksize!r} is not one of bitsandbytes' block sizes: "
                 f"{', '.join(map(str, BLOCKSIZES))}"

@@ -112,7 +112,7 @@ class PerExpertBitsAndBytes:
             offset = float(found["nested_offset"]) if nested else None
             fmt = PackFormat(found["quant_type"], int(found["blocksize"]), nested)
             group = int(found["nested_blocksize"]) if nested else ABSMAX_GROUP
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise CheckpointError(f"{where}: {name} is no state of a 4-bit weight ({error!r})") from error
         if fmt.quant_type != quant_type or fmt.quant_type not in TYPES or group != ABSMAX_GROUP:
             raise CheckpointError(f"{where}: {name} says {fmt} in groups of {group}, which cannot be read")
@@ -208,17 +208,9 @@ class PerExpertBitsAndBytes:
         Raises:
             CheckpointError: its code maps are not those of its format.
         """
+        self._check_code_maps(key)
         state = self.states[key]
         nested = state.fmt.double_quant
-        maps = {".quant_map": four_bit_codes(state.fmt.quant_type, _CPU)}
-        if nested:
-            maps[".nested_quant_map"] = absmax_codes(_CPU)
-        for suffix, table in maps.items():
-            if not torch.equal(self.stored.read(key + suffix, _CPU), table):
-                raise CheckpointError(
-                    f"{self.stored.headers[key].file}: {key}{suffix} is not the code map of {state.fmt}; "
-                    "such a weight cannot be read"
-                )
         absmax = self.stored.read(key + ".absmax", _CPU).flatten()
         found = {"": self.stored.read(key, _CPU).contiguous().view(torch.uint8).flatten()}
         if not nested:
@@ -230,6 +222,18 @@ class PerExpertBitsAndBytes:
             "_absmax_scale": scale.view(torch.int32),
             "_absmax_offset": offset.view(torch.int32),
         }
+
+    def _check_code_maps(self, key: str) -> None:
+        fmt = self.states[key].fmt
+        maps = {".quant_map": four_bit_codes(fmt.quant_type, _CPU)}
+        if fmt.double_quant:
+            maps[".nested_quant_map"] = absmax_codes(_CPU)
+        for suffix, table in maps.items():
+            if not torch.equal(self.stored.read(key + suffix, _CPU).flatten(), table):
+                raise CheckpointError(
+                    f"{self.stored.headers[key].file}: {key}{suffix} is not the code map of {fmt}; such a "
+                    "weight cannot be read"
+                )
 
     def _experts(
         self, name: str, keys: list[list[str | None]], module: PackedExperts, projection: Projection
@@ -299,6 +303,7 @@ class PerExpertBitsAndBytes:
                 f"bnb_4bit_quant_type={state.fmt.quant_type!r}, "
                 f"bnb_4bit_use_double_quant={state.fmt.double_quant}"
             )
+        self._check_code_maps(key)  # bitsandbytes decodes with whatever is stored
         suffixes = [".absmax", ".quant_map", f"{STATE}{state.fmt.quant_type}"]
         suffixes += [".nested_absmax", ".nested_quant_map"] * state.fmt.double_quant
         made = bnb.nn.Params4bit.from_prequantized(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from fourfold.errors import CheckpointError, ConfigurationError
@@ -69,15 +71,11 @@ def check_complete(model: PreTrainedModel, packed: Iterable[str]) -> None:
                 leaf = projection.name + suffix
                 tensor = module._parameters[leaf]
                 assert tensor is not None
-                loaded = getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta
+                loaded = _is_loaded(tensor) and not tensor.is_meta
                 if not loaded or tensor.dtype != dtype or tuple(tensor.shape) != shape:
                     missing.append(f"{name}.{leaf}")
         biases = [p.bias for p in module.fourfold_layout.projections if p.bias is not None]
-        missing += [
-            f"{name}.{bias}"
-            for bias in biases
-            if not getattr(getattr(module, bias), "_is_hf_initialized", False)
-        ]
+        missing += [f"{name}.{bias}" for bias in biases if not _is_loaded(getattr(module, bias))]
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks {_shown(missing)}, or holds them in another format than its config.json "
@@ -85,44 +83,96 @@ def check_complete(model: PreTrainedModel, packed: Iterable[str]) -> None:
         )
 
 
-def _numbers(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every floating point number of a model: parameters, and scales wherever they are kept."""
-    for prefix, module in model.named_modules():
-        packed = isinstance(module, PackedExperts)
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            if parameter.is_meta:
-                continue
-            state: Any = getattr(parameter, "quant_state", None)
-            if parameter.is_floating_point() and state is None:  # (4-bit Linears may hold bytes as bf16)
-                yield name, parameter
-            elif packed and parameter.dtype == torch.int32:
-                yield name, parameter.view(torch.float32)
-            while state is not None:
-                yield f"{name}.absmax", state.absmax
-                state = state.state2 if getattr(state, "nested", False) else None
-            if isinstance(scales := getattr(parameter, "SCB", None), torch.Tensor):
-                yield f"{name}.SCB", scales
+def check_nothing_is_missing(model: PreTrainedModel, stored: Collection[str] | None = None) -> None:
+    """Every tensor must have come from the checkpoint, where that says it is of this very class.
+
+    transformers fills what is missing with random numbers and logs it; commands turn its log down. (Another
+    class may add a head, to be trained.)
+
+    Args:
+        model: loaded; or prepared, if ``stored`` is given.
+        stored: the model's own names of what the files hold; None asks the loaded tensors.
+
+    Raises:
+        CheckpointError: naming what is missing.
+    """
+    if type(model).__name__ not in (model.config.architectures or ()):
+        return
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {*ties, *ties.values()}  # either name will do
+    patterns = [
+        *(model._keys_to_ignore_on_load_missing or ()),
+        *map(re.escape, model._keys_to_ignore_on_save or ()),
+    ]
+    if stored is None:  # (old files may lack buffers, and their classes know what to put there)
+        absent = [n for n, p in model.named_parameters() if not (_is_loaded(p) or p.is_meta)]
+    else:
+        buffers = [n for n, _ in model.named_buffers() if n in model.state_dict()]
+        absent = [n for n in (*dict(model.named_parameters()), *buffers) if n not in stored]
+    missing = [n for n in absent if n not in tied and not any(re.search(p, n) for p in patterns)]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {_shown(missing)} of {type(model).__name__}; the files of another model "
+            "lie beside this configuration, or some are missing. Download or save it again"
+        )
+
+
+def _is_loaded(tensor: torch.Tensor) -> bool:
+    """The loader marks what it has read."""
+    return bool(getattr(tensor, "_is_hf_initialized", False))
+
+
+def _numbers(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Floating point numbers of a module itself: parameters, saved buffers, scales wherever they are kept."""
+    packed = isinstance(module, PackedExperts)
+    for leaf, parameter in module.named_parameters(recurse=False):
+        name = prefix + leaf
+        if parameter.is_meta:
+            continue
+        state: Any = getattr(parameter, "quant_state", None)
+        if parameter.is_floating_point() and state is None:  # (4-bit Linears may hold bytes as bf16)
+            yield name, parameter
+        elif packed and parameter.dtype == torch.int32:
+            yield name, parameter.view(torch.float32)
+        while state is not None:
+            yield f"{name}.absmax", state.absmax
+            yield f"{name}.quant_map", state.code
+            nested = getattr(state, "nested", False)
+            if nested and isinstance(state.offset, torch.Tensor):
+                yield f"{name}.nested_offset", state.offset
+            state = state.state2 if nested else None
+        if isinstance(scales := getattr(parameter, "SCB", None), torch.Tensor):
+            yield f"{name}.SCB", scales
+    for leaf, buffer in module.named_buffers(recurse=False):
+        # Single numbers may be bounds, and infinite on purpose (gemma4's ranges of activations).
+        if leaf not in module._non_persistent_buffers_set and buffer.ndim and not buffer.is_meta:
+            yield prefix + leaf, buffer
 
 
 @torch.no_grad()
-def check_finite(model: PreTrainedModel) -> None:
+def check_finite(module: nn.Module, name: str = "", *, recurse: bool = True) -> None:
     """No NaN and no infinity anywhere; read once per device, at the end.
+
+    Args:
+        module: a loaded model, or a part of one.
+        name: of the part; empty for a model.
+        recurse: whether in the modules inside it as well.
 
     Raises:
         CheckpointError: naming the tensors.
     """
     names: dict[torch.device, list[str]] = {}
-    ranges: dict[torch.device, list[torch.Tensor]] = {}
-    for name, tensor in _numbers(model):
-        if tensor.is_floating_point() and tensor.numel():
-            low, high = torch.aminmax(tensor)  # NaN where a number is; no copy of the tensor is made
-            names.setdefault(tensor.device, []).append(name)
-            ranges.setdefault(tensor.device, []).append((low.float() - high.float()).view(1))
+    limits: dict[torch.device, list[torch.Tensor]] = {}
+    for path, part in module.named_modules(prefix=name) if recurse else [(name, module)]:
+        for key, tensor in _numbers(part, f"{path}." if path else ""):
+            if tensor.is_floating_point() and tensor.numel():
+                low, high = torch.aminmax(tensor)  # NaN where a number is; no copy of the tensor is made
+                names.setdefault(tensor.device, []).append(key)
+                limits.setdefault(tensor.device, []).extend((low.float().view(1), high.float().view(1)))
     damaged = []
-    for device, differences in ranges.items():
-        fine = torch.isfinite(torch.cat(differences)).tolist()
-        damaged += [name for name, is_fine in zip(names[device], fine, strict=True) if not is_fine]
+    for device, found in limits.items():
+        fine = torch.isfinite(torch.cat(found)).view(-1, 2).all(dim=1).tolist()
+        damaged += [key for key, is_fine in zip(names[device], fine, strict=True) if not is_fine]
     if damaged:
         raise CheckpointError(
             f"{_shown(damaged)} hold NaN or infinite numbers; the checkpoint is damaged, get another copy"

@@ -61,6 +61,8 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         **kwargs: Any,
     ) -> None:
         if (stored := kwargs.pop("linears", None)) is not None:  # how a checkpoint says what `to_dict` wrote
+            if stored not in ("4bit", "8bit", "none"):
+                raise CheckpointError(f"config.json says linears={stored!r}; valid are 4bit, 8bit, none")
             load_in_4bit, load_in_8bit = stored == "4bit", stored == "8bit"
         version = kwargs.pop("format_version", FORMAT_VERSION)
         tensor_names = kwargs.pop("tensor_names", None)  # set by the quantizer, of what it has packed

@@ -45,7 +45,16 @@ class Fp8:
         self.stored = stored
         block = settings.get("weight_block_size", (128, 128))
         self.bytes_are_exponents = settings.get("scale_fmt") == "ue8m0"
-        self.block = None if block is None else (int(block[0]), int(block[1]))
+        if block is not None and not (
+            isinstance(block, list | tuple)
+            and len(block) == 2
+            and all(isinstance(size, int) and size > 0 for size in block)
+        ):
+            raise ConfigurationError(
+                f"weight_block_size={block!r} in config.json; rows and columns of a tile, as "
+                "[128, 128], or null are expected"
+            )
+        self.block = None if block is None else (block[0], block[1])
         if settings.get("expert_dtype", "fp8") != "fp8":
             raise ConfigurationError(
                 f"experts stored as {settings['expert_dtype']!r} inside an FP8 checkpoint cannot be read; "
@@ -112,9 +121,9 @@ class Mxfp4:
     def __init__(self, settings: Mapping[str, Any], stored: StoredTensors, leaves: Iterable[str]) -> None:
         self.stored, self._leaves = stored, list(leaves)
         for key, header in stored.headers.items():
-            if header.dtype == "U8" and key.endswith(BLOCKS):
+            if key.endswith(tuple(leaf + BLOCKS for leaf in self._leaves)):
                 self._check(key, header)
-            if header.dtype == "U8" and key.endswith(SCALES):
+            if key.endswith(tuple(leaf + SCALES for leaf in self._leaves)):
                 self._partner(key, SCALES, BLOCKS)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mxfp4:
@@ -131,6 +140,9 @@ class Mxfp4:
 
     def _check(self, key: str, header: Header) -> None:
         scales = self._partner(key, BLOCKS, SCALES)
+        for name, dtype in ((key, header.dtype), (key.removesuffix(BLOCKS) + SCALES, scales.dtype)):
+            if dtype != "U8":  # as F8_E8M0 or BF16, say, a scale is read by value and not as an exponent
+                raise CheckpointError(f"{header.file}: {name} is {dtype}, where the bytes of MXFP4 are U8")
         if len(header.shape) != 4 or header.shape[-1] != MX_BLOCK // 2 or scales.shape != header.shape[:-1]:
             raise CheckpointError(
                 f"{header.file}: {key} has shape {list(header.shape)} and its scales {list(scales.shape)}, "

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -51,7 +52,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; only safetensors are read")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        if not names or not all(isinstance(name, str) for name in names):
+            raise TypeError("weight_map holds no names of files")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no index of a checkpoint ({error!r})") from error
     for name in names:
         if Path(name).name != name:
@@ -169,9 +172,10 @@ _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 def check_plain(model: PreTrainedModel, headers: Mapping[str, Header], *, converted: bool) -> None:
-    """Compare the shapes of tensors that the loader takes as they are.
+    """Compare tensors that the loader takes as numbers: shapes, where it takes them as they are, and dtypes.
 
-    transformers finds a wrong one too, but says no more than "the above report" where its log is turned down.
+    transformers finds a wrong shape too, but says no more than "the above report" where its log is turned
+    down. Codes of a quantized weight it takes for numbers, wherever the shape fits (INT8, FP8).
 
     Args:
         model: prepared, on the meta device.
@@ -185,13 +189,37 @@ def check_plain(model: PreTrainedModel, headers: Mapping[str, Header], *, conver
     renamings = [c for c in mapping if isinstance(c, WeightRenaming)]
     converters = [c for c in mapping if isinstance(c, WeightConverter)] if converted else []
     state = model.state_dict()
+    linears = {
+        f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "source_cls")
+    }
     for key, header in headers.items():
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         tensor = state.get(name)
-        if pattern is not None or tensor is None or not tensor.is_floating_point():
+        linear = None if converted else linears.get(name)
+        if linear is not None:
+            _check_linear(linear, key, headers)
             continue
-        if header.dtype in _FLOATS and header.shape != tuple(tensor.shape):
+        if tensor is None or not tensor.is_floating_point():
+            continue
+        if header.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{header.file}: {key} is {header.dtype}, where the configuration asks for numbers in high "
+                "precision; the checkpoint is quantized in a way that its config.json does not say"
+            )
+        if pattern is None and header.shape != tuple(tensor.shape):
             raise CheckpointError(
                 f"{header.file}: {key} is {list(header.shape)} in the checkpoint, where the configuration "
                 f"asks for {list(tensor.shape)}; they are not of the same model"
             )
+
+
+def _check_linear(linear: nn.Module, key: str, headers: Mapping[str, Header]) -> None:
+    """A packed checkpoint holds bitsandbytes' Linears as codes; anything else would be taken for some."""
+    header = headers[key]
+    four = type(getattr(linear, "weight", None)).__name__ == "Params4bit"
+    if (f"{key}.absmax" not in headers) if four else header.dtype != "I8":
+        raise CheckpointError(
+            f"{header.file}: {key} is {header.dtype}{' without scales (absmax)' if four else ''}, where the "
+            f"configuration asks for {4 if four else 8} bit; the file is of another format than its "
+            "config.json, or damaged"
+        )

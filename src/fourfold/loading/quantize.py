@@ -178,7 +178,7 @@ def _concrete_class(config: PretrainedConfig, model: str | Path) -> type[PreTrai
 
 def _usable(device: str) -> str:
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # (there is nothing to read on the meta device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
@@ -223,8 +223,13 @@ def _workplace(target: Path, source: Path, force: bool) -> Iterator[Path]:
     """
     folder = target.with_name(f".{target.name}.quantizing")
     lock = target.with_name(f".{target.name}.quantizing.lock")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle = _lock(lock, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle = _lock(lock, target)
+    except OSError as error:  # no such right, a file where a folder should be, a name too long
+        raise ConfigurationError(
+            f"{target} cannot be written ({error.strerror}); name another folder"
+        ) from error
     try:
         if handle is not None:  # whoever made it is gone
             shutil.rmtree(folder, ignore_errors=True)

@@ -30,7 +30,13 @@ from fourfold.experts import (
 )
 from fourfold.experts.layout import name_suffix
 from fourfold.formats import COMPANION_SUFFIXES
-from fourfold.loading.complete import check_complete, check_finite, refuse_offloading
+from fourfold.formats.quantize import FP16_MAX
+from fourfold.loading.complete import (
+    check_complete,
+    check_finite,
+    check_nothing_is_missing,
+    refuse_offloading,
+)
 from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation, whole_names
 from fourfold.loading.cpu_linears import flatten_inputs, keep_trainable, refuse_wrong_widths
@@ -154,6 +160,8 @@ class FourfoldQuantizer(HfQuantizer):
                 "are stored in high precision; take quantization_config out of config.json, or the right "
                 "files"
             )
+        if self._names_are_the_models:
+            check_nothing_is_missing(model, headers.keys())
 
     def _refuse_unsupported(self, experts: list[FoundExperts], requested: list[str] | None) -> None:
         if self.config.experts_format() is None:
@@ -217,11 +225,16 @@ class FourfoldQuantizer(HfQuantizer):
 
     def quantize_linear(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         assert self.linears is not None
+        eight = self.config.load_in_8bit
+        limit = FP16_MAX if eight else torch.finfo(torch.float32).max
         for name, value in input_dict.items():  # bitsandbytes makes some numbers of NaN, without a word
             low, high = torch.aminmax(value[0] if isinstance(value, list) else value)
-            if not (torch.isfinite(low) & torch.isfinite(high)):
+            if not ((low.float() >= -limit) & (high.float() <= limit)):
+                skip = f"use load_in_4bit, or llm_int8_skip_modules=[{name.rpartition('.')[0]!r}]"
                 self.failure = self.failure or CheckpointError(
-                    f"{name}: weights are NaN or infinite; the checkpoint is damaged, get another copy"
+                    f"{name}: weights are NaN or infinite"
+                    f"{' or beyond the range of fp16 that INT8 quantization goes through' if eight else ''}; "
+                    f"the checkpoint is damaged, {f'or {skip}' if eight else 'get another copy'}"
                 )
         return self.linears.get_quantize_ops().convert(input_dict, **kwargs)
 
@@ -248,6 +261,7 @@ class FourfoldQuantizer(HfQuantizer):
         if not self.config.only_written:  # there `loading.stream` has checked and handed on all weights
             refuse_offloading(self.packed, getattr(model, "hf_device_map", None))
             check_complete(model, self.packed)
+            check_nothing_is_missing(model)
             check_finite(model)
             for name, module in model.named_modules():
                 check_shapes(module, f"{name}." if name else "", self._shapes)

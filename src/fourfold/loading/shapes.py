@@ -56,9 +56,15 @@ def check_shapes(module: nn.Module, prefix: str, expected: Shapes) -> None:
 
 
 def _check_scales(name: str, weight: torch.Tensor) -> None:
-    """A 4-bit weight must have all of its scales: bitsandbytes takes 8-bit ones whose own scales are missing
+    """A quantized weight must have all of its scales: bitsandbytes takes 8-bit scales whose own are missing
     for the scales themselves.
     """
+    scales = getattr(weight, "SCB", None)
+    if isinstance(scales, torch.Tensor) and scales.numel() != weight.shape[0]:
+        raise CheckpointError(
+            f"the scales (SCB) of {name} are {scales.numel()} in the checkpoint, one for each of its "
+            f"{weight.shape[0]} rows is expected; save or download it again"
+        )
     state: Any = getattr(weight, "quant_state", None)
     if state is None:
         return

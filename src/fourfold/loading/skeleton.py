@@ -6,7 +6,6 @@ weight is read or downloaded.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +38,16 @@ def read_config(model: str | Path) -> PretrainedConfig:
     ensure_reachable(model)
     try:
         return AutoConfig.from_pretrained(str(path) if path.exists() else str(model), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"cannot read the configuration of {model}: {reason}") from error
 
 
 def model_class(config: PretrainedConfig) -> Any:
     """The class that the configuration names as its architecture, or else the one for language modelling."""
     for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if found is not None:
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):  # (any name may stand there)
             return found
     return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
 

@@ -33,6 +33,7 @@ from transformers.core_model_loading import (
 from transformers.utils import logging as transformers_logging
 
 from fourfold.errors import CheckpointError, FourfoldError
+from fourfold.loading.complete import check_finite
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.shapes import check_shapes, expected_shapes
 
@@ -211,6 +212,7 @@ class _Stream:
         for path in dict.fromkeys(name.rpartition(".")[0] for name in sorted(names, key=dot_natural_key)):
             module = self.model.get_submodule(path)
             check_shapes(module, f"{path}." if path else "", self.shapes)
+            check_finite(module, path, recurse=False)
             for key, value in module.state_dict(prefix=f"{path}." if path else "").items():
                 if isinstance(value, torch.Tensor) and not value.is_meta and key not in skipped:
                     arrived[key] = value

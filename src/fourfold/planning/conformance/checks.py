@@ -29,7 +29,14 @@ from fourfold.formats import decode_stack
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.prepare import dequantize
 from fourfold.loading.skeleton import build_skeleton
-from fourfold.planning.conformance.modules import Call, check_output, inputs_it_takes, observe_calls, run_on
+from fourfold.planning.conformance.modules import (
+    Call,
+    align_,
+    check_output,
+    inputs_it_takes,
+    observe_calls,
+    run_on,
+)
 from fourfold.planning.conformance.row import CHECKS, FORMATS, NOT_APPLICABLE, NOT_RUN, OK, Row
 from fourfold.planning.conformance.tensors import check_bf16, check_packed, check_same_state, same
 from fourfold.planning.conformance.tiny_models import (
@@ -145,6 +152,8 @@ def _check_format(
         check_same_state(packed, again)
     if row.cells["reload"] != OK:
         again = cls.from_pretrained(folder / "float", quantization_config=config).eval()
+    align_(packed)
+    align_(again)
     if inputs is not None:
         with row.check("forward", name):
             ours = run_on(packed, inputs)

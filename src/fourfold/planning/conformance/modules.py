@@ -74,6 +74,17 @@ def run_on(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Ten
     return next(t for t in tree_leaves(tuple(output.values())) if isinstance(t, torch.Tensor))
 
 
+def align_(model: nn.Module) -> None:
+    """Put unpacked weights where torch would allocate them, in place.
+
+    A loaded weight lies wherever the file had it, and some CPUs add up in another order at such an address:
+    the same tensors would give outputs that differ in the last bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
+
+
 @dataclass
 class Call:
     """An experts module of each kind in a model, and arguments for the module that reads it."""
