@@ -21,7 +21,7 @@ COMMITTED = Path(__file__).resolve().parents[2] / "docs" / "conformance.md"
 KINDS = [
     "mixtral",
     "deepseek_v4",  # its own gate
-    "aria_text",  # transposed
+    "aria_text",  # transposed (transformers 5.17: one undecorated projection a module)
     "gpt_oss",  # transposed, interleaved, biases
     "openai_privacy_filter",  # transposed, concatenated, biases
     "muse_spark_text",  # a norm after each expert

@@ -1,11 +1,12 @@
 """That the checks of the conformance matrix see what they are for: each is given something wrong."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig
 
 import fourfold
 import tiny
@@ -150,6 +151,25 @@ def test_how_many_experts_a_token_gets_is_cut_as_a_size() -> None:
     cut = tiny_models.shrink(settings)
     assert cut["num_experts_per_token"] == cut["num_experts_per_tok"] == 2
     assert cut["pad_token_id"] >= tiny_models.VOCABULARY // 2
+
+
+def test_a_configuration_that_is_left_out_inside_another_is_filled_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Outer(PretrainedConfig):
+        """As diffusion_gemma's in transformers 5.17: without its vision tower's it cannot be built."""
+
+        model_type = "outer"
+        sub_configs: ClassVar = {"vision_config": MixtralConfig}
+
+        def __init__(self, vision_config: dict | None = None, **kwargs: object) -> None:
+            self.vision_config = None if vision_config is None else MixtralConfig(**vision_config)
+            super().__init__(**kwargs)
+
+    monkeypatch.setattr(tiny_models, "CONFIG_MAPPING", {"outer": Outer})
+    config = tiny_models.tiny_config("outer")
+    assert isinstance(config.vision_config, MixtralConfig)
+    assert config.vision_config.num_hidden_layers == tiny_models.LAYERS
 
 
 @pytest.mark.parametrize(
