@@ -140,7 +140,7 @@ def test_what_is_written_is_read_and_not_worse(tmp_path: Path) -> None:
         table.read(tmp_path / "empty.md")
 
 
-@pytest.mark.parametrize("cell", ["FAILED", "-", "refused", "not run"])
+@pytest.mark.parametrize("cell", ["FAILED", "-", "refused", "not run", "as stock", "as stock, not run"])
 def test_a_worse_cell_and_a_lost_row_are_named(tmp_path: Path, cell: str) -> None:
     before = {row.model_type: row for row in rows()}
     now = rows()[:2]

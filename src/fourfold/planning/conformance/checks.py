@@ -30,7 +30,7 @@ from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.prepare import dequantize
 from fourfold.loading.skeleton import build_skeleton
 from fourfold.planning.conformance.modules import Call, check_output, inputs_it_takes, observe_calls, run_on
-from fourfold.planning.conformance.row import CHECKS, FORMATS, NOT_APPLICABLE, NOT_RUN, OK, Row
+from fourfold.planning.conformance.row import CHECKS, FORMATS, NOT_APPLICABLE, OK, Row
 from fourfold.planning.conformance.tensors import check_bf16, check_packed, check_same_state, same
 from fourfold.planning.conformance.tiny_models import (
     build,
@@ -121,8 +121,7 @@ def check_model(row: Row, model: PreTrainedModel, folder: Path) -> None:
     for name, settings in FORMATS.items():
         _check_format(row, name, settings, model, calls, inputs, folder)
     with row.check("bf16"):
-        if not check_bf16(model, inputs, _narrow(model), folder):
-            row.cells["bf16"] = NOT_RUN
+        row.cells["bf16"] = check_bf16(model, inputs, _narrow(model), folder)
 
 
 def _check_format(
