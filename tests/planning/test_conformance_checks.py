@@ -258,6 +258,18 @@ def test_a_dtype_that_stock_keeps_has_to_be_kept(tmp_path: Path) -> None:
         tensors.check_reloaded(packed, again, plain, tmp_path)
 
 
+def test_tensors_are_run_from_where_torch_would_put_them() -> None:
+    layer = nn.Linear(5, 3)
+    room = torch.zeros(64)
+    room[1:16] = layer.weight.data.flatten()
+    layer.weight.data = room[1:16].view(3, 5)
+    assert layer.weight.data_ptr() % 64
+    before = layer.weight.detach().clone()
+    modules.align_(layer)
+    assert not layer.weight.data_ptr() % 64
+    assert torch.equal(layer.weight, before)
+
+
 @pytest.mark.parametrize("who", ["the unquantized model", "the packed model"])
 def test_a_run_in_bf16_that_is_left_out_is_said(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
     run_on = tensors.run_on

@@ -29,7 +29,14 @@ from fourfold.formats import decode_stack
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.prepare import dequantize
 from fourfold.loading.skeleton import build_skeleton
-from fourfold.planning.conformance.modules import Call, check_output, inputs_it_takes, observe_calls, run_on
+from fourfold.planning.conformance.modules import (
+    Call,
+    align_,
+    check_output,
+    inputs_it_takes,
+    observe_calls,
+    run_on,
+)
 from fourfold.planning.conformance.row import CHECKS, FORMATS, NOT_APPLICABLE, OK, Row
 from fourfold.planning.conformance.tensors import check_bf16, check_packed, check_same_state, same
 from fourfold.planning.conformance.tiny_models import (
@@ -146,6 +153,8 @@ def _check_format(
         again = cls.from_pretrained(folder / "float", quantization_config=config).eval()
     if inputs is not None:
         with row.check("forward", name):
+            align_(packed)
+            align_(again)
             ours = run_on(packed, inputs)
             # (stock repacks a reloaded Linear of four bits on some CPUs: only what is ours is run again)
             theirs = run_on(again, inputs) if calls else ours

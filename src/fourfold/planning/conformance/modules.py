@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -72,6 +73,17 @@ def run_on(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Ten
     with torch.no_grad():
         output = model(**inputs)
     return next(t for t in tree_leaves(tuple(output.values())) if isinstance(t, torch.Tensor))
+
+
+def align_(model: nn.Module, alignment: int = 64) -> None:
+    """Copy tensors that lie as their file has them, at any multiple of eight bytes, to aligned memory.
+
+    CPU code sums in another order where a tensor is not aligned: two models with equal tensors then differ in
+    the last bit (4e-8 to 2e-7 for inkling2).
+    """
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.data_ptr() % alignment:
+            tensor.data = tensor.data.clone()
 
 
 @dataclass
