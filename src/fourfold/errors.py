@@ -7,7 +7,8 @@ returns for it: 1 a check says no, 2 the input is wrong, 3 it broke on the way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class FourfoldError(Exception):
@@ -18,6 +19,25 @@ class FourfoldError(Exception):
 
 class ConfigurationError(FourfoldError, ValueError):
     """A setting is unknown, malformed, or contradicts another one."""
+
+
+class StoredFormatError(ConfigurationError):
+    """A checkpoint is packed in another format than the one asked for, and is taken over only as it is.
+
+    Attributes:
+        settings: arguments of `MoeBitsAndBytesConfig` that ask for what is stored.
+    """
+
+    def __init__(self, stored: str, asked: str, settings: Mapping[str, Any]) -> None:
+        self.stored, self.asked, self.settings = stored, asked, dict(settings)
+        super().__init__(self.advising(", ".join(f"{name}={value!r}" for name, value in settings.items())))
+
+    def advising(self, arguments: str) -> str:
+        """The message, with ``settings`` as whoever asked writes them."""
+        return (
+            f"the checkpoint's {self.stored}, and the configuration asks for {self.asked}; quantizing twice "
+            f"would round twice. Pass what is stored: {arguments}"
+        )
 
 
 class UnsupportedExpertsError(FourfoldError):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import foreign_checkpoints
+import tiny
 from fourfold.cli import main
 
 
@@ -72,6 +74,34 @@ def test_wrong_flags(
     assert main(["quantize", str(moe_folder), str(tmp_path / "out"), *flags]) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["double", "single"])
+def per_expert(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every expert in NF4 by itself, as transformers v4 saved them."""
+    config = tiny.qwen3_moe(moe_intermediate_size=64)
+    stored, _, _ = foreign_checkpoints.bitsandbytes(
+        config, tmp_path_factory.mktemp("v4"), double=request.param
+    )
+    return stored
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--quant-type", "fp4"], ["--bits", "8"], ["--experts-blocksize", "128"], ["opposite"]]
+)
+def test_a_stored_format_is_named_by_the_flags_that_ask_for_it(
+    capsys: pytest.CaptureFixture[str], per_expert: Path, tmp_path: Path, wrong: list[str]
+) -> None:
+    double = "double" if stored(per_expert)["bnb_4bit_use_double_quant"] else "no-double"
+    if wrong == ["opposite"]:
+        wrong = ["--no-double-quant" if double == "double" else "--double-quant"]
+    command = ["quantize", str(per_expert), str(tmp_path / "out"), *wrong]
+    assert main(command) == 2
+    advice = capsys.readouterr().err.partition("Pass what is stored: ")[2].split()
+    assert advice == ["--experts-quant-type", "nf4", "--experts-blocksize", "64", f"--{double}-quant"]
+    if main([*command, *advice]) != 0:  # its Linears are asked for in another format as well
+        advice += capsys.readouterr().err.partition("Pass what is stored: ")[2].split()
+        assert main([*command, *advice]) == 0
 
 
 def test_a_missing_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

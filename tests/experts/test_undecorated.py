@@ -126,3 +126,43 @@ def test_stacks_over_heads_are_left_alone() -> None:
     assert found_in(Stacks(), SimpleNamespace(num_experts=E + 1)) == []
     assert found_in(Stacks(), SimpleNamespace(num_experts_per_tok=E)) == []
     assert found_in(Flat(), SimpleNamespace(num_experts=E)) == []
+
+
+class GroupedExpertsGemm(nn.Module):
+    """One projection; how many experts there are is under a name of its own (Aria's in transformers 5.17)."""
+
+    def __init__(self, columns: int, rows: int, groups: int = E) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.randn(groups, columns, rows))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return sum(hidden_states @ self.weight[e] for e in range(self.groups))
+
+
+class TwoProjections(nn.Module):
+    def __init__(self, projection: type[nn.Module]) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = projection(H, 2 * I), projection(I, H)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.fc1(hidden_states).chunk(2, -1)
+        return self.fc2(gate * up)
+
+
+def test_a_projection_by_itself_that_is_called_experts_is_counted_by_the_configuration() -> None:
+    config = SimpleNamespace(moe_num_experts=E, num_attention_heads=E)
+    found = found_in(TwoProjections(GroupedExpertsGemm), config)
+    assert [f.name for f in found] == ["block.inner.fc1", "block.inner.fc2"]
+    for each, (columns, rows) in zip(found, [(H, 2 * I), (I, H)], strict=True):
+        assert each.layout is not None, each.reason
+        (projection,) = each.layout.projections
+        assert (projection.shape.experts, projection.shape.rows, projection.shape.columns) == (
+            E,
+            rows,
+            columns,
+        )
+        assert "weight" in each.layout.transposed
+    assert found_in(TwoProjections(GroupedExpertsGemm), SimpleNamespace(moe_num_experts=E + 1)) == []
+    other_name = type("GroupedGemm", (GroupedExpertsGemm,), {})
+    assert found_in(TwoProjections(other_name), config) == []

@@ -2,6 +2,7 @@
 where that can be; never a model that is quietly wrong."""
 
 import json
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import foreign_checkpoints
 import fourfold
 import tiny
 from fourfold.errors import CheckpointError, ConfigurationError
+from fourfold.loading import headers
 from tiny import load
 
 Config = fourfold.MoeBitsAndBytesConfig
@@ -56,6 +58,39 @@ def claim_a_huge_header(file: Path) -> None:
 
 def empty(file: Path) -> None:
     file.write_bytes(b"")
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files whose headers are read, each time."""
+    names: list[str] = []
+    opened = headers._opened
+
+    def note(file: str | Path):
+        names.append(Path(file).name)
+        return opened(file)
+
+    monkeypatch.setattr(headers, "_opened", note)
+    return names
+
+
+def test_headers_are_read_once_a_load(read: list[str], model: Path, packed: Path, tmp_path: Path) -> None:
+    mxfp4, _ = foreign_checkpoints.mxfp4(tmp_path / "gpt_oss")
+    for folder in (model, packed, mxfp4):
+        read.clear()
+        load(folder, **({} if folder == packed else NF4))
+        assert sorted(read) == [file.name for file in shards(folder)]
+
+
+def test_files_that_change_between_two_loads_are_read_again(packed: Path) -> None:
+    load(packed)
+    right, wrong = (b'experts.gate_up_proj":{"dtype":"%s"' % dtype for dtype in (b"U8", b"I8"))
+    file = next(file for file in shards(packed) if right in file.read_bytes())
+    times = file.stat()
+    file.write_bytes(file.read_bytes().replace(right, wrong))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # neither size nor time tells
+    with pytest.raises(CheckpointError, match="I8"):
+        load(packed)
 
 
 @pytest.mark.parametrize("harm", [truncate, garble_header, claim_a_huge_header, empty])

@@ -20,6 +20,7 @@ import fourfold
 import tiny
 from fourfold.errors import ConfigurationError
 from fourfold.experts import PackedExperts
+from fourfold.loading.quantizer import FourfoldQuantizer
 from tiny import logits
 
 ENTRIES = ("bitsandbytes_4bit", "bitsandbytes_8bit")
@@ -75,6 +76,18 @@ def test_a_plain_configuration_packs_experts_as_ours_does(folder: Path, tmp_path
     assert stored["quant_method"] == "fourfold"
     fourfold.disable()
     assert torch.equal(logits(load(tmp_path)), logits(model))
+
+
+def test_what_is_made_is_what_it_says() -> None:
+    """The entries of the registry are called, and make one of three quantizers."""
+    fourfold.enable()
+    for entry, settings in zip(ENTRIES, ({"load_in_4bit": True}, {"load_in_8bit": True}), strict=True):
+        made = [
+            AUTO_QUANTIZER_MAPPING[entry](plain(**settings), pre_quantized=stored) for stored in (False, True)
+        ]
+        assert type(made[0]) is FourfoldQuantizer
+        assert isinstance(made[1], FourfoldQuantizer if entry == ENTRIES[0] else Bnb8BitHfQuantizer)
+        assert made[1].quantization_config.load_in_8bit == (entry == ENTRIES[1])
 
 
 def test_settings_of_4_bit_beside_8_bit_are_ignored_as_in_stock(folder: Path) -> None:

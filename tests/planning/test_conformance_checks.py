@@ -1,11 +1,19 @@
 """That the checks of the conformance matrix see what they are for: each is given something wrong."""
 
+import copy
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PretrainedConfig,
+)
 
 import fourfold
 import tiny
@@ -162,6 +170,25 @@ def test_how_many_experts_a_token_gets_is_cut_as_a_size() -> None:
     assert cut["pad_token_id"] >= tiny_models.VOCABULARY // 2
 
 
+def test_a_configuration_that_is_left_out_inside_another_is_filled_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Outer(PretrainedConfig):
+        """As diffusion_gemma's in transformers 5.17: without its vision tower's it cannot be built."""
+
+        model_type = "outer"
+        sub_configs: ClassVar = {"vision_config": MixtralConfig}
+
+        def __init__(self, vision_config: dict | None = None, **kwargs: object) -> None:
+            self.vision_config = None if vision_config is None else MixtralConfig(**vision_config)
+            super().__init__(**kwargs)
+
+    monkeypatch.setattr(tiny_models, "CONFIG_MAPPING", {"outer": Outer})
+    config = tiny_models.tiny_config("outer")
+    assert isinstance(config.vision_config, MixtralConfig)
+    assert config.vision_config.num_hidden_layers == tiny_models.LAYERS
+
+
 @pytest.mark.parametrize(
     ("message", "cell"), [("out of paper", "FAILED"), ("You must specify pixel_values", "-")]
 )
@@ -175,6 +202,82 @@ def test_only_a_want_of_inputs_keeps_a_model_from_being_run(
     row = check_model_type("mixtral")
     assert row is not None
     assert row.cells["forward"] == cell
+
+
+@pytest.fixture
+def first_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpt-oss with its first parameter kept in fp32: config.json then says fp32 of a model in bf16."""
+    monkeypatch.setattr(GptOssForCausalLM, "_keep_in_fp32_modules_strict", {"embed_tokens"}, raising=False)
+
+
+def test_dtypes_that_change_without_quantization_too_are_said(first_in_fp32: None) -> None:
+    row = check_model_type("gpt_oss")
+    assert row is not None
+    assert row.problems == []
+    assert row.cells["bf16"] == "as stock, not run"  # (its Linears are not fed in their own dtype)
+    assert row.cells["reload"] == "ok"
+
+
+def _experts_tensor(suffix: str, dtype: torch.dtype):
+    def change(model: nn.Module) -> None:
+        experts = model.model.layers[0].mlp.experts
+        changed = experts._parameters[f"down_proj{suffix}"].to(dtype)
+        experts._parameters[f"down_proj{suffix}"] = nn.Parameter(changed, requires_grad=False)
+
+    return change
+
+
+RELOADED = {
+    "not stock's dtype": lambda m: m.model.norm.to(torch.float16),
+    "a value": lambda m: m.model.norm.weight.data.add_(1),
+    "a value in another dtype": lambda m: m.model.layers[0].self_attn.q_proj.bias.data.add_(1),
+    "a bias of experts": lambda m: m.model.layers[0].mlp.experts.down_proj_bias.data.add_(1),
+    "bytes of a Linear": lambda m: m.model.layers[0].self_attn.q_proj.weight.data.random_(0, 9),
+    "dtype of packed experts": _experts_tensor("", torch.float32),
+    "dtype of their scales": _experts_tensor("_absmax", torch.float32),
+    "dtype of the scales of those": _experts_tensor("_absmax_scale", torch.float32),
+}
+
+
+@pytest.mark.parametrize("change", RELOADED.values(), ids=RELOADED)
+def test_nothing_but_stocks_change_of_dtype_is_let_through(
+    first_in_fp32: None, tmp_path: Path, change
+) -> None:
+    made = GptOssForCausalLM(tiny.gpt_oss())
+    tiny_models.randomise_vectors_(made)
+    made.save_pretrained(tmp_path / "float")
+    load = GptOssForCausalLM.from_pretrained
+    plain = load(tmp_path / "float", dtype=torch.bfloat16)
+    config = fourfold.MoeBitsAndBytesConfig(**FORMATS["NF4"])
+    packed = load(tmp_path / "float", quantization_config=config, dtype=torch.bfloat16)
+    packed.save_pretrained(tmp_path / "packed")
+    again = load(tmp_path / "packed")
+    assert not tensors.check_reloaded(packed, again, plain, tmp_path / "plain")
+    change(again)
+    with pytest.raises(ValueError, match="other values or dtypes"):
+        tensors.check_reloaded(packed, again, plain, tmp_path / "plain")
+
+
+def test_a_dtype_that_stock_keeps_has_to_be_kept(tmp_path: Path) -> None:
+    plain = MixtralForCausalLM(tiny.mixtral()).bfloat16()
+    packed, again = copy.deepcopy(plain), copy.deepcopy(plain)
+    assert tensors.check_reloaded(packed, again, plain, tmp_path)
+    assert not list(tmp_path.iterdir())
+    again.model.norm.float()
+    with pytest.raises(ValueError, match=r"other values or dtypes: model\.norm\.weight"):
+        tensors.check_reloaded(packed, again, plain, tmp_path)
+
+
+def test_tensors_are_run_from_where_torch_would_put_them() -> None:
+    layer = nn.Linear(5, 3)
+    room = torch.zeros(64)
+    room[1:16] = layer.weight.data.flatten()
+    layer.weight.data = room[1:16].view(3, 5)
+    assert layer.weight.data_ptr() % 64
+    before = layer.weight.detach().clone()
+    modules.align_(layer)
+    assert not layer.weight.data_ptr() % 64
+    assert torch.equal(layer.weight, before)
 
 
 @pytest.mark.parametrize("who", ["the unquantized model", "the packed model"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fourfold.cli.outcome import Outcome
+from fourfold.errors import ConfigurationError, StoredFormatError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -61,15 +63,18 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
         def show(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name or "writing")
 
-        written = quantize_checkpoint(
-            args.model,
-            args.out,
-            config,
-            device=args.device,
-            max_shard_size=args.max_shard_size,
-            force=args.force,
-            progress=show,
-        )
+        try:
+            written = quantize_checkpoint(
+                args.model,
+                args.out,
+                config,
+                device=args.device,
+                max_shard_size=args.max_shard_size,
+                force=args.force,
+                progress=show,
+            )
+        except StoredFormatError as error:
+            raise ConfigurationError(error.advising(flags(error.settings))) from error
     experts = f"{written.packed_experts} experts modules packed" if written.packed_experts else "no experts"
     if written.left_on_request:
         experts += f", {len(written.left_on_request)} left in high precision on request"
@@ -106,3 +111,18 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     if four or args.quant_type:
         result["bnb_4bit_quant_type"] = args.quant_type or "nf4"
     return result
+
+
+def flags(settings: Mapping[str, Any]) -> str:
+    """Arguments of `MoeBitsAndBytesConfig` as they are written on this verb's command line."""
+    said = {
+        "load_in_4bit": "--bits 4",
+        "bnb_4bit_quant_type": "--quant-type {}",
+        "bnb_4bit_use_double_quant": "--double-quant",
+        "experts_quant_type": "--experts-quant-type {}",
+        "experts_blocksize": "--experts-blocksize {}",
+    }
+    return " ".join(
+        said[name].format(value) if value is not False else said[name].replace("--", "--no-", 1)
+        for name, value in settings.items()
+    )

@@ -83,8 +83,9 @@ def _stacks(module: nn.Module, model: nn.Module | None, name: str) -> _Stacks | 
     """Parameters of an undecorated module that are stacks over experts, 3-D or flattened to 2-D.
 
     Either an attribute or the configuration counts experts and stacks have as many entries, or the class
-    calls itself experts. (Block-wise recurrences, relative attention and some Mamba mixers hold stacks of
-    matrices too and are none.) None for everything else.
+    calls itself experts (of a single stack the configuration must say how many then). Block-wise
+    recurrences, relative attention and some Mamba mixers hold stacks of matrices too and are none. None for
+    everything else.
     """
     if type(module).__module__.startswith(_BUILTIN):
         return None
@@ -96,8 +97,13 @@ def _stacks(module: nn.Module, model: nn.Module | None, name: str) -> _Stacks | 
     stacks = {n: p for n, p in matrices.items() if p.shape[0] > 1}
     if any(p.shape[0] in own for p in stacks.values()):
         return _Stacks(stacks, own)
-    if "expert" in type(module).__name__.lower() and len(matrices) >= 2:
+    called_experts = "expert" in type(module).__name__.lower()
+    if called_experts and len(matrices) >= 2:
         return _Stacks(matrices, own)
+    if called_experts and stacks:  # one projection a module, whose count is under a name of its own
+        configured = configured_expert_counts(getattr(model, "config", None))
+        if all(p.shape[0] in configured for p in stacks.values()):
+            return _Stacks(stacks, configured)
     if len(parameters) < 2:
         return None
     configured = configured_expert_counts(getattr(model, "config", None), but_heads=True)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fourfold.errors import CheckpointError, ConfigurationError
+from fourfold.errors import CheckpointError, ConfigurationError, StoredFormatError
 from fourfold.experts import PackedExperts, Projection
 from fourfold.formats import PackedStack, PackFormat, StackShape, decode_stack
 from fourfold.formats.codebooks import absmax_codes, four_bit_codes
@@ -268,12 +268,12 @@ class PerExpertBitsAndBytes:
                 f"{file}: {key} has shape {state.shape}, but the model's configuration asks for {wanted}"
             )
         if state.fmt != fmt:
-            raise ConfigurationError(
-                f"the checkpoint's experts are {state.fmt} ({key}), and the configuration asks for {fmt}; "
-                "quantizing twice would round twice. Pass what is stored: "
-                f"experts_quant_type={state.fmt.quant_type!r}, experts_blocksize={state.fmt.blocksize}, "
-                f"bnb_4bit_use_double_quant={state.fmt.double_quant}"
-            )
+            settings = {
+                "experts_quant_type": state.fmt.quant_type,
+                "experts_blocksize": state.fmt.blocksize,
+                "bnb_4bit_use_double_quant": state.fmt.double_quant,
+            }
+            raise StoredFormatError(f"experts are {state.fmt} ({key})", str(fmt), settings)
         if shape.columns % fmt.blocksize:
             raise CheckpointError(
                 f"{file}: {key} has rows of {shape.columns}, no multiple of the block size {fmt.blocksize}, "
@@ -297,12 +297,12 @@ class PerExpertBitsAndBytes:
             state.fmt.quant_type,
             state.fmt.double_quant,
         ):
-            raise ConfigurationError(
-                f"the checkpoint's Linears are {state.fmt} ({key}), and the configuration asks for something "
-                "else; quantizing twice would round twice. Pass what is stored: load_in_4bit=True, "
-                f"bnb_4bit_quant_type={state.fmt.quant_type!r}, "
-                f"bnb_4bit_use_double_quant={state.fmt.double_quant}"
-            )
+            settings = {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": state.fmt.quant_type,
+                "bnb_4bit_use_double_quant": state.fmt.double_quant,
+            }
+            raise StoredFormatError(f"Linears are {state.fmt} ({key})", "something else", settings)
         self._check_code_maps(key)  # bitsandbytes decodes with whatever is stored
         suffixes = [".absmax", ".quant_map", f"{STATE}{state.fmt.quant_type}"]
         suffixes += [".nested_absmax", ".nested_quant_map"] * state.fmt.double_quant

@@ -8,6 +8,7 @@ says ``fourfold``: as a plain bitsandbytes checkpoint its packed experts would b
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.integrations.moe import use_experts_implementation
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
 
 from fourfold.errors import ConfigurationError
 from fourfold.experts import find_experts
@@ -76,32 +78,32 @@ def disable() -> None:
     _ours.clear()
 
 
-def _serving(stock: Any) -> Any:
-    """What is called with a plain configuration: Fourfold's quantizer, for models and for 4-bit checkpoints;
-    stock's for 8-bit checkpoints.
-    """
+def _serving(stock: Any) -> Callable[..., HfQuantizer]:
+    """What transformers calls with a plain configuration, in the place of ``stock`` (it only calls it)."""
+    refusing = _refusing_unpacked_experts(stock)
+
+    def make(quantization_config: BitsAndBytesConfig, **kwargs: Any) -> HfQuantizer:
+        if not kwargs.get("pre_quantized", True):
+            return FourfoldQuantizer(for_experts_too(quantization_config), **kwargs)
+        if quantization_config.load_in_4bit:
+            return _StoredPlainQuantizer(quantization_config, **kwargs)
+        made: HfQuantizer = refusing(quantization_config, **kwargs)
+        return made
+
+    return make
+
+
+def _refusing_unpacked_experts(stock: Any) -> Any:
+    """Stock's quantizer for 8-bit checkpoints; refuses one whose experts are not packed unasked."""
 
     class Stock(stock):
-        """Stock's quantizer; refuses an 8-bit checkpoint whose experts are not packed unasked."""
-
         def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
             skipped, files = self.quantization_config.llm_int8_skip_modules, kwargs.get("checkpoint_files")
             _refuse_experts_beside_8_bit(model, skipped, files)
             return super()._process_model_before_weight_loading(model, **kwargs)
 
     Stock.__name__ = Stock.__qualname__ = stock.__name__
-
-    class PlainConfigQuantizer(FourfoldQuantizer):
-        def __new__(cls, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> Any:
-            if kwargs.get("pre_quantized", True):
-                kind = _StoredPlainQuantizer if quantization_config.load_in_4bit else Stock
-                return kind(quantization_config, **kwargs)
-            return super().__new__(cls)
-
-        def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
-            super().__init__(for_experts_too(quantization_config), **kwargs)
-
-    return PlainConfigQuantizer
+    return Stock
 
 
 class _StoredPlainQuantizer(FourfoldQuantizer):

@@ -11,7 +11,6 @@ Everything that can be wrong with scales and shapes is found in the files' heade
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -235,7 +234,7 @@ class ForeignCheckpoint:
         method: ``quant_method`` of the stored configuration.
         settings: the stored configuration.
         model: on the meta device.
-        files: of the checkpoint.
+        headers: of the checkpoint's safetensors files.
         dtype: of the model.
 
     Raises:
@@ -248,15 +247,14 @@ class ForeignCheckpoint:
         method: str,
         settings: Mapping[str, Any],
         model: PreTrainedModel,
-        files: Iterable[str | Path] | None,
+        headers: Mapping[str, Header],
         dtype: torch.dtype,
     ) -> None:
-        files = [file for file in files or () if str(file).endswith(".safetensors")]
-        if not files:
+        if not headers:
             raise CheckpointError(
                 f"a checkpoint in {method} format is read from safetensors only; there are none"
             )
-        self.stored = StoredTensors(files, dtype)
+        self.stored = StoredTensors(headers, dtype)
         self._format: Fp8 | Mxfp4 | PerExpertBitsAndBytes
         if method == "mxfp4":
             self._format = Mxfp4(settings, self.stored, _projection_names(model))

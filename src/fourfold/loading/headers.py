@@ -64,26 +64,32 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def check_files(folder: str | Path, files: Iterable[str | Path]) -> None:
+def check_files(folder: str | Path, files: Iterable[str | Path]) -> dict[str, Header]:
     """What can be wrong with the files that a loader is about to read, found before it reads them.
+
+    The one reading of headers in a load: what it returns is handed on to all that asks for them.
 
     Args:
         folder: the model's, or its id on the hub.
         files: as the loader has resolved them.
+
+    Returns:
+        Key -> header of every tensor in safetensors files.
 
     Raises:
         CheckpointError: a file lies outside the folder (an index may name any path), is truncated, damaged,
             or of a kind that has to be unpickled.
     """
     inside = os.path.abspath(folder) if os.path.isdir(folder) else None
+    safetensors: list[Path] = []
     for file in files:
         if Path(file).suffix in _PICKLED:
             raise CheckpointError(f"{file}: only safetensors are read; convert the checkpoint first")
         if inside is not None and not Path(os.path.abspath(file)).is_relative_to(inside):
             raise CheckpointError(f"the index of {folder} points outside its folder: {file}")
         if Path(file).suffix == ".safetensors":
-            with _opened(file):
-                pass
+            safetensors.append(Path(file))
+    return read_headers(safetensors)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ It is reached through `register_quantizer`. What is patched in transformers is i
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation, whole_names
 from fourfold.loading.cpu_linears import flatten_inputs, keep_trainable, refuse_wrong_widths
 from fourfold.loading.foreign import ForeignCheckpoint
-from fourfold.loading.headers import check_files, check_packed, check_plain, read_headers
+from fourfold.loading.headers import Header, check_files, check_packed, check_plain
 from fourfold.loading.patch import stored_method
 from fourfold.loading.shapes import check_shapes, expected_shapes
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
@@ -94,15 +94,14 @@ class FourfoldQuantizer(HfQuantizer):
         return {key: value * 0.90 for key, value in max_memory.items()}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        check_files(model.name_or_path, kwargs.get("checkpoint_files") or ())
+        headers = check_files(model.name_or_path, kwargs.get("checkpoint_files") or ())
         requested = self.config.llm_int8_skip_modules
         experts = list(find_experts(model))
         self._refuse_unsupported(experts, requested)
         dtype = model_dtype(model)
         if self.config.read_from is not None:
             method = stored_method(self.config.read_from) or ""
-            files = kwargs.get("checkpoint_files")
-            self.foreign = ForeignCheckpoint(method, self.config.read_from, model, files, dtype)
+            self.foreign = ForeignCheckpoint(method, self.config.read_from, model, headers, dtype)
         if self.linears is not None:
             plain = self.config.linears_config(dtype)
             plain.llm_int8_skip_modules = modules_to_skip(model, requested, experts)
@@ -133,7 +132,7 @@ class FourfoldQuantizer(HfQuantizer):
         self._shapes = expected_shapes(model)
         if self.packed:
             self._tie_companions(model)
-            self._check_headers(model, kwargs.get("checkpoint_files"))
+            self._check_headers(model, headers)
             return
         if self.linears is None:
             raise NoExpertsError(
@@ -146,12 +145,10 @@ class FourfoldQuantizer(HfQuantizer):
         left = {name_suffix(name) for name in self.left_on_request}
         self.quantization_config.llm_int8_skip_modules += sorted(left)
 
-    def _check_headers(self, model: PreTrainedModel, files: list[str] | None) -> None:
+    def _check_headers(self, model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
         """The files must hold what the configuration says; found before a weight is read."""
-        files = [file for file in files or [] if str(file).endswith(".safetensors")]
-        if self.foreign is not None or not files:
+        if self.foreign is not None or not headers:
             return
-        headers = read_headers(map(Path, files))
         check_plain(model, headers, converted=not self.pre_quantized)
         unpacked = check_packed(model, headers, complete=False) if self.pre_quantized else []
         if unpacked:

@@ -7,7 +7,7 @@ its `Source` knows; the loader's is asked once per parameter, for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from fourfold.errors import CheckpointError
 from fourfold.loading.converters import PackingConverter
-from fourfold.loading.headers import Header, read_headers
+from fourfold.loading.headers import Header
 from fourfold.loading.reading import Slice, read_slice
 
 
@@ -26,15 +26,12 @@ class StoredTensors:
     """The files of a checkpoint, to read single tensors or slices of them in their own dtype.
 
     Args:
-        files: safetensors.
-        dtype: of decoded weights whose parameter does not say.
-
-    Attributes:
         headers: of every stored tensor, by key.
+        dtype: of decoded weights whose parameter does not say.
     """
 
-    def __init__(self, files: Iterable[str | Path], dtype: torch.dtype) -> None:
-        self.headers: Mapping[str, Header] = read_headers(map(Path, files))
+    def __init__(self, headers: Mapping[str, Header], dtype: torch.dtype) -> None:
+        self.headers = headers
         self.dtype = dtype
         self._open: dict[Path, Any] = {}
 

@@ -37,7 +37,7 @@ from fourfold.planning.conformance.modules import (
     observe_calls,
     run_on,
 )
-from fourfold.planning.conformance.row import CHECKS, FORMATS, NOT_APPLICABLE, NOT_RUN, OK, Row
+from fourfold.planning.conformance.row import CHECKS, FORMATS, NOT_APPLICABLE, OK, Row
 from fourfold.planning.conformance.tensors import check_bf16, check_packed, check_same_state, same
 from fourfold.planning.conformance.tiny_models import (
     build,
@@ -128,8 +128,7 @@ def check_model(row: Row, model: PreTrainedModel, folder: Path) -> None:
     for name, settings in FORMATS.items():
         _check_format(row, name, settings, model, calls, inputs, folder)
     with row.check("bf16"):
-        if not check_bf16(model, inputs, _narrow(model), folder):
-            row.cells["bf16"] = NOT_RUN
+        row.cells["bf16"] = check_bf16(model, inputs, _narrow(model), folder)
 
 
 def _check_format(
@@ -152,10 +151,10 @@ def _check_format(
         check_same_state(packed, again)
     if row.cells["reload"] != OK:
         again = cls.from_pretrained(folder / "float", quantization_config=config).eval()
-    align_(packed)
-    align_(again)
     if inputs is not None:
         with row.check("forward", name):
+            align_(packed)
+            align_(again)
             ours = run_on(packed, inputs)
             # (stock repacks a reloaded Linear of four bits on some CPUs: only what is ours is run again)
             theirs = run_on(again, inputs) if calls else ours

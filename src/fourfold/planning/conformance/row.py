@@ -28,6 +28,8 @@ TIGHT = 2e-5  # relative, fp32: another order of summation
 NOISE = {"NF4": (0.01, 0.35), "INT8": (1e-4, 0.06)}  # relative, of an output behind two or three products
 OK, FAILED, NOT_APPLICABLE = "ok", "FAILED", "-"
 NOT_RUN = "not run"  # all but the run itself was checked
+AS_STOCK = "as stock"  # dtypes change as they do without quantization
+SEPARATOR = ", "  # of several such things in one cell
 
 
 @dataclass
@@ -36,8 +38,8 @@ class Row:
 
     Attributes:
         kind: of its experts modules, or why there is none to check.
-        cells: of each check in `CHECKS`, and ``built``: ``ok``, ``FAILED``, ``-``, ``not run`` or
-            ``refused``.
+        cells: of each check in `CHECKS`, and ``built``: ``ok``, ``FAILED``, ``-``, ``refused``, or one or
+            both of ``as stock`` and ``not run``.
         noise: relative, by format: the worst experts module.
         problems: what failed and how, a line each.
     """

@@ -9,9 +9,18 @@ from importlib import metadata
 from pathlib import Path
 
 from fourfold.errors import ConfigurationError
-from fourfold.planning.conformance.row import CHECKS, FAILED, NOT_APPLICABLE, NOT_RUN, OK, Row
+from fourfold.planning.conformance.row import (
+    AS_STOCK,
+    CHECKS,
+    FAILED,
+    NOT_APPLICABLE,
+    NOT_RUN,
+    OK,
+    SEPARATOR,
+    Row,
+)
 
-_RANK = {OK: 3, NOT_RUN: 2, "refused": 2, NOT_APPLICABLE: 1, FAILED: 0, "not built": 0}
+_RANK = {OK: 4, AS_STOCK: 3, NOT_RUN: 2, "refused": 2, NOT_APPLICABLE: 1, FAILED: 0, "not built": 0}
 _COLUMNS = ("model type", "model", "experts", "noise NF4", "noise INT8", *CHECKS)
 _EXPLANATION = """\
 Written by `fourfold conformance`; do not edit. For every model type of transformers with routed experts, a
@@ -27,7 +36,9 @@ in INT8. A cell holds for both formats.
 - *backward*: the gradient of the input equals that of the same numbers dequantized.
 - *forward*: the whole model runs on token ids, and bit-equal after reloading (`-`: it wants other inputs).
 - *bf16*: loaded in bf16 (NF4), the same holds of *packed*, *reload* and *forward* (`not run`: the
-  unquantized model does not run in bf16 either, or wants other inputs; the rest was checked).
+  unquantized model does not run in bf16 either, or wants other inputs; the rest was checked. `as stock`:
+  unpacked tensors come back from the saved checkpoint in another dtype, with the same values, and so they do
+  in the unquantized model: where its first parameter is kept in fp32, config.json says fp32 of all).
 - *reload*: saved and loaded again, every tensor is bit-equal, in the same dtype.
 - *dequantize*: the model's own classes come back with exactly the packed numbers; *keys*: saved under the
   original keys, and loaded from there with the same values.
@@ -123,15 +134,19 @@ def worse(before: dict[str, Row], rows: list[Row], expected: list[str]) -> list[
     return lines
 
 
+def _rank(cell: str) -> int:
+    return min(_RANK.get(part, 0) for part in cell.split(SEPARATOR))
+
+
 def _worse_row(old: Row, new: Row) -> list[str]:
     before, now = cells_of(old), cells_of(new)
     lines = [
         f"{check} was {cell}, is {now[check]}"
         for check, cell in before.items()
-        if _RANK.get(now[check], 0) < _RANK.get(cell, 0)
+        if _rank(now[check]) < _rank(cell)
     ]
     # Other experts than before are no better for passing: some may not be found any more.
-    better = _RANK.get(now["packed"], 0) > _RANK.get(before["packed"], 0)
+    better = _rank(now["packed"]) > _rank(before["packed"])
     if _clean(new.kind) != _clean(old.kind) and not better:
         lines.append(f"experts were {_clean(old.kind)}, are {_clean(new.kind)}")
     return lines

@@ -15,7 +15,7 @@ from fourfold.experts import PackedExperts, find_experts
 from fourfold.formats import decode_stack
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.planning.conformance.modules import run_on
-from fourfold.planning.conformance.row import FORMATS
+from fourfold.planning.conformance.row import AS_STOCK, FORMATS, NOT_RUN, OK, SEPARATOR
 from fourfold.planning.conformance.tiny_models import linear_experts
 from fourfold.planning.report import verify
 
@@ -30,12 +30,52 @@ def same(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def check_same_state(first: nn.Module, second: nn.Module) -> None:
     """The same names, dtypes and values."""
+    _raise_if_any(_others(first, second))
+
+
+def _others(first: nn.Module, second: nn.Module) -> list[str]:
+    """Tensors that differ in value or dtype; the names must be the same."""
     before, after = first.state_dict(), second.state_dict()
     if before.keys() != after.keys():
         raise ValueError(f"other tensors: {sorted(before.keys() ^ after.keys())[:5]}")
-    other = [n for n, t in before.items() if isinstance(t, torch.Tensor) and not same(t, after[n])]
-    if other:
-        raise ValueError(f"other values or dtypes: {', '.join(other[:5])}")
+    return [n for n, t in before.items() if isinstance(t, torch.Tensor) and not same(t, after[n])]
+
+
+def _raise_if_any(others: list[str]) -> None:
+    if others:
+        raise ValueError(f"other values or dtypes: {', '.join(others[:5])}")
+
+
+def check_reloaded(packed: nn.Module, again: nn.Module, plain: PreTrainedModel, folder: Path) -> bool:
+    """As `check_same_state`, but that a dtype may change where it changes without quantization as well.
+
+    (config.json holds one dtype, that of the model's first parameter: where a part of the model is kept in
+    fp32, transformers reads the rest in fp32 too.)
+
+    Args:
+        packed: the model that was saved.
+        again: the model that was loaded from there.
+        plain: the unquantized model; it is saved to ``folder`` and reloaded if a dtype has changed.
+
+    Returns:
+        Whether every dtype is the same.
+    """
+    others = _others(packed, again)
+    if not others:
+        return True
+    cls: Any = type(plain)
+    plain.save_pretrained(folder)
+    stock: dict[str, torch.Tensor] = cls.from_pretrained(folder).state_dict()
+    before, after, unquantized = packed.state_dict(), again.state_dict(), plain.state_dict()
+
+    def is_as_in_stock(name: str) -> bool:
+        if name not in unquantized or before[name].dtype != unquantized[name].dtype:
+            return False  # packed, or what belongs to it
+        cast = before[name].to(stock[name].dtype)
+        return unquantized[name].is_floating_point() and same(cast, after[name])
+
+    _raise_if_any([name for name in others if not is_as_in_stock(name)])
+    return False
 
 
 def check_packed(packed: PreTrainedModel, model: PreTrainedModel, fmt: str, left: Sequence[str] = ()) -> None:
@@ -133,11 +173,12 @@ def _check_noise(name: str, ours: torch.Tensor, theirs: torch.Tensor, fmt: str) 
 
 def check_bf16(
     model: PreTrainedModel, inputs: dict[str, torch.Tensor] | None, skip: list[str], folder: Path
-) -> bool:
+) -> str:
     """Loaded in bf16, NF4: dtypes as without quantization, the same after saving, and it runs.
 
     Returns:
-        Whether it was run: False where ``inputs`` is None, or the unquantized model does not run in bf16.
+        The cell: ``as stock`` where reloading changes dtypes as it does without quantization, ``not run``
+        where ``inputs`` is None or the unquantized model does not run in bf16.
     """
     cls: Any = type(model)
     plain = cls.from_pretrained(folder / "float", dtype=torch.bfloat16).eval()
@@ -148,7 +189,16 @@ def check_bf16(
     check_packed(packed, plain, "NF4")
     packed.save_pretrained(folder / "bf16")
     again = cls.from_pretrained(folder / "bf16").eval()
-    check_same_state(packed, again)
+    found = [] if check_reloaded(packed, again, plain, folder / "bf16-plain") else [AS_STOCK]
+    if not _runs_in_bf16(packed, plain, inputs):
+        found.append(NOT_RUN)
+    return SEPARATOR.join(found) or OK
+
+
+def _runs_in_bf16(
+    packed: PreTrainedModel, plain: PreTrainedModel, inputs: dict[str, torch.Tensor] | None
+) -> bool:
+    """Whether it was run; what it gives is finite, in the dtype that the unquantized model gives."""
     if inputs is None:
         return False
     floats = {n: t.bfloat16() if t.is_floating_point() else t for n, t in inputs.items()}

@@ -209,10 +209,20 @@ def model_classes(config_class: type[PretrainedConfig]) -> list[type[PreTrainedM
     return [c for c in dict.fromkeys(classes) if c.config_class in (config_class, None)]
 
 
+def _default_config(config_class: type[PretrainedConfig]) -> PretrainedConfig:
+    """The class's defaults, and those of each configuration inside that it leaves out by default.
+
+    (diffusion_gemma of transformers 5.17 leaves out its vision tower's, and cannot be built without.)
+    """
+    config = config_class()
+    left_out = [name for name in config_class.sub_configs if getattr(config, name, None) is None]
+    return config_class(**{name: {} for name in left_out}) if left_out else config
+
+
 def tiny_config(model_type: str) -> PretrainedConfig:
     """The configuration class's defaults, cut down."""
     config_class = CONFIG_MAPPING[model_type]
-    settings = shrink(config_class().to_dict())
+    settings = shrink(_default_config(config_class).to_dict())
     if any("mrope_section" in inspect.getsource(module) for module in _modeling_modules(config_class)):
         _add_mrope_section(settings)
     config = config_class.from_dict(settings)
