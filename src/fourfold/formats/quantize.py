@@ -18,7 +18,7 @@ import torch
 
 from fourfold.errors import CheckpointError
 from fourfold.formats.codebooks import absmax_codes
-from fourfold.formats.packed import ABSMAX_GROUP, PackedStack, PackFormat
+from fourfold.formats.packed import ABSMAX_GROUP, PackedStack
 
 FP16_MAX = 65504.0
 # Matrices that wait to be packed together, in bytes. On CPUs launching costs little, and bitsandbytes'
@@ -28,13 +28,9 @@ BATCH_BYTES_ELSEWHERE = 2 * 2**20
 _ALIGNED = 16  # fp32 numbers, 64 bytes
 
 
-def batch_bytes(device: torch.device, fmt: PackFormat) -> int:
-    """How many bytes of matrices are packed by one launch on ``device`` (always one matrix at the least).
-
-    Half as many in INT8, which copies them to fp16 first.
-    """
-    limit = BATCH_BYTES.get(device.type, BATCH_BYTES_ELSEWHERE)
-    return limit if fmt.is_4bit else limit // 2
+def batch_bytes(device: torch.device) -> int:
+    """How many bytes of matrices are packed by one launch on ``device`` (always one matrix at the least)."""
+    return BATCH_BYTES.get(device.type, BATCH_BYTES_ELSEWHERE)
 
 
 def _slots(tensor: torch.Tensor, stack: PackedStack, first: int, count: int) -> torch.Tensor:
@@ -112,7 +108,7 @@ class Packer:
         self.stack = stack
         self.name = name
         self._limit = FP16_MAX if stack.fmt.quant_type == "int8" else torch.finfo(torch.float32).max
-        self._batch_bytes = batch_bytes(stack.data.device, stack.fmt)
+        self._batch_bytes = batch_bytes(stack.data.device)
         self._waiting: list[torch.Tensor] = []
         self._first = 0  # number of the first matrix that waits
         self._ranges: list[tuple[int, torch.Tensor, torch.Tensor]] = []
@@ -162,8 +158,12 @@ class Packer:
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
-        M, (n, K) = len(waiting), waiting[0].shape
-        w_MnK = waiting[0].unsqueeze(0) if M == 1 else torch.cat(waiting).view(M, n, K)
+        if len(waiting) == 1:
+            w_MnK = waiting[0].unsqueeze(0)
+        else:  # in the dtype that is quantized, so that there is one copy and not two
+            dtype = waiting[0].dtype if self.stack.fmt.is_4bit else torch.float16
+            w_MnK = waiting[0].new_empty(len(waiting), *waiting[0].shape, dtype=dtype)
+            torch.stack(waiting, out=w_MnK)
         del waiting
         self.pack_matrices_(self._first, w_MnK)
 
@@ -209,7 +209,7 @@ def pack_stack(stack: PackedStack, w_ENK: torch.Tensor, name: str) -> PackedStac
         )
     packer = Packer(stack, name)
     n_rows = shape.rows // shape.parts
-    step = max(1, batch_bytes(stack.data.device, stack.fmt) // w_ENK[0].nbytes)
+    step = max(1, batch_bytes(stack.data.device) // w_ENK[0].nbytes)
     for start in range(0, shape.experts, step):
         w_MnK = w_ENK[start : start + step].to(stack.data.device).reshape(-1, n_rows, shape.columns)
         packer.pack_matrices_(start * shape.parts, w_MnK)

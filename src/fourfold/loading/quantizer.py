@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationMethod
 
 from fourfold.errors import CheckpointError, ConfigurationError, NoExpertsError, UnsupportedExpertsError
@@ -233,7 +236,20 @@ class FourfoldQuantizer(HfQuantizer):
                     f"{' or beyond the range of fp16 that INT8 quantization goes through' if eight else ''}; "
                     f"the checkpoint is damaged, {f'or {skip}' if eight else 'get another copy'}"
                 )
+        if eight and not self.config.llm_int8_has_fp16_weight:
+            return {name: self._linear_int8(name, value, **kwargs) for name, value in input_dict.items()}
         return self.linears.get_quantize_ops().convert(input_dict, **kwargs)
+
+    def _linear_int8(self, name: str, value: Any, model: PreTrainedModel, **kwargs: Any) -> nn.Parameter:
+        """What transformers' own operation makes, without its way over the CPU (a fifth of loading)."""
+        import bitsandbytes as bnb
+
+        weight = value[0] if isinstance(value, list) else value
+        module, _ = get_module_from_name(model, name)
+        if issubclass(module.source_cls, Conv1D):  # holds its weight transposed
+            weight = weight.T
+        codes, absmax, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        return bnb.nn.Int8Params(codes, requires_grad=False, CB=codes, SCB=absmax)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Per-expert merges become streaming packers; bitsandbytes' reading of packed Linears is added."""
