@@ -66,7 +66,9 @@ def import_everything() -> None:
     """Imports and the CUDA context, so that loading is timed without them."""
     versions()
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.zeros(1, device="cuda")
 
 

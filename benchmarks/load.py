@@ -3,7 +3,8 @@
     python benchmarks/load.py --layers 12 --out benchmarks/results/load.json
 
 Variants, each in a process of its own on the same GPU, the page cache warmed before each, the whole list
-``--repeats`` times over (medians are shown, raw numbers kept), in one invocation:
+``--repeats`` times over (those named by ``--once`` in the first turn only; medians are shown, raw numbers
+kept, what was measured is on disk after each run), in one invocation:
 
 - ``bf16``               stock transformers, nothing quantized
 - ``bnb-4bit``           stock `load_in_4bit` (experts stay bf16)
@@ -153,6 +154,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", default="/tmp/fourfold-benchmark")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/load.json"))
+    parser.add_argument("--once", nargs="*", choices=VARIANTS, default=[], help="not repeated")
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -165,8 +167,13 @@ def main() -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
     failed: list[str] = []
-    for _ in range(arguments.repeats):
+    record = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+    record |= {"layers": arguments.layers, "checkpoint_bytes": size, "failed": failed}
+    record |= {"results": [], "runs": runs}
+    for turn in range(arguments.repeats):
         for variant in arguments.variants:
+            if turn and variant in arguments.once:
+                continue
             reload = variant == "fourfold-reload"
             warm_cache(packed_folder(arguments.checkpoint) if reload else arguments.checkpoint)
             run = run_in_process(__file__, variant, arguments.out, ["--checkpoint", arguments.checkpoint])
@@ -175,13 +182,10 @@ def main() -> int:
                 continue
             runs.append(run)
             print(f"{variant}: {run['seconds']:.2f} s, peak {run['peak_bytes'] / GIB:.2f} GiB", flush=True)
-    summary = summarise(runs)
-    record = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
-    record |= {"layers": arguments.layers, "checkpoint_bytes": size, "failed": failed}
-    record |= {"results": summary, "runs": runs}
-    arguments.out.write_text(json.dumps(record, indent=1))
+            record["results"] = summarise(runs)
+            arguments.out.write_text(json.dumps(record, indent=1))
     print(json.dumps(record["versions"]))
-    print(table(summary))
+    print(table(record["results"]))
     return int(any(variant.startswith("fourfold") for variant in failed))
 
 
