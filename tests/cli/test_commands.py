@@ -270,6 +270,50 @@ def test_verify_reads_the_headers_of_the_files(
     assert all(verify(c)[0] == 1 for c in (edit(in_bf16), edit(without_absmax), cut, outside))
 
 
+def test_verify_of_a_model_on_the_hub_reads_headers_only(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    packed_folder: Path,
+    moe_folder: Path,
+) -> None:
+    """The hub is played by two folders: what is asked of it are configurations and headers."""
+    import huggingface_hub
+    from huggingface_hub.errors import NotASafetensorsRepoError
+    from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+
+    from fourfold.loading import skeleton
+    from fourfold.loading.headers import checkpoint_files, read_headers
+
+    hub = {"somebody/packed": packed_folder, "somebody/plain": moe_folder, "somebody/pickled": moe_folder}
+
+    def metadata(repo_id: str) -> SafetensorsRepoMetadata:
+        if repo_id == "somebody/pickled":
+            raise NotASafetensorsRepoError("no safetensors in there")
+        files = {}
+        for file in checkpoint_files(hub[repo_id]):
+            tensors = {k: TensorInfo(h.dtype, list(h.shape), (0, 0)) for k, h in read_headers([file]).items()}
+            files[file.name] = SafetensorsFileMetadata({}, tensors)
+        return SafetensorsRepoMetadata(None, False, {}, files)
+
+    read_config = skeleton.read_config
+    monkeypatch.setattr(skeleton, "read_config", lambda model: read_config(hub.get(str(model), model)))
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+    monkeypatch.chdir(tmp_path)
+    status, data, _ = run_json(capsys, "verify", "somebody/packed")
+    assert status == 0
+    assert data["ok"] is True
+    assert run_json(capsys, "verify", "somebody/plain")[0] == 1
+    assert main(["verify", "somebody/pickled"]) == 2
+    assert "holds no readable safetensors" in capsys.readouterr().err
+    # A configuration that says packed over files that are not:
+    plain = metadata("somebody/plain")
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda repo_id: plain)
+    status, data, _ = run_json(capsys, "verify", "somebody/packed")
+    assert status == 1
+    assert "cannot be read" in data["message"]
+
+
 def test_verify_a_dense_model(capsys: pytest.CaptureFixture[str], dense_folder: Path) -> None:
     assert main(["verify", str(dense_folder)]) == 0
     assert "no experts" in capsys.readouterr().out

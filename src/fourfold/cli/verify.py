@@ -1,4 +1,4 @@
-"""``fourfold verify DIR``: bytes by role and dtype of a checkpoint, and whether every expert is packed.
+"""``fourfold verify DIR_OR_MODEL``: bytes by role and dtype, and whether every expert is packed.
 
 Reads config.json and the headers of the safetensors files; no weight is read.
 """
@@ -12,34 +12,39 @@ from rich.console import Console
 
 from fourfold.cli.outcome import DONE, SAYS_NO, Outcome
 from fourfold.errors import CheckpointError, ConfigurationError, UnquantizedExpertsError
+from fourfold.loading.paths import is_meant_as_path
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
-    parser.add_argument("directory", help="the folder of a checkpoint")
+    parser.add_argument("directory", help="the folder of a checkpoint, or its id on the hub")
 
 
 def execute(args: argparse.Namespace, console: Console) -> Outcome:
     """Exit status 0 where all experts are packed (or skipped on request), 1 where any is not."""
-    if not (Path(args.directory) / "config.json").is_file():
+    folder = Path(args.directory)
+    is_local = folder.is_dir()
+    if not (folder / "config.json").is_file() and (is_local or is_meant_as_path(args.directory)):
         raise ConfigurationError(
-            f"{args.directory}: no such folder, or no config.json in it. Name a checkpoint's folder."
+            f"{folder}: no such folder, or no config.json in it. Name a checkpoint's folder."
         )
 
     import fourfold
     from fourfold.cli.libraries import quiet
-    from fourfold.loading.headers import check_packed, checkpoint_files, read_headers
+    from fourfold.loading.headers import check_packed, checkpoint_files, hub_headers, read_headers
     from fourfold.loading.skeleton import build_skeleton
     from fourfold.planning.report import make_report
     from fourfold.training.summary import packed_table
 
     quiet(args.debug)
     model = build_skeleton(args.directory)
+    remote = None if is_local else hub_headers(args.directory)
     report = make_report(model).to_dict()
     status, unpacked, message = DONE, [], "every expert is packed (by config.json and the files' headers)"
     try:
         fourfold.verify(model)
-        unpacked = check_packed(model, read_headers(checkpoint_files(Path(args.directory))), complete=True)
+        headers = read_headers(checkpoint_files(folder)) if remote is None else remote
+        unpacked = check_packed(model, headers, complete=True)
     except UnquantizedExpertsError as error:
         status, unpacked, message = SAYS_NO, error.tensors, str(error)
     except CheckpointError as error:

@@ -119,6 +119,35 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     return headers
 
 
+def hub_headers(repo_id: str) -> dict[str, Header]:
+    """Key -> header of every tensor of a model on the hub; headers are fetched, weights are not.
+
+    Raises:
+        CheckpointError: it cannot be reached, or holds no safetensors.
+    """
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        NotASafetensorsRepoError,
+        OfflineModeIsEnabled,
+        SafetensorsParsingError,
+    )
+
+    try:
+        metadata = get_safetensors_metadata(repo_id)
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise CheckpointError(
+            f"{repo_id} holds no readable safetensors ({error}); nothing else is read"
+        ) from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise CheckpointError(f"the files of {repo_id} cannot be read from the hub: {error}") from error
+    return {
+        key: Header(Path(name), info.dtype, tuple(info.shape))
+        for name, file in metadata.files_metadata.items()
+        for key, info in file.tensors.items()
+    }
+
+
 def _key_of(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """Name in the model -> key in the files, by the loader's own renaming."""
     renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
