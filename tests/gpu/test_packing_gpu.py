@@ -4,11 +4,13 @@ import gc
 
 import pytest
 import torch
+from transformers.core_model_loading import spawn_materialize
 
 from bnb_reference import alone
 from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.quantize import Packer, batch_bytes, pack_stack
 from fourfold.loading.reading import read_slices
+from fourfold.loading.staging import deferred, read_staged
 
 pytestmark = pytest.mark.gpu
 FORMATS = [
@@ -49,13 +51,19 @@ def test_batches_equal_bitsandbytes_matrix_by_matrix(
     assert_as_if_alone(pack_stack(fused, w, "w"), w)
 
 
-@pytest.mark.parametrize("matrix", [(768, 2048), (2048, 7168)])
+@pytest.mark.parametrize("staged", [True, False], ids=["staged", "direct"])
+@pytest.mark.parametrize("matrix", [(768, 2048), (1408, 2048), (2048, 7168)])
 @pytest.mark.parametrize("fmt", [PackFormat("nf4", 64, True), PackFormat("int8")], ids=str)
-def test_peak_is_one_matrix_and_64_mib_above_the_result(fmt: PackFormat, matrix: tuple[int, int]) -> None:
+def test_peak_is_one_matrix_and_64_mib_above_the_result(
+    fmt: PackFormat, matrix: tuple[int, int], staged: bool
+) -> None:
     rows, columns = matrix
     experts = 16 if rows > 1000 else 64
     on_disk = torch.randn(rows, columns).bfloat16()
-    sources = [lambda: on_disk.to("cuda") for _ in range(2 * experts)]
+    sources = [
+        spawn_materialize(None, on_disk, "cuda", torch.bfloat16) if staged else lambda: on_disk.to("cuda")
+        for _ in range(2 * experts)
+    ]
     torch.zeros(1, device="cuda")
     pack_stack(PackedStack.empty(fmt, StackShape(1, 64, 64), "cuda"), torch.zeros(1, 64, 64).cuda(), "w")
     gc.collect()
@@ -73,6 +81,21 @@ def test_peak_is_one_matrix_and_64_mib_above_the_result(fmt: PackFormat, matrix:
     assert above <= on_disk.nbytes + 64 * 2**20
     assert torch.cuda.memory_allocated() - before <= result + 2**20
     assert batch_bytes(torch.device("cuda")) > batch_bytes(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_staged_slices_are_those_that_the_loader_would_read(dtype: torch.dtype) -> None:
+    made = [torch.randn(1024, 1024 + 8 * (i % 7 == 0)).to(dtype) for i in range(60)]
+    sources = [spawn_materialize(None, t, "cuda:0", torch.bfloat16) for t in made]
+    assert all(deferred(source) is not None for source in sources)
+    stream = torch.cuda.Stream()
+    for context in (torch.cuda.stream(None), torch.cuda.stream(stream)):
+        with context:
+            for source, tensor in zip(sources, read_slices(sources), strict=True):
+                assert tensor is not None
+                busy = tensor.new_zeros(4096, 4096)
+                busy @ busy
+                assert torch.equal(tensor, source())
 
 
 def test_slices_come_in_order_whoever_reads_them() -> None:
@@ -120,7 +143,16 @@ def test_reading_ahead_changes_nothing(tmp_path, monkeypatch) -> None:
         model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, **arguments)
         return model.state_dict()
 
+    staged: list[int] = []
+
+    def counted(slices, threads):
+        staged.append(len(slices))
+        return read_staged(slices, threads)
+
+    monkeypatch.setattr(reading, "read_staged", counted)
     ahead = load()
+    assert sum(staged) > 0
+    monkeypatch.setattr(reading, "deferred", lambda source: None)
     monkeypatch.setattr(reading, "slices_ahead", lambda nbytes: 0)
     for name, tensor in load().items():
         assert tensor.is_cuda

@@ -15,6 +15,8 @@ from typing import TypeAlias
 import torch
 from transformers.utils import is_env_variable_true
 
+from fourfold.loading.staging import GROUP_BYTES, deferred, read_staged
+
 Slice: TypeAlias = "torch.Tensor | Future[torch.Tensor] | Callable[[], torch.Tensor]"
 AHEAD_BYTES = 12 * 2**20
 # A single slice may be read ahead up to this size: with what packing it takes (twice and a half, INT8), the
@@ -44,6 +46,14 @@ def read_slices(sources: Iterable[Slice]) -> Iterator[torch.Tensor | None]:
     waiting: deque[Slice] = deque(sources)
     if not waiting:
         return
+    known = [deferred(source) for source in waiting]
+    staged = [d for d in known if d is not None and d.device.type == "cuda" and d.nbytes <= GROUP_BYTES]
+    if len(staged) == len(waiting) and not is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD"):
+        waiting.clear()
+        del known
+        yield from read_staged(staged, THREADS)
+        return
+    del known, staged
     first = read_slice(waiting.popleft())
     yield first
     ahead = 0 if first is None or first.device.type == "cpu" else slices_ahead(max(1, first.nbytes))

@@ -1,0 +1,110 @@
+"""From the page cache to a GPU through pinned memory, several slices by one transfer.
+
+A slice of a checkpoint is a view of a mapped file. Copying such memory to a GPU goes through a small buffer
+of the driver, one copy after the other; experts are slices of a few megabytes, 18,000 of them in
+Qwen3-30B-A3B. Here several threads copy slices side by side into pinned memory, from where one asynchronous
+transfer brings a group of them to the device. (Stock loading in bf16 takes the driver's way.)
+
+transformers hands a slice to a converter as a function without arguments. What it closes over (the slice, its
+device and dtype) is read off that function; where another version writes it otherwise, nothing is recognised,
+and slices are read by calling it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+GROUP_BYTES = 6 * 2**20
+GROUPS_AHEAD = 3
+_CLOSES_OVER = {"tensor", "device", "dtype", "sharding_op"}
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A slice that was not read yet: where it lies, and as what it is wanted."""
+
+    tensor: Any  # safetensors' slice of a file, or a tensor on a CPU
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def deferred(source: Any) -> Deferred | None:
+    """What a loader's function would read; None where it is not known to do that and nothing else."""
+    code = getattr(source, "__code__", None)
+    if code is None or getattr(source, "__module__", None) != "transformers.core_model_loading":
+        return None
+    try:
+        values = {
+            name: cell.cell_contents
+            for name, cell in zip(code.co_freevars, source.__closure__ or (), strict=True)
+        }
+    except ValueError:  # a cell that is empty
+        return None
+    if not values.keys() >= _CLOSES_OVER or values["sharding_op"] is not None:
+        return None
+    tensor, dtype = values["tensor"], values["dtype"]
+    if isinstance(tensor, torch.Tensor):
+        shape, on_cpu = tuple(tensor.shape), tensor.device.type == "cpu"
+    elif hasattr(tensor, "get_shape"):
+        shape, on_cpu = tuple(tensor.get_shape()), True
+    else:
+        return None
+    if not on_cpu or not isinstance(dtype, torch.dtype) or values["device"] is None:
+        return None
+    return Deferred(tensor, torch.device(values["device"]), dtype, shape)
+
+
+def groups_of(slices: Sequence[Deferred]) -> Iterator[Sequence[Deferred]]:
+    """Neighbours of one shape, dtype and device, up to `GROUP_BYTES` together, in order."""
+    start = 0
+    for i, item in enumerate(slices):
+        first = slices[start]
+        alike = (item.shape, item.dtype, item.device) == (first.shape, first.dtype, first.device)
+        if i > start and (not alike or (i - start + 1) * first.nbytes > GROUP_BYTES):
+            yield slices[start:i]
+            start = i
+    if slices:
+        yield slices[start:]
+
+
+def read_group(group: Sequence[Deferred], stream: torch.cuda.Stream | None) -> torch.Tensor:
+    """The slices of a group ``[G, ...]`` on their device, in their dtype; ``stream``: where they are used."""
+    first = group[0]
+    # torch keeps pinned blocks for the next caller, and gives one out again only when its transfer is done.
+    host = torch.empty(len(group), *first.shape, dtype=first.dtype, pin_memory=stream is not None)
+    for place, item in zip(host, group, strict=True):
+        place.copy_(item.tensor[...])
+    if stream is None:
+        return host
+    with torch.cuda.stream(stream):
+        return host.to(first.device, non_blocking=True)
+
+
+def read_staged(slices: Sequence[Deferred], threads: int) -> Iterator[torch.Tensor]:
+    """Slices in order, `GROUPS_AHEAD` groups of them under way beside the one that is handed out."""
+    waiting = deque(groups_of(slices))
+    running: deque[Future[torch.Tensor]] = deque()
+    devices = {item.device for item in slices if item.device.type == "cuda"}
+    streams = {device: torch.cuda.current_stream(device) for device in devices}
+    with ThreadPoolExecutor(threads, thread_name_prefix="fourfold-read") as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) < GROUPS_AHEAD:
+                    group = waiting.popleft()
+                    running.append(pool.submit(read_group, group, streams.get(group[0].device)))
+                    del group
+                yield from running.popleft().result().unbind()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
