@@ -163,7 +163,7 @@ class Packer:
         else:  # in the dtype that is quantized, so that there is one copy and not two
             dtype = waiting[0].dtype if self.stack.fmt.is_4bit else torch.float16
             w_MnK = waiting[0].new_empty(len(waiting), *waiting[0].shape, dtype=dtype)
-            torch.stack(waiting, out=w_MnK)
+            torch.cat(waiting, out=w_MnK.view(-1, w_MnK.shape[-1]))
         del waiting
         self.pack_matrices_(self._first, w_MnK)
 
