@@ -37,7 +37,7 @@ class Target:
         stored_transposed: the model stores it in-by-out.
         says_transposed: and the module says so, which is what PEFT looks at.
         gated: it holds gate and up.
-        interleaved: their rows alternate.
+        interleaved: their rows alternate; None where the module does not say (it is not decorated).
     """
 
     experts: int
@@ -46,7 +46,7 @@ class Target:
     stored_transposed: bool
     says_transposed: bool
     gated: bool
-    interleaved: bool
+    interleaved: bool | None
 
 
 class Base:
@@ -124,10 +124,11 @@ def _targets(found: FoundExperts) -> Iterator[tuple[str, Target]]:
         shape = projection.shape
         if len(layout.model_shape(projection)) != 3:
             continue  # PEFT gives a flattened parameter one A for all experts: no LoRA per expert
+        interleaved: bool | None = None
         if isinstance(layout, ExpertsLayout):
             gated, interleaved = layout.has_gate and projection is layout.up, not layout.is_concatenated
         else:
-            gated, interleaved = shape.parts == 2 or projection.name == "gate_up_proj", False
+            gated = projection.name == "gate_up_proj"
         yield (
             projection.name,
             Target(
