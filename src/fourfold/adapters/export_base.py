@@ -71,6 +71,11 @@ class Base:
             return False
         return True
 
+    def is_wrappable(self, name: str) -> bool:
+        """Whether PEFT has a wrapper for that module, or else for its matrix alone."""
+        known = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+        return self.is_module(name) and isinstance(self._model.get_submodule(name), known)
+
     def linear_name(self, module: str) -> str:
         """Name of a plain module in the base's checkpoint.
 
