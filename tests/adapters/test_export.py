@@ -132,7 +132,9 @@ def test_rslora_alone_is_lossless(tmp_path: Path) -> None:
     tensors = adapters.read(tmp_path / "adapter")[0]
     b = tensors["base_model.model.model.layers.0.mlp.experts.lora_B.weight"].view(64, 4, 6)
     out = adapters.read(tmp_path / "out")[0]
-    assert torch.equal(out["base_model.model.model.layers.0.mlp.experts.2.down_proj.lora_B.weight"], b[:, :, 2])
+    assert torch.equal(
+        out["base_model.model.model.layers.0.mlp.experts.2.down_proj.lora_B.weight"], b[:, :, 2]
+    )
 
 
 def test_unequal_gate_and_up(tmp_path: Path) -> None:

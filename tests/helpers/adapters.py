@@ -23,7 +23,8 @@ def make(config: PretrainedConfig, folder: Path, **lora: Any) -> PeftModel:
     model = tiny.build(config)
     config.save_pretrained(folder / "base")
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"]} | lora
-    settings.setdefault("target_parameters", fourfold.expert_targets(model))
+    if "target_parameters" not in settings:
+        settings["target_parameters"] = fourfold.expert_targets(model)
     peft_model = get_peft_model(model, LoraConfig(**settings))
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
@@ -37,7 +38,9 @@ def make(config: PretrainedConfig, folder: Path, **lora: Any) -> PeftModel:
 def rewrite(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **config: Any) -> Path:
     """Change an adapter's tensors or configuration where it lies; a setting of ... is taken out."""
     if tensors is not None:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            {k: t.contiguous() for k, t in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"}
+        )
     data = json.loads((folder / CONFIG).read_text()) | config
     (folder / CONFIG).write_text(json.dumps({k: v for k, v in data.items() if v is not ...}))
     return folder

@@ -197,9 +197,7 @@ def packing_of(adapter: Adapter, source_layout: str | None) -> Packing:
         raise AdapterError(f"{path}: lora_B_layout={mark!r} is unknown; {_ASK} after removing that key")
     old = _is_old(adapter.config.get("peft_version"))
     if source_layout is None:
-        traces = "unsloth" in json.dumps(
-            [adapter.config.get("base_model_name_or_path"), adapter.config.get("auto_mapping")]
-        )
+        traces = _by_unsloth(adapter)
         if mark is None and traces:
             raise AdapterError(
                 f"{path}: Unsloth wrote it, but lora_B_layout is missing; both orders of lora_B fit its shapes, and "
@@ -214,6 +212,15 @@ def packing_of(adapter: Adapter, source_layout: str | None) -> Packing:
     if source_layout == "unsloth":
         return Packing(True, old, asked=True)
     return Packing(False, source_layout == "peft-0.18", asked=True)
+
+
+def _by_unsloth(adapter: Adapter) -> bool:
+    """Whether Unsloth may have trained it; what Fourfold trained has its own file beside it."""
+    if (adapter.folder / "fourfold.json").is_file():
+        return False
+    marked = (adapter.config.get("auto_mapping") or {}).get("unsloth_fixed", False)
+    named = re.search(r"(^|/)(models--)?unsloth(/|--)", str(adapter.config.get("base_model_name_or_path")))
+    return bool(marked or named)
 
 
 def _is_old(version: Any) -> bool | None:

@@ -71,10 +71,6 @@ def write_folder(
         folder.chmod(0o755)
         check_target(target, source, force)
         _put_in_place(folder, target)
-    except OSError as error:
-        raise AdapterError(
-            f"{target} cannot be written ({error.strerror}); free space or name another"
-        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
