@@ -19,7 +19,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def make(config: PretrainedConfig, folder: Path, **lora: Any) -> PeftModel:
-    """A random adapter in ``folder / "adapter"`` on the model of ``folder / "base"`` (configuration alone)."""
+    """A random adapter in ``folder / "adapter"``; in ``folder / "base"`` its model's configuration."""
     model = tiny.build(config)
     config.save_pretrained(folder / "base")
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"]} | lora

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
 REAL = {
@@ -39,12 +39,14 @@ REAL = {
 class _StandIn(ModuleType):
     """A module of which anything can be imported."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = type(name, (), {}) if name[:1].isupper() and not name.isupper() else MagicMock(name=name)
+        if name.isupper():  # a switch, such as PIN_MEMORY: off
+            return False
+        value = type(name, (), {}) if name[:1].isupper() else MagicMock(name=name)
         setattr(self, name, value)
         return value
 
@@ -73,7 +75,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 @contextmanager
 def installed(package: str, folder: Path) -> Iterator[None]:
     """``package`` can be imported meanwhile, as far as it is real."""
-    if not (folder / package / "__init__.py").is_file():
+    if not all(folder.joinpath(*name.split(".")).with_suffix(".py").is_file() for name in REAL[package]):
         raise FileNotFoundError(f"{folder} holds no unpacked {package}")
     finder = _Finder(package, folder)
     sys.meta_path.insert(0, finder)

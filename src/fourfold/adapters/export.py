@@ -2,12 +2,13 @@
 
 PEFT keeps LoRA on fused experts as two flat factors a parameter, under keys that name a wrapper and not the
 parameter. vLLM takes those from models that it serves with fused experts, SGLang from none; both take
-``experts.{e}.{gate,up,down}_proj.lora_{A,B}.weight`` of shapes ``(r, in)`` and ``(out, r)``, under the names of
-the base's checkpoint. Neither the rank nor a number changes on the way, unless the result says so.
+``experts.{e}.{gate,up,down}_proj.lora_{A,B}.weight`` of shapes ``(r, in)`` and ``(out, r)``, under the names
+of the base's checkpoint. Neither the rank nor a number changes on the way, unless the result says so.
 
-SGLang reads one ``r`` and one ``lora_alpha`` for the whole adapter, so per-expert files hold one rank (smaller
-ones filled with zeros) and one scaling (what differs goes into B). vLLM takes all projections of an expert or
-none, so one that was not trained is written as zeros; on the way back such a projection is left out again.
+SGLang reads one ``r`` and one ``lora_alpha`` for the whole adapter, so per-expert files hold one rank
+(smaller ones filled with zeros) and one scaling (what differs goes into B). vLLM takes all projections of an
+expert or none, so one that was not trained is written as zeros; on the way back such a projection is left
+out again.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def export(
         adapter: folder with adapter_config.json and adapter_model.safetensors, fused or per-expert.
         out: the folder to make.
         layout: ``per-expert`` (vLLM, SGLang), or ``fused`` (PEFT, and servers of models with fused experts).
-        base: folder, config.json or hub id of the base model; by default what the adapter names, if within reach.
-        source_layout: how the adapter packs fused experts, where its marks do not say: ``peft``, ``peft-0.18``
-            (0.17 to 0.19.0) or ``unsloth`` (before September 2026).
+        base: folder, config.json or hub id of the base model; by default what the adapter names, if within
+            reach.
+        source_layout: how the adapter packs fused experts, where its marks do not say: ``peft``,
+            ``peft-0.18`` (0.17 to 0.19.0) or ``unsloth`` (before September 2026).
         gate_up: ``concatenated`` or ``interleaved``, where the base's configuration is not within reach.
         double_rank: to fused: accept a gate and an up of different A, at twice the rank.
         force: replace the adapter at ``out``.
@@ -90,8 +92,8 @@ def export(
         What was written.
 
     Raises:
-        AdapterError: the adapter is damaged, of another model, holds what servers refuse, or can be read in more
-            than one way; says what to pass.
+        AdapterError: the adapter is damaged, of another model, holds what servers refuse, or can be read in
+            more than one way; says what to pass.
     """
     if layout not in LAYOUTS:
         raise AdapterError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")

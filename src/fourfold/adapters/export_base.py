@@ -85,8 +85,8 @@ class Base:
         names = list(self._reverted(f"{module}.weight", torch.empty(8, 8, device="meta")))
         if len(names) != 1 or not names[0].endswith(".weight"):
             raise AdapterError(
-                f"{module} lies in the base's checkpoint as {', '.join(names[:3])}, so that its LoRA cannot be "
-                "written under one name; leave it out of target_modules"
+                f"{module} lies in the base's checkpoint as {', '.join(names[:3])}, so that its LoRA "
+                "cannot be written under one name; leave it out of target_modules"
             )
         return names[0].removesuffix(".weight")
 

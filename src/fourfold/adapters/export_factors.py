@@ -6,8 +6,8 @@ but copies, so converting there and back gives the same bytes.
 
 - PEFT: A ``[E*r, K]`` (expert slowest), B ``[N, r*E]`` (expert fastest).
 - Unsloth before 2026-09-17: B ``[N, E*r]`` (expert slowest), of the very same shape.
-- Swapped (PEFT 0.17 to 0.19.0 on out-by-in parameters, and any PEFT that takes an in-by-out one for out-by-in): A has the
-  parameter's N columns and B its K rows; the update is that of ``A_e^T B_e^T``.
+- Swapped (PEFT 0.17 to 0.19.0 on out-by-in parameters, and any PEFT that takes an in-by-out one for
+  out-by-in): A has the parameter's N columns and B its K rows; the update is that of ``A_e^T B_e^T``.
 - Per expert: A ``[r, K]``, B ``[N, r]``; gate and up share A, and each has its rows of B.
 
 E experts, r rank, K in, N out of the fused parameter, I rows of gate or up.
@@ -111,7 +111,8 @@ def join(gate: Factors, up: Factors, *, interleaved: bool, double_rank: bool, wh
     """
     if gate.a_ERK.shape[2] != up.a_ERK.shape[2] or gate.rows != up.rows or gate.experts != up.experts:
         raise AdapterError(
-            f"{where}: gate and up have different shapes ({list(gate.a_ERK.shape)} and {list(up.a_ERK.shape)})"
+            f"{where}: gate and up have different shapes ({list(gate.a_ERK.shape)} and "
+            f"{list(up.a_ERK.shape)})"
         )
     shared = gate.a_ERK.shape == up.a_ERK.shape and torch.equal(gate.a_ERK, up.a_ERK)
     if shared and not double_rank:

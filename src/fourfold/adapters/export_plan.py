@@ -82,7 +82,8 @@ class Plan:
         if not wanted or len(fused) != 1 or not set(fused) <= {up_name, "down_proj"}:
             if set(fused) != {up_name, "down_proj"}:
                 raise AdapterError(
-                    f"{name}: {', '.join(fused)} are not gate, up and down of gated experts, or up and down of others"
+                    f"{name}: {', '.join(fused)} are not gate, up and down of gated experts, or up and "
+                    f"down of others"
                 )
             return []
         there = next(iter(fused.values()))

@@ -1,8 +1,8 @@
 """Reading an adapter for export: its configuration, its factors, and which way its files pack them.
 
-Four ways of packing give files of equal keys, two of them of equal shapes: what is read wrongly raises nothing
-and answers nonsense. So the marks that the writers leave decide (`peft_version`, `lora_B_layout`), then shapes,
-and where neither does, the caller is asked.
+Four ways of packing give files of equal keys, two of them of equal shapes: what is read wrongly raises
+nothing and answers nonsense. So the marks that the writers leave decide (`peft_version`, `lora_B_layout`),
+then shapes, and where neither does, the caller is asked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 _ASK = f"pass --source-layout (source_layout=): {', '.join(SOURCE_LAYOUTS)}"
 
-# Settings that change what the factors mean; with the value that means nothing. Servers refuse or ignore them.
+# Settings that change what the factors mean; with the value that means nothing. Servers refuse or ignore
+# them.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_dora": (None, False),
     "lora_bias": (None, False),
@@ -139,14 +140,15 @@ def _refuse(config: Mapping[str, Any], path: Path) -> None:
     for name, harmless in _REFUSED.items():
         if config.get(name) not in harmless:
             raise AdapterError(
-                f"{path}: {name}={config[name]!r} cannot be exported: servers refuse it, or ignore it and answer "
-                "otherwise. Merge the adapter into its base instead"
+                f"{path}: {name}={config[name]!r} cannot be exported: servers refuse it, or ignore it and "
+                "answer otherwise. Merge the adapter into its base instead"
             )
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower() not in _HARMLESS_INITS:
         raise AdapterError(
-            f"{path}: init_lora_weights={init!r} changes the base's weights when PEFT loads the adapter, which "
-            "servers do not; convert it to plain LoRA when saving (path_initial_model_for_weight_conversion)"
+            f"{path}: init_lora_weights={init!r} changes the base's weights when PEFT loads the adapter, "
+            "which servers do not; convert it to plain LoRA when saving "
+            "(path_initial_model_for_weight_conversion)"
         )
 
 
@@ -200,9 +202,9 @@ def packing_of(adapter: Adapter, source_layout: str | None) -> Packing:
         traces = _by_unsloth(adapter)
         if mark is None and traces:
             raise AdapterError(
-                f"{path}: Unsloth wrote it, but lora_B_layout is missing; both orders of lora_B fit its shapes, and "
-                f"the wrong one gives every expert another's update. If it was trained with a release of before "
-                f"September 2026 it is unsloth, else peft: {_ASK}"
+                f"{path}: Unsloth wrote it, but lora_B_layout is missing; both orders of lora_B fit its "
+                "shapes, and the wrong one gives every expert another's update. If it was trained with a "
+                f"release of before September 2026 it is unsloth, else peft: {_ASK}"
             )
         return Packing(mark == "grouped_by_expert", old, asked=False)
     if mark is not None and (mark == "grouped_by_expert") != (source_layout == "unsloth"):
@@ -260,8 +262,8 @@ def swapped(
         by_mark = True  # of experts stored out-by-in, as all but a few are; shapes know better
     if by_shape is None and by_mark is None:
         raise AdapterError(
-            f"{where}: peft_version does not tell which way round the factors are, and both ways fit their shapes; "
-            f"{_ASK}, or name the base's configuration (--base)"
+            f"{where}: peft_version does not tell which way round the factors are, and both ways fit their "
+            f"shapes; {_ASK}, or name the base's configuration (--base)"
         )
     if by_shape is not None and by_mark is not None and by_shape != by_mark and packing.asked and targets:
         raise AdapterError(f"{where}: the factors' shapes contradict --source-layout")

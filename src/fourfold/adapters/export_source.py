@@ -61,12 +61,13 @@ class Source:
             self.experts[name] = self._read_per_expert(name, parts)
         if not self.experts:
             raise AdapterError(
-                f"{adapter.folder} has no LoRA on routed experts, so there is nothing to convert; servers take it "
-                "as it is"
+                f"{adapter.folder} has no LoRA on routed experts, so there is nothing to convert; servers "
+                "take it as it is"
             )
 
     def _sort_out(self) -> tuple[dict[str, list[Module]], dict[str, Module]]:
-        """Modules of fused experts (innermost wrapper first), and those named per expert; the rest is plain."""
+        """Modules of fused experts (innermost wrapper first), and those named per expert; the rest is
+        plain."""
         fused: dict[str, dict[int, Module]] = {}
         listed: dict[str, Module] = {}
         for key, module in self.adapter.modules.items():
@@ -96,8 +97,9 @@ class Source:
             rows = module.a.shape[0]
             if rows != module.b.shape[1] or rows % rank or experts not in (None, rows // rank):
                 raise AdapterError(
-                    f"{name}.{parameter}: factors {list(module.a.shape)} and {list(module.b.shape)} are not those "
-                    f"of {experts or 'some'} experts at rank {rank}; adapter_config.json is another adapter's"
+                    f"{name}.{parameter}: factors {list(module.a.shape)} and {list(module.b.shape)} are "
+                    f"not those of {experts or 'some'} experts at rank {rank}; adapter_config.json is "
+                    "another adapter's"
                 )
         packing = packing_of(self.adapter, source_layout)
         exchanged = swapped(packing, flat, targets, name)
@@ -124,8 +126,8 @@ class Source:
             known = sorted((p for p in named if p in order), key=order.index)
             if len(known) != len(named):
                 raise AdapterError(
-                    f"{name}: target_parameters names {', '.join(named)}, whose order only the base knows; name its "
-                    "configuration (--base)"
+                    f"{name}: target_parameters names {', '.join(named)}, whose order only the base knows; "
+                    "name its configuration (--base)"
                 )
         if len(known) != count:
             raise AdapterError(
@@ -157,9 +159,9 @@ class Source:
         """
         if experts.interleaved is None:
             raise AdapterError(
-                f"{name}: whether rows of gate and up lie one after the other or alternate is not in the adapter; "
-                "name the base's configuration (--base, a config.json will do) or pass --gate-up (gate_up=): "
-                f"{', '.join(GATE_UP)}"
+                f"{name}: whether rows of gate and up lie one after the other or alternate is not in the "
+                "adapter; name the base's configuration (--base, a config.json will do) or pass "
+                f"--gate-up (gate_up=): {', '.join(GATE_UP)}"
             )
         return experts.interleaved
 
@@ -229,7 +231,8 @@ class Source:
         elif gate or up:
             if gate or experts.gated:
                 raise AdapterError(
-                    f"{name}: LoRA on {'gate' if gate else 'up'} alone cannot be held by the fused gate_up_proj"
+                    f"{name}: LoRA on {'gate' if gate else 'up'} alone cannot be held by the fused "
+                    f"gate_up_proj"
                 )
             assert up is not None
             fused["up_proj"], scaling["up_proj"] = up

@@ -25,8 +25,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source-layout",
         choices=("peft", "peft-0.18", "unsloth"),
-        help="how the adapter packs experts, where its marks do not say: peft-0.18 of 0.17 to 0.19.0, unsloth "
-        "of before September 2026",
+        help="how the adapter packs experts, where its marks do not say: peft-0.18 of 0.17 to 0.19.0, "
+        "unsloth of before September 2026",
     )
     parser.add_argument(
         "--gate-up",
@@ -65,8 +65,8 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
         lines.append(f"The rank is beyond vLLM's default of 16: serve with {' '.join(written.flags)}")
     if written.names == "adapter":
         lines.append(
-            "The base's configuration is not within reach, so modules are named as transformers names them; where "
-            "the base's checkpoint has other names, servers refuse the adapter: pass --base"
+            "The base's configuration is not within reach, so modules are named as transformers names "
+            "them; where the base's checkpoint has other names, servers refuse the adapter: pass --base"
         )
     if written.zero_filled:
         lines.append(f"Not trained, written as zeros: {', '.join(written.zero_filled[:2])}, ...")
