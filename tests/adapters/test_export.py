@@ -187,3 +187,84 @@ def test_without_the_base(tmp_path: Path) -> None:
 def test_a_rank_beyond_the_servers(tmp_path: Path) -> None:
     adapters.make(tiny.qwen3_moe(), tmp_path, r=17)
     assert fourfold.export(tmp_path / "adapter", tmp_path / "out").flags == ["--max-lora-rank 32"]
+
+
+def test_some_layers_a_router_and_a_pattern(tmp_path: Path) -> None:
+    """What PEFT is told to target names the same modules after a round trip, and no others."""
+    targets = [
+        "layers.1.mlp.experts.gate_up_proj",
+        "layers.1.mlp.experts.down_proj",
+        "layers.0.mlp.gate.weight",
+    ]
+    listed = ["layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"]
+    model = adapters.make(tiny.qwen3_moe(), tmp_path, target_modules=listed, target_parameters=targets)
+    # (PEFT makes a list of leaves of a pattern where it knows the model; it then names more modules)
+    adapters.rewrite(tmp_path / "adapter", target_modules=r".*layers\.0\.self_attn\.(q|v)_proj")
+    fourfold.export(tmp_path / "adapter", tmp_path / "out")
+    config = adapters.read(tmp_path / "out")[1]
+    assert config["target_modules"] == ["down_proj", "gate", "gate_proj", "q_proj", "up_proj", "v_proj"]
+    adapters.rewrite(
+        tmp_path / "out", target_modules=r".*layers\.0\.self_attn\.(q|v)_proj|.*experts.*|.*gate"
+    )
+    fourfold.export(tmp_path / "out", tmp_path / "back", layout="fused")
+    before, after = tmp_path / "adapter", tmp_path / "back"
+    assert (before / adapters.WEIGHTS).read_bytes() == (after / adapters.WEIGHTS).read_bytes()
+    loaded = PeftModel.from_pretrained(tiny.build(tiny.qwen3_moe()), str(tmp_path / "back"))
+    names = [{n for n, _ in m.named_parameters() if "lora_" in n} for m in (model, loaded)]
+    assert names[0] == names[1]
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+
+
+def test_linears_that_share_a_name_with_experts(tmp_path: Path) -> None:
+    """down_proj is an expert's and a dense layer's."""
+    config = tiny.qwen3_moe(mlp_only_layers=[0])
+    model = adapters.make(config, tmp_path, target_modules=["down_proj", "q_proj"])
+    fourfold.export(tmp_path / "adapter", tmp_path / "out")
+    fourfold.export(tmp_path / "out", tmp_path / "back", layout="fused")
+    loaded = PeftModel.from_pretrained(tiny.build(config), str(tmp_path / "back"))
+    names = [{n for n, _ in m.named_parameters() if "lora_" in n} for m in (model, loaded)]
+    assert names[0] == names[1]
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+
+
+def test_embeddings(tmp_path: Path) -> None:
+    model = adapters.make(
+        tiny.qwen3_moe(), tmp_path, target_modules=["embed_tokens"], rank_pattern={"gate_up_proj": 6}
+    )
+    fourfold.export(tmp_path / "adapter", tmp_path / "out")
+    tensors, config = adapters.read(tmp_path / "out")
+    key = "base_model.model.model.embed_tokens.lora_embedding_"
+    delta = (tensors[key + "B"] @ tensors[key + "A"]).T * config["lora_alpha"] / config["r"]
+    theirs = model.get_submodule("base_model.model.model.embed_tokens").get_delta_weight("default")
+    assert tensors[key + "A"].shape == (6, 96)
+    adapters.rewrite(tmp_path / "adapter", tensors | {key[:-15] + "base_layer.weight": torch.ones(96, 64)})
+    with pytest.raises(AdapterError, match="save_embedding_layers=False"):
+        fourfold.export(tmp_path / "adapter", tmp_path / "wrong")
+    assert (delta - theirs).abs().max() <= 1e-6
+
+
+def test_bf16_keeps_its_bytes(tmp_path: Path) -> None:
+    """Of the dtype that is trained and served; a scaling that differs is rounded once, and said."""
+    adapters.make(tiny.mixtral(), tmp_path)
+    folder = tmp_path / "adapter"
+    tensors, _ = adapters.read(folder)
+    adapters.rewrite(folder, {key: tensor.bfloat16() for key, tensor in tensors.items()})
+    assert fourfold.export(folder, tmp_path / "out").exact
+    assert {t.dtype for t in adapters.read(tmp_path / "out")[0].values()} == {torch.bfloat16}
+    fourfold.export(tmp_path / "out", tmp_path / "back", layout="fused")
+    assert (tmp_path / "back" / adapters.WEIGHTS).read_bytes() == (folder / adapters.WEIGHTS).read_bytes()
+    adapters.rewrite(folder, alpha_pattern={"down_proj": 16})
+    assert fourfold.export(folder, tmp_path / "twice").exact  # twice a number is a number
+    adapters.rewrite(folder, alpha_pattern={"down_proj": 12})
+    assert not fourfold.export(folder, tmp_path / "once_and_a_half").exact
+
+
+def test_packed_base(tmp_path: Path) -> None:
+    """The base that it was trained on may be Fourfold's own checkpoint."""
+    adapters.make(tiny.qwen3_moe(), tmp_path)
+    tiny.save(tiny.qwen3_moe(), tmp_path / "plain")
+    packed = tiny.packed_folder(tmp_path / "plain", tmp_path / "packed")
+    fourfold.export(tmp_path / "adapter", tmp_path / "out")
+    fourfold.export(tmp_path / "adapter", tmp_path / "other", base=packed)
+    files = [(tmp_path / name / adapters.WEIGHTS).read_bytes() for name in ("out", "other")]
+    assert files[0] == files[1]

@@ -31,7 +31,7 @@ def make(config: PretrainedConfig, folder: Path, **lora: Any) -> PeftModel:
             if "lora_" in name:
                 parameter.normal_(0, 0.1)
     peft_model.peft_config["default"].base_model_name_or_path = str(folder / "base")
-    peft_model.save_pretrained(folder / "adapter")
+    peft_model.save_pretrained(folder / "adapter", save_embedding_layers=False)
     return peft_model
 
 

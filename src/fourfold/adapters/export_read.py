@@ -158,9 +158,10 @@ def _modules(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Modul
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key.removeprefix(_PREFIX))
         if match is None:
-            raise AdapterError(
-                f"{path}: {key} is no LoRA factor; an adapter with such tensors cannot be exported"
-            )
+            advice = "an adapter with such tensors cannot be exported"
+            if key.endswith(".base_layer.weight"):
+                advice = "save it with save_embedding_layers=False, if the vocabulary is the base's own"
+            raise AdapterError(f"{path}: {key} is no LoRA factor; {advice}")
         halves.setdefault(match["module"], {})[match["linear"] or match["embedding"]] = tensor
         if match["embedding"]:
             embeddings.add(match["module"])

@@ -185,8 +185,8 @@ class Source:
         for key, module in listed.items():
             match = EXPERT.fullmatch(key)
             assert match is not None
-            name = known.get(match["experts"]) if self.base is not None else match["experts"]
-            if name is None:
+            name = match["experts"] if self.base is None else known.get(match["experts"], "")
+            if not name:
                 raise AdapterError(f"{key} is no expert of the base; the adapter is another model's")
             result.setdefault(name, {}).setdefault(match["name"], {})[int(match["number"])] = module
         return result
