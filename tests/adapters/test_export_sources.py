@@ -102,10 +102,15 @@ def version_reads_right(folder: Path, tmp_path: Path, version: str) -> bool:
     return same_files(tmp_path)
 
 
-def test_old_peft_did_not_exchange_transposed_experts(tmp_path: Path) -> None:
-    folder = make(tmp_path, "gpt_oss", sizes={"hidden_size": 64, "intermediate_size": 64})
-    adapters.rewrite(folder, peft_version="0.18.1")
-    assert same_files(tmp_path)
+def test_transposed_experts(tmp_path: Path) -> None:
+    """PEFT before 0.19.0 had them right, 0.19.0 alone exchanged them; shapes tell nothing here."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32}
+    folder = make(tmp_path, "gpt_oss", sizes=sizes, target_parameters=["mlp.experts.gate_up_proj"])
+    right = {v: version_reads_right(folder, tmp_path, v) for v in ("0.18.1", "0.19.0", "0.19.1")}
+    assert right == {"0.18.1": True, "0.19.0": False, "0.19.1": True}
+    exchange(folder)
+    assert version_reads_right(folder, tmp_path, "0.19.0")
+    assert same_files(tmp_path, source_layout="peft-0.18")
 
 
 def test_undecorated_transposed_experts(tmp_path: Path) -> None:

@@ -177,12 +177,13 @@ class Packing:
 
     Attributes:
         grouped: B's expert is the slowest axis (Unsloth's older files).
-        old: PEFT 0.17 to 0.19.0 wrote it; None where nothing says.
+        writer: the first of PEFT's releases that write as this one did: ``0.17``, ``0.19.0`` or ``0.19.1``;
+            None where nothing says.
         asked: the caller said so.
     """
 
     grouped: bool
-    old: bool | None
+    writer: str | None
     asked: bool
 
 
@@ -198,7 +199,7 @@ def packing_of(adapter: Adapter, source_layout: str | None) -> Packing:
     mark = adapter.config.get("lora_B_layout")
     if mark not in (None, "rank_major", "grouped_by_expert"):
         raise AdapterError(f"{path}: lora_B_layout={mark!r} is unknown; {_ASK} after removing that key")
-    old = _is_old(adapter.config.get("peft_version"))
+    writer = _writer(adapter.config.get("peft_version"))
     if source_layout is None:
         traces = _by_unsloth(adapter)
         if mark is None and traces:
@@ -207,14 +208,16 @@ def packing_of(adapter: Adapter, source_layout: str | None) -> Packing:
                 "shapes, and the wrong one gives every expert another's update. If it was trained with a "
                 f"release of before September 2026 it is unsloth, else peft: {_ASK}"
             )
-        return Packing(mark == "grouped_by_expert", old, asked=False)
+        return Packing(mark == "grouped_by_expert", writer, asked=False)
     if mark is not None and (mark == "grouped_by_expert") != (source_layout == "unsloth"):
         raise AdapterError(
             f"{path} says lora_B_layout={mark!r}, which contradicts --source-layout {source_layout}"
         )
     if source_layout == "unsloth":
-        return Packing(True, old, asked=True)
-    return Packing(False, source_layout == "peft-0.18", asked=True)
+        return Packing(True, writer, asked=True)
+    if source_layout == "peft":
+        return Packing(False, "0.19.1", asked=True)
+    return Packing(False, "0.19.0" if writer == "0.19.0" else "0.17", asked=True)
 
 
 def _by_unsloth(adapter: Adapter) -> bool:
@@ -226,15 +229,17 @@ def _by_unsloth(adapter: Adapter) -> bool:
     return bool(marked or named)
 
 
-def _is_old(version: Any) -> bool | None:
-    """Whether that PEFT exchanged in and out; it wrote no version at all before 0.18."""
+def _writer(version: Any) -> str | None:
+    """By `peft_version`, which PEFT did not write at all before 0.18."""
     try:
         parsed = Version(str(version).partition("@")[0])
     except InvalidVersion:
         return None
-    if parsed.release == (0, 19, 1) and parsed.is_prerelease:
+    if parsed.is_prerelease and parsed.release in ((0, 19, 0), (0, 19, 1)):
         return None
-    return parsed < Version("0.19.1")
+    if parsed < Version("0.19.0"):
+        return "0.17"
+    return "0.19.0" if parsed < Version("0.19.1") else "0.19.1"
 
 
 def swapped(
@@ -253,14 +258,17 @@ def swapped(
     """
     by_shape = _by_base(factors, targets, where) if targets else _by_each_other(factors, where)
     by_mark: bool | None = None
-    if packing.old is not None and targets:
+    if packing.writer is not None and targets:
         target = next(iter(targets.values()))
-        width_is_first_axis = packing.old or target.says_transposed
-        by_mark = width_is_first_axis != target.stored_transposed
-    elif packing.old is False:
-        by_mark = False  # a module that stores in-by-out without saying so is not told apart here
-    elif packing.old and packing.asked:
-        by_mark = True  # of experts stored out-by-in, as all but a few are; shapes know better
+        # Which axis of the parameter A is as wide as: 0.17 took the first; 0.19.0 looked at
+        # `is_transposed`, and exchanged the wrong ones; 0.19.1 exchanges the others.
+        first = {"0.17": True, "0.19.0": not target.says_transposed, "0.19.1": target.says_transposed}
+        by_mark = first[packing.writer] != target.stored_transposed
+    elif packing.writer == "0.17":
+        # Of experts stored out-by-in, as all but a few are, if the caller says so; shapes know better.
+        by_mark = True if packing.asked else None
+    elif packing.writer is not None:
+        by_mark = packing.writer == "0.19.0"  # (if experts stored in-by-out say so)
     if by_shape is None and by_mark is None:
         raise AdapterError(
             f"{where}: peft_version does not tell which way round the factors are, and both ways fit their "
