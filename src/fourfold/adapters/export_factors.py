@@ -6,8 +6,8 @@ but copies, so converting there and back gives the same bytes.
 
 - PEFT: A ``[E*r, K]`` (expert slowest), B ``[N, r*E]`` (expert fastest).
 - Unsloth before 2026-09-17: B ``[N, E*r]`` (expert slowest), of the very same shape.
-- Swapped (PEFT 0.17 to 0.19.0 on out-by-in parameters, 0.19.0 on all, and any PEFT that takes an in-by-out one for
-  out-by-in): A has the parameter's N columns and B its K rows; the update is that of ``A_e^T B_e^T``.
+- Swapped (PEFT 0.17 to 0.19.0 on out-by-in parameters, 0.19.0 on all, any that takes an in-by-out one
+  for out-by-in): A has the parameter's N columns and B its K rows; the update is that of ``A_e^T B_e^T``.
 - Per expert: A ``[r, K]``, B ``[N, r]``; gate and up share A, and each has its rows of B.
 
 E experts, r rank, K in, N out of the fused parameter, I rows of gate or up.
