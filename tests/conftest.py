@@ -11,6 +11,10 @@ if not torch.cuda.is_available():
     )  # read when a kernel is defined, so before any import of one
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--servers", help="folder of unpacked vLLM and SGLang, for the tests marked servers")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from fourfold import errors
 from fourfold.version import __version__
 
 if TYPE_CHECKING:
+    from fourfold.adapters.export import export
     from fourfold.experts.layout import expert_targets
     from fourfold.loading.config import MoeBitsAndBytesConfig
     from fourfold.loading.enable import disable, enable
@@ -30,6 +31,7 @@ __all__ = [
     "enable",
     "errors",
     "expert_targets",
+    "export",
     "prepare",
     "verify",
 ]
@@ -41,6 +43,7 @@ _WHERE = {
     "disable": "fourfold.loading.enable",
     "enable": "fourfold.loading.enable",
     "expert_targets": "fourfold.experts.layout",
+    "export": "fourfold.adapters.export",
     "prepare": "fourfold.loading.prepare",
     "verify": "fourfold.planning.report",
 }

@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": "experts of a model, their sizes and LoRA targets, from its configuration alone",
     "quantize": "write a packed checkpoint, streaming: the model is never in memory",
     "verify": "whether every expert of a checkpoint is packed",
+    "export": "rewrite an adapter for servers that know experts one by one, or back",
     "generate": "answer a prompt",
     "conformance": "a tiny model of every type with experts through loading, saving and back",
 }

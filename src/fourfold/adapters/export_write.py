@@ -1,0 +1,91 @@
+"""Writing an adapter's folder, all of it or nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from fourfold.adapters.export_read import CONFIG, WEIGHTS
+from fourfold.errors import AdapterError
+
+# What lies beside an adapter and stays true of it.
+_COMPANIONS = ("README.md", "fourfold.json")
+
+
+def check_target(target: Path, source: Path, force: bool) -> None:
+    """Before anything is read.
+
+    Raises:
+        AdapterError: ``target`` exists and is not to be, or must not be, replaced.
+    """
+    if target.resolve() == source.resolve() or source.resolve().is_relative_to(target.resolve()):
+        raise AdapterError(f"{target} holds the adapter itself; name another folder to write to")
+    if target.is_symlink():
+        raise AdapterError(f"{target} is a symbolic link; name the folder that it stands for")
+    if not target.exists():
+        return
+    if not force:
+        raise AdapterError(
+            f"{target} exists; name another folder, or pass --force (force=True) to replace it"
+        )
+    if not target.is_dir() or (any(target.iterdir()) and not (target / CONFIG).is_file()):
+        raise AdapterError(f"{target} is no adapter's folder, so it is not replaced; remove it first")
+
+
+def write_folder(
+    target: Path, source: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], force: bool
+) -> None:
+    """Write beside ``target`` and rename: what lies there is the old or the new adapter, never a part of one.
+
+    Args:
+        target: checked by `check_target`.
+        source: the adapter's own folder, for its companions.
+        tensors: key -> tensor; those that share memory are written twice.
+        config: adapter_config.json.
+        force: replace what lies at ``target``.
+
+    Raises:
+        AdapterError: nothing can be written there.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".exporting", dir=target.parent))
+    except OSError as error:
+        raise AdapterError(f"{target} cannot be written ({error.strerror}); name another folder") from error
+    try:
+        copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+        save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
+        for name in _COMPANIONS:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        # Sorted, as PEFT writes it; last, for without it nothing loads.
+        text = json.dumps(dict(config), indent=2, sort_keys=True)
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+        folder.chmod(0o755)
+        check_target(target, source, force)
+        _put_in_place(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    if not target.exists():
+        folder.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent))
+    try:
+        target.rename(aside / "old")
+        try:
+            folder.rename(target)
+        except OSError:
+            (aside / "old").rename(target)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
