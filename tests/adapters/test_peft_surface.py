@@ -76,6 +76,9 @@ def assert_equal(ours: torch.Tensor, stock: torch.Tensor) -> None:
         {"target_parameters": ["mlp.experts.gate_up_proj"]},
         {"target_parameters": ["layers.1.mlp.experts.down_proj"]},
         {"modules_to_save": ["lm_head"]},
+        {"bias": "all"},
+        {"layer_replication": [[0, 2], [0, 2]]},
+        {"trainable_token_indices": [1, 2]},
         {"init_lora_weights": True},
         {"init_lora_weights": "gaussian"},
     ],
@@ -250,6 +253,8 @@ def test_transformers_mixin_trains_and_saves_stock_adapters(
         {"use_dora": True},
         {"lora_bias": True},
         {"lora_dropout": 0.1},
+        {"fan_in_fan_out": True},
+        {"use_qalora": True},
         *({"init_lora_weights": init} for init in ("pissa", "pissa_niter_4", "olora", "eva", "corda", "lora_ga")),
         {"init_lora_weights": "orthogonal", "r": 4},
         {"init_lora_weights": "loftq"},
@@ -257,7 +262,7 @@ def test_transformers_mixin_trains_and_saves_stock_adapters(
     ids=str,
 )
 def test_settings_without_a_right_meaning_are_refused(packed: PreTrainedModel, changes: dict[str, Any]) -> None:
-    with pytest.raises((AdapterError, ValueError), match=r"does not work with|init_lora_weights|LoftQ|loftq"):
+    with pytest.raises((AdapterError, ValueError), match=r"does not work with|init_lora_weights|loftq|use_qalora"):
         get_peft_model(packed, lora(packed, target_modules=None, **({"init_lora_weights": True} | changes)))
     assert not any("lora_" in name for name, _ in packed.named_parameters())
 
@@ -274,6 +279,15 @@ def test_other_methods_do_not_reach_experts(packed: PreTrainedModel, config: str
     extra = {"feedforward_modules": []} if config == "IA3Config" else {}
     with pytest.raises((TypeError, ValueError), match="supported|No layers types compatible"):
         get_peft_model(packed, cls(target_modules=["experts"], **extra))
+
+
+def test_adalora_is_refused(packed: PreTrainedModel) -> None:
+    """It takes target_parameters from `LoraConfig` and has no layer for them."""
+    config = peft.AdaLoraConfig(
+        total_step=10, target_modules=["q_proj"], target_parameters=fourfold.expert_targets(packed)
+    )
+    with pytest.raises(TypeError, match="parameter_name"):
+        get_peft_model(packed, config)
 
 
 def test_prepare_model_for_kbit_training_does_no_harm(packed: PreTrainedModel) -> None:
