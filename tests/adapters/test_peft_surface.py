@@ -157,7 +157,12 @@ def test_hotswap(folder: Path, packed: PreTrainedModel, plain: PreTrainedModel, 
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_from_pretrained(
-    folder: Path, packed: PreTrainedModel, plain: PreTrainedModel, tmp_path: Path, low_memory: bool, trainable: bool
+    folder: Path,
+    packed: PreTrainedModel,
+    plain: PreTrainedModel,
+    tmp_path: Path,
+    low_memory: bool,
+    trainable: bool,
 ) -> None:
     adapter = saved(folder, tmp_path / "a")
     model = PeftModel.from_pretrained(
@@ -255,21 +260,37 @@ def test_transformers_mixin_trains_and_saves_stock_adapters(
         {"lora_dropout": 0.1},
         {"fan_in_fan_out": True},
         {"use_qalora": True},
-        *({"init_lora_weights": init} for init in ("pissa", "pissa_niter_4", "olora", "eva", "corda", "lora_ga")),
+        *(
+            {"init_lora_weights": init}
+            for init in ("pissa", "pissa_niter_4", "olora", "eva", "corda", "lora_ga")
+        ),
         {"init_lora_weights": "orthogonal", "r": 4},
         {"init_lora_weights": "loftq"},
     ],
     ids=str,
 )
-def test_settings_without_a_right_meaning_are_refused(packed: PreTrainedModel, changes: dict[str, Any]) -> None:
-    with pytest.raises((AdapterError, ValueError), match=r"does not work with|init_lora_weights|loftq|use_qalora"):
+def test_settings_without_a_right_meaning_are_refused(
+    packed: PreTrainedModel, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        (AdapterError, ValueError), match=r"does not work with|init_lora_weights|loftq|use_qalora"
+    ):
         get_peft_model(packed, lora(packed, target_modules=None, **({"init_lora_weights": True} | changes)))
     assert not any("lora_" in name for name, _ in packed.named_parameters())
 
 
 @pytest.mark.parametrize(
     "config",
-    ["LoHaConfig", "LoKrConfig", "IA3Config", "VeraConfig", "OFTConfig", "BOFTConfig", "HRAConfig", "FourierFTConfig"],
+    [
+        "LoHaConfig",
+        "LoKrConfig",
+        "IA3Config",
+        "VeraConfig",
+        "OFTConfig",
+        "BOFTConfig",
+        "HRAConfig",
+        "FourierFTConfig",
+    ],
 )
 def test_other_methods_do_not_reach_experts(packed: PreTrainedModel, config: str) -> None:
     """They take no target_parameters, and no module of a packed experts block."""

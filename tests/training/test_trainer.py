@@ -80,7 +80,10 @@ class Factors(torch.nn.Module):
         self.share = share
         linear = {f"{pair}_lora_{side}": torch.nn.Linear(2, 2, bias=False) for pair in "ab" for side in "AB"}
         self.layers = torch.nn.ModuleDict(
-            {pair: torch.nn.ModuleDict({f"lora_{s}": linear[f"{pair}_lora_{s}"] for s in "AB"}) for pair in "ab"}
+            {
+                pair: torch.nn.ModuleDict({f"lora_{s}": linear[f"{pair}_lora_{s}"] for s in "AB"})
+                for pair in "ab"
+            }
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
