@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -179,7 +179,7 @@ def test_weighted_adapters_are_refused(packed: PreTrainedModel, kind: str) -> No
     model = get_peft_model(packed, lora(packed))
     model.add_adapter("other", lora(packed))
     before = logits(model)
-    with pytest.raises(ValueError, match="does not support targeting nn.Parameter"):
+    with pytest.raises(ValueError, match="does not support targeting"):
         model.add_weighted_adapter(["default", "other"], [0.7, 0.4], "sum", combination_type=kind)
     assert "sum" not in model.peft_config
     assert torch.equal(logits(model), before)
@@ -298,7 +298,7 @@ def test_other_methods_do_not_reach_experts(packed: PreTrainedModel, config: str
     with pytest.raises(TypeError, match="target_parameters"):
         cls(target_parameters=fourfold.expert_targets(packed))
     extra = {"feedforward_modules": []} if config == "IA3Config" else {}
-    with pytest.raises((TypeError, ValueError), match="supported|No layers types compatible"):
+    with pytest.raises((TypeError, ValueError), match=r"supported|No layers types compatible"):
         get_peft_model(packed, cls(target_modules=["experts"], **extra))
 
 
