@@ -31,13 +31,13 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     assert resumed.steps == 12
     losses, expected = dict(resumed.curve.train), dict(result.curve.train)
     assert list(losses) == list(range(step + 1, 13))
-    assert losses == pytest.approx({number: expected[number] for number in losses}, abs=1e-5)
+    assert losses == {number: expected[number] for number in losses}
     whole, halves = (
         load_file(Path(folder) / "adapter_model.safetensors") for folder in (result.adapter, resumed.adapter)
     )
     assert whole.keys() == halves.keys()
     for name, tensor in whole.items():
-        torch.testing.assert_close(halves[name], tensor, rtol=1e-5, atol=1e-6)
+        assert torch.equal(halves[name], tensor), name
     assert resumed.before is not None
     assert result.before is not None
     assert resumed.before.per_answer == result.before.per_answer  # "before" is the base model, here too

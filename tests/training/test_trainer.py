@@ -72,6 +72,44 @@ def test_a_parameter_without_gradient_is_named_at_the_first_step_only() -> None:
     check.on_pre_optimizer_step(None, state, None, model=model)  # costs nothing after the first step
 
 
+class Factors(torch.nn.Module):
+    """Two LoRA pairs; the second may lie beside the path of the data, multiplied by zero."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+        linear = {f"{pair}_lora_{side}": torch.nn.Linear(2, 2, bias=False) for pair in "ab" for side in "AB"}
+        self.layers = torch.nn.ModuleDict(
+            {
+                pair: torch.nn.ModuleDict({f"lora_{s}": linear[f"{pair}_lora_{s}"] for s in "AB"})
+                for pair in "ab"
+            }
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = (self.layers[p]["lora_B"](self.layers[p]["lora_A"](x)) for p in "ab")
+        return (first + self.share * second).sum()
+
+
+@pytest.mark.parametrize("zero_b", [True, False])
+def test_a_factor_whose_gradient_is_zero_throughout_is_named(zero_b: bool) -> None:
+    state = SimpleNamespace(global_step=0)
+    for share in (1.0, 0.0):
+        model = Factors(share)
+        if zero_b:  # as LoRA begins: A has a zero gradient then, rightly
+            for pair in "ab":
+                torch.nn.init.zeros_(model.layers[pair]["lora_B"].weight)
+        model(torch.ones(1, 2)).backward()
+        check = FirstStepGradients()
+        if share:
+            check.on_pre_optimizer_step(None, state, None, model=model)
+            continue
+        with pytest.raises(TrainingError, match=r"layers\.b\.lora_B\.weight") as caught:
+            check.on_pre_optimizer_step(None, state, None, model=model)
+        assert "layers.a." not in str(caught.value)
+        assert ("layers.b.lora_A" in str(caught.value)) is not zero_b
+
+
 @pytest.mark.parametrize(
     ("every", "steps"), [(4, [4, 8]), (0.25, [3, 6, 9]), (0, []), (None, [5, 10]), (100, [])]
 )

@@ -49,6 +49,10 @@ def refuse_what_would_be_ignored(config: Any, experts: PackedExperts) -> None:
             f"init_lora_weights={init!r} starts from the base weight's numbers, which packed experts do not "
             "offer; use True, 'gaussian' or False, or leave the experts out of target_parameters"
         )
+    if getattr(config, "use_qalora", False):
+        raise AdapterError(
+            "use_qalora would be ignored for target_parameters; leave it out, or target modules only"
+        )
     for setting in ("layers_to_transform", "layers_pattern"):
         if getattr(config, setting, None):
             raise AdapterError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fourfold.errors import TrainingError
@@ -88,6 +89,8 @@ class FirstStepGradients(TrainerCallback):
     """Stops the run where a trainable parameter has no gradient at the first optimizer step.
 
     Such a parameter is never trained (an adapter beside the path of the data), and nothing else would say so.
+    A LoRA factor whose gradient is zero throughout counts as one without, unless its partner is zero (A's
+    gradient at the first step, while B still is what it begins with).
     """
 
     def __init__(self) -> None:
@@ -102,8 +105,8 @@ class FirstStepGradients(TrainerCallback):
         if self.checked:
             return
         self.checked = True
-        trainable = [(name, p) for name, p in kwargs["model"].named_parameters() if p.requires_grad]
-        without = [name for name, parameter in trainable if parameter.grad is None]
+        trainable = {name: p for name, p in kwargs["model"].named_parameters() if p.requires_grad}
+        without = [name for name, p in trainable.items() if p.grad is None or _stays_zero(name, p, trainable)]
         if without:
             more = f" and {len(without) - SHOWN_NAMES} more" if len(without) > SHOWN_NAMES else ""
             raise TrainingError(
@@ -112,6 +115,15 @@ class FirstStepGradients(TrainerCallback):
                 "Take their targets out of lora_target_modules or lora_target_parameters, or report this "
                 "model."
             )
+
+
+def _stays_zero(name: str, factor: nn.Parameter, trainable: dict[str, nn.Parameter]) -> bool:
+    """Whether a LoRA factor has a gradient of zeros alone although its partner passes one on."""
+    for own, other in (("lora_A.", "lora_B."), ("lora_B.", "lora_A.")):
+        partner = trainable.get(name.replace(own, other)) if own in name else None
+        if partner is not None and factor.grad is not None:
+            return not bool(factor.grad.any()) and bool(partner.detach().any())
+    return False
 
 
 class FiniteGradients(TrainerCallback):
