@@ -62,6 +62,13 @@ def _register_with_peft(_: Any) -> None:
     install()
 
 
+@wrapt.when_imported("peft.peft_model")
+def _register_with_peft_models(_: Any) -> None:
+    from fourfold.adapters.patch import install_provenance
+
+    install_provenance()
+
+
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(
