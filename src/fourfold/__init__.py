@@ -15,6 +15,7 @@ from fourfold import errors
 from fourfold.version import __version__
 
 if TYPE_CHECKING:
+    from fourfold.adapters.merge import MergedCheckpoint, merge
     from fourfold.experts.layout import expert_targets
     from fourfold.loading.config import MoeBitsAndBytesConfig
     from fourfold.loading.enable import disable, enable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fourfold.planning.report import Report, verify
 
 __all__ = [
+    "MergedCheckpoint",
     "MoeBitsAndBytesConfig",
     "Report",
     "__version__",
@@ -30,17 +32,20 @@ __all__ = [
     "enable",
     "errors",
     "expert_targets",
+    "merge",
     "prepare",
     "verify",
 ]
 
 _WHERE = {
+    "MergedCheckpoint": "fourfold.adapters.merge",
     "MoeBitsAndBytesConfig": "fourfold.loading.config",
     "Report": "fourfold.planning.report",
     "dequantize": "fourfold.loading.prepare",
     "disable": "fourfold.loading.enable",
     "enable": "fourfold.loading.enable",
     "expert_targets": "fourfold.experts.layout",
+    "merge": "fourfold.adapters.merge",
     "prepare": "fourfold.loading.prepare",
     "verify": "fourfold.planning.report",
 }

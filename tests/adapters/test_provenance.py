@@ -135,9 +135,14 @@ def test_the_base_it_was_trained_on(original: Path, tmp_path: Path, load) -> Non
 @pytest.mark.parametrize("load", [load_adapter, PeftModel.from_pretrained])
 @pytest.mark.parametrize(
     ("other", "said"),
-    [("format", "NF4 /64 double-quantized, and"), ("linears", "Linears"), ("weights", "other weights lie there"),
-     ("shape", "experts of"), ("name", "elsewhere, and this is")],
-)  # fmt: skip
+    [
+        ("format", "NF4 /64 double-quantized, and"),
+        ("linears", "Linears"),
+        ("weights", "other weights lie there"),
+        ("shape", "experts of"),
+        ("name", "elsewhere, and this is"),
+    ],
+)
 def test_another_base_is_an_error(original: Path, tmp_path: Path, load, other: str, said: str) -> None:
     out = adapter(original, tmp_path / "adapter", **NF4)
     settings = dict(NF4)

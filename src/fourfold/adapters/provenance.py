@@ -101,6 +101,7 @@ def _parse(path: Path) -> dict[str, Any]:
             raise ValueError(f"version {stored['version']!r}; this release knows {VERSION}")
         format_of(stored)
         Origin.from_dict(stored["base"], str(path))
+        settings_for(stored)
         for key in ("linears", "shapes"):
             if not isinstance(stored[key], dict):
                 raise TypeError(f"{key} is {stored[key]!r}")
@@ -115,6 +116,21 @@ def _parse(path: Path) -> dict[str, Any]:
 def format_of(stored: Mapping[str, Any]) -> PackFormat:
     """How the experts were packed that the adapter was trained on."""
     return PackFormat(**stored["experts"])
+
+
+def settings_for(stored: Mapping[str, Any]) -> MoeBitsAndBytesConfig:
+    """The configuration that packs a base as the adapter's was."""
+    fmt, linears = format_of(stored), stored["linears"]
+    four = linears["bits"] == 4
+    return MoeBitsAndBytesConfig(
+        load_in_4bit=four,
+        load_in_8bit=linears["bits"] == 8,
+        bnb_4bit_quant_type=linears["quant_type"] if four else None,
+        bnb_4bit_use_double_quant=fmt.double_quant or bool(linears["double_quant"]),
+        experts_quant_type=fmt.quant_type,
+        experts_blocksize=fmt.blocksize,
+        llm_int8_skip_modules=stored["skips"],
+    )
 
 
 def write(model: nn.Module, folder: str | Path) -> None:
@@ -165,8 +181,8 @@ def check(model: nn.Module, folder: str | Path, **hub: Any) -> None:
     differs = difference(stored, ours)
     if differs:
         raise AdapterError(
-            f"{folder} was trained on {differs}. Load that base as it was; or, to put the adapter on this one "
-            f"all the same, remove {path} (`fourfold.adapters.peft_lora.load_adapter` takes any_base=True)"
+            f"{folder} was trained on {differs}. Load that base as it was; or, to put the adapter on this "
+            f"one all the same, remove {path} (`fourfold.adapters.peft_lora.load_adapter` takes any_base=True)"
         )
 
 
