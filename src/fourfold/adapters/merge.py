@@ -26,7 +26,7 @@ from fourfold.adapters.updates import Factors
 from fourfold.errors import CheckpointError
 from fourfold.experts.layout import name_suffix
 from fourfold.loading.places import Conversion, Stored
-from fourfold.loading.raw import RawFile, RawTensor
+from fourfold.loading.raw import RawFile, RawTensor, read_numbers
 from fourfold.loading.workplace import check_target, workplace
 
 Progress = Callable[[int, int, str], None]
@@ -238,7 +238,7 @@ class _Writer:
             whole = None
             sample = packing is not None and number == 0 and stored.expert == 0
             if packing is not None and (self.plan.dequantized or sample):
-                whole = _read(source, block.rows * block.columns, dtype).view(block.rows, -1)
+                whole = read_numbers(source, block.rows * block.columns, dtype).view(block.rows, -1)
                 decoded = packing.round_trip(
                     whole, stored.tensor.key, turned=stored.turned, keys=stored.parts
                 )
@@ -262,7 +262,7 @@ class _Writer:
         for start in range(0, block.rows, step):
             rows = min(step, block.rows - start)
             if whole is None:
-                w_RC = _read(source, rows * C, dtype).view(rows, C)
+                w_RC = read_numbers(source, rows * C, dtype).view(rows, C)
             else:
                 w_RC = whole[start : start + rows]
             delta_RC = None
@@ -377,19 +377,11 @@ def _warnings(roles: dict[str, RoleFigures], base_weights: str) -> list[str]:
     return said
 
 
-def _read(source: BinaryIO, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """The next ``count`` numbers of an open file."""
-    buffer = bytearray(count * dtype.itemsize)
-    if source.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
-        raise CheckpointError(f"{source.name} became shorter while it was read")
-    return torch.frombuffer(buffer, dtype=dtype) if count else torch.empty(0, dtype=dtype)
-
-
 def _read_whole(tensor: RawTensor) -> torch.Tensor:
     with tensor.file.open("rb") as source:
         source.seek(tensor.begin)
         dtype = DTYPES[tensor.dtype]
-        return _read(source, tensor.size // dtype.itemsize, dtype).view(tensor.shape)
+        return read_numbers(source, tensor.size // dtype.itemsize, dtype).view(tensor.shape)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -22,14 +22,15 @@ from fourfold.formats import PackFormat
 from fourfold.formats.roundtrip import round_trip
 from fourfold.loading.config import QUANT_METHOD
 from fourfold.loading.headers import checkpoint_files
-from fourfold.loading.origin import Origin
+from fourfold.loading.origin import Origin, origin_of_files
 from fourfold.loading.patch import stored_method
 from fourfold.loading.places import Conversion, Places, Stored, find_places
-from fourfold.loading.raw import RawFile, fingerprint, read_raw
+from fourfold.loading.raw import RawFile, read_numbers, read_raw
 from fourfold.loading.skeleton import build_skeleton, read_config
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 BASE_WEIGHTS = ("original", "dequantized")
+_COMPARED = 2**22  # numbers at a time
 _LINEARS_BLOCKSIZE = 64  # bitsandbytes' own
 
 
@@ -142,11 +143,11 @@ def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_b
     _refuse_quantized(config, base)
     paths = checkpoint_files(folder)
     files = [read_raw(path) for path in paths]
-    commit = getattr(config, "_commit_hash", None)
-    origin = Origin(str(base), commit, fingerprint(paths))
+    origin = origin_of_files(str(base), paths)
     if stored is not None and not any_base:
         _check_base(stored, origin, loaded)
-    updates = {u.parameter: u for u in find_updates(build_skeleton(config), loaded)}
+    found, copies = find_updates(build_skeleton(config), loaded)
+    updates = {update.parameter: update for update in found}
     if not updates:
         raise AdapterError(f"{adapter} adds nothing to any parameter")
     packings = _packings(folder, stored) if stored is not None else {}
@@ -155,6 +156,7 @@ def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_b
     tensors = [tensor for file in files for tensor in file.tensors]
     model = build_skeleton(read_config(folder))
     places = find_places(model, tensors, wanted)
+    _check_copies(loaded, copies, find_places(model, tensors, copies, tied=True))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     plan = MergePlan(folder, origin, files, loaded, updates, packings, dequantized, places, shapes)
     _check_dtypes(plan)
@@ -220,6 +222,26 @@ def _packings(folder: Path, stored: Mapping[str, Any]) -> dict[str, Packing]:
                 plain = issubclass(source, nn.Linear)
                 found[f"{name}.weight"] = Packing(fmt, out_by_in=plain, linear=True)
     return found
+
+
+def _check_copies(adapter: Adapter, copies: Mapping[str, str], places: Places) -> None:
+    """What an adapter holds of the base must be the base's: it would be another model otherwise."""
+    for stored in places.stored:
+        tensor, key = stored.tensor, next(iter(copies.values()))
+        key = copies.get(stored.parameter, key)
+        rows, columns = tensor.shape[0], torch.Size(tensor.shape[1:]).numel()
+        step = max(1, _COMPARED // max(1, columns))
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.begin)
+            for begin in range(0, rows, step):
+                count = min(step, rows - begin) * columns
+                ours = read_numbers(file, count, DTYPES[tensor.dtype])
+                theirs = adapter.rows(key, begin, begin + step).reshape(-1)
+                if not torch.equal(ours.to(theirs.dtype), theirs):
+                    raise AdapterError(
+                        f"{adapter.folder} holds {key} with other numbers than the base's {tensor.key}: it was "
+                        "trained itself, or belongs to another base. Such whole tensors are not merged"
+                    )
 
 
 def _check_dtypes(plan: MergePlan) -> None:

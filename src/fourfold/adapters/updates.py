@@ -87,6 +87,11 @@ class Adapter:
             raise AdapterError(f"{self.folder / WEIGHTS}: {key} holds NaN or infinite numbers")
         return tensor
 
+    def rows(self, key: str, begin: int, end: int) -> torch.Tensor:
+        """Rows of one tensor in its own dtype."""
+        found: torch.Tensor = self._reader.get_slice(key)[begin:end]
+        return found
+
 
 def _refuse_what_cannot_be_merged(settings: dict[str, Any], path: Path) -> None:
     if settings.get("peft_type") != "LORA":
@@ -170,8 +175,12 @@ class Factors:
         return right_RK.T, left_NR.T
 
 
-def find_updates(model: PreTrainedModel, adapter: Adapter) -> list[Update]:
+def find_updates(model: PreTrainedModel, adapter: Adapter) -> tuple[list[Update], dict[str, str]]:
     """What ``adapter`` adds to which parameters of ``model``; wraps the model.
+
+    Returns:
+        The updates; and parameters of the base that the adapter holds a copy of (PEFT saves the head and the
+        embedding where an adapter targets them) -> the copy's key.
 
     Args:
         model: in high precision, on the meta device.
@@ -190,19 +199,25 @@ def find_updates(model: PreTrainedModel, adapter: Adapter) -> list[Update]:
             f"{adapter.folder} does not fit {type(model).__name__}: {str(error).splitlines()[0]}"
         ) from error
     state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    _compare(adapter, {key: tuple(tensor.shape) for key, tensor in state.items()})
+    base = {clean_name(name): tuple(p.shape) for name, p in wrapped.named_parameters(remove_duplicate=False)}
+    copies = {
+        clean_name(key): key
+        for key, shape in adapter.shapes.items()
+        if key not in state and base.get(clean_name(key)) == shape
+    }
+    _compare(adapter, {key: tuple(tensor.shape) for key, tensor in state.items()}, set(copies.values()))
     names = {id(module): name for name, module in wrapped.named_modules()}
-    return [_update(names[id(layer)], layer) for layer in _layers(wrapped)]
+    return [_update(names[id(layer)], layer) for layer in _layers(wrapped)], copies
 
 
 def _layers(model: nn.Module) -> Iterable[Any]:
     return (module for module in model.modules() if isinstance(module, LoraLayer))
 
 
-def _compare(adapter: Adapter, places: dict[str, tuple[int, ...]]) -> None:
+def _compare(adapter: Adapter, places: dict[str, tuple[int, ...]], copies: set[str]) -> None:
     where = adapter.folder / WEIGHTS
     for keys, what in (
-        (adapter.shapes.keys() - places.keys(), "finds no place in the model"),
+        (adapter.shapes.keys() - places.keys() - copies, "finds no place in the model"),
         (places.keys() - adapter.shapes.keys(), "is missing"),
     ):
         if keys:

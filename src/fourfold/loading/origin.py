@@ -7,6 +7,7 @@ them; so a fingerprint of the weights stands beside the name, and decides where 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 from fourfold.errors import CheckpointError
 from fourfold.loading.raw import fingerprint
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -68,5 +71,22 @@ def origin_of(model: Any, checkpoint_files: Iterable[str | Path]) -> Origin | No
     name = getattr(model.config, "_name_or_path", "") or getattr(model, "name_or_path", "")
     if not name:
         return None
-    files = list(checkpoint_files)
-    return Origin(str(name), getattr(model.config, "_commit_hash", None), fingerprint(files))
+    return origin_of_files(str(name), checkpoint_files, getattr(model.config, "_commit_hash", None))
+
+
+def origin_of_files(name: str, checkpoint_files: Iterable[str | Path], revision: str | None = None) -> Origin:
+    """The origin of weights that are called ``name``.
+
+    The revision is read off the files where nobody knows it (transformers stopped keeping it): the cache of
+    the hub has ``snapshots/COMMIT`` in their path.
+    """
+    files = [Path(file) for file in checkpoint_files]
+    folder = files[0].absolute().parent if files else None
+    if (
+        revision is None
+        and folder is not None
+        and folder.parent.name == "snapshots"
+        and _COMMIT.fullmatch(folder.name)
+    ):
+        revision = folder.name
+    return Origin(name, revision, fingerprint(files))

@@ -103,13 +103,16 @@ class Places:
     conversions: list[Conversion] = field(default_factory=list)
 
 
-def find_places(model: PreTrainedModel, tensors: Iterable[RawTensor], wanted: Iterable[str]) -> Places:
+def find_places(
+    model: PreTrainedModel, tensors: Iterable[RawTensor], wanted: Iterable[str], *, tied: bool = False
+) -> Places:
     """Find the keys of ``wanted`` parameters.
 
     Args:
         model: in high precision, on the meta device.
         tensors: all of the checkpoint.
         wanted: full names of parameters.
+        tied: they may be tied to others, under whose name they then are in the files (to be read only).
 
     Raises:
         CheckpointError: a parameter is not in the files, not in its shape, tied to another, or behind a
@@ -135,6 +138,8 @@ def find_places(model: PreTrainedModel, tensors: Iterable[RawTensor], wanted: It
         for parameter in _targets(first, by_pattern[keys[0][1]] if keys[0][1] else None)
     }
     places, ties = Places(), getattr(model, "all_tied_weights_keys", None) or {}
+    if tied:
+        wanted, ties = [name if name in group_of else ties.get(name, name) for name in wanted], {}
     for first in dict.fromkeys(_group(name, group_of, ties) for name in wanted):
         keys = groups[first]
         pattern = keys[0][1]

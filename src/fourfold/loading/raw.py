@@ -12,11 +12,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import torch
 
 from fourfold.errors import CheckpointError
 
 _SAMPLE = 4096  # bytes
+_READ = 2**23
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,23 @@ def read_raw(path: Path) -> RawFile:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({error}); download it again") from error
     return RawFile(path, begin, tuple(tensors))
+
+
+def read_numbers(source: BinaryIO, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """The next ``count`` numbers of an open file.
+
+    Raises:
+        CheckpointError: there are fewer.
+    """
+    buffer = bytearray(count * dtype.itemsize)
+    view, got = memoryview(buffer), 0
+    while got < len(buffer):
+        chunk = source.read(min(len(buffer) - got, _READ))
+        if not chunk:
+            raise CheckpointError(f"{source.name} became shorter while it was read")
+        view[got : got + len(chunk)] = chunk
+        got += len(chunk)
+    return torch.frombuffer(buffer, dtype=dtype) if count else torch.empty(0, dtype=dtype)
 
 
 def _role(key: str) -> str:
