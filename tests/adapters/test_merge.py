@@ -1,11 +1,6 @@
 """`fourfold.merge`: the written checkpoint is the base plus the adapter, and nothing else is touched."""
 
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 import fourfold
 import tiny
-from fourfold.errors import AdapterError, CheckpointError, ConfigurationError
 from tiny import logits
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -127,7 +121,7 @@ def test_undecorated_experts(tmp_path: Path, kind_of: str, base_weights: str) ->
     targets = [
         n
         for n in names
-        if dict(model.named_parameters())[n].ndim == 3 or kind_of == "dbrx" and "experts.mlp" in n
+        if dict(model.named_parameters())[n].ndim == 3 or (kind_of == "dbrx" and "experts.mlp" in n)
     ]
     assert targets
     lora(model, target_modules=[], target_parameters=targets).save_pretrained(adapter)

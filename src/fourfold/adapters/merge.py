@@ -368,9 +368,9 @@ def _warnings(roles: dict[str, RoleFigures], base_weights: str) -> list[str]:
             )
         if figures.unchanged > MOSTLY:
             said.append(
-                f"{role}: {figures.unchanged:.0%} of the weights that BA changes are as before after rounding "
-                f"(|rounding| {figures.rounding:.2g}, |BA| {figures.update:.2g}): much of the adapter is lost "
-                "in the base's dtype. Serve it unmerged, or merge into an fp32 copy of the base"
+                f"{role}: {figures.unchanged:.0%} of the weights that BA changes are as before after "
+                f"rounding (|rounding| {figures.rounding:.2g}, |BA| {figures.update:.2g}): much of the "
+                "adapter is lost in the base's dtype. Serve it unmerged, or merge into an fp32 copy of the base"
             )
         if figures.update == 0:
             said.append(f"{role}: BA is zero everywhere; was the adapter trained?")

@@ -189,8 +189,8 @@ def _check_base(stored: Mapping[str, Any], origin: Origin, adapter: Adapter) -> 
         else f"{adapter.folder / provenance.FILE} names another"
     )
     raise AdapterError(
-        f"{adapter.folder} was trained on {trained}, and {origin} is not that base: {what}. Name that base, or "
-        "pass --any-base (any_base=True) to merge all the same"
+        f"{adapter.folder} was trained on {trained}, and {origin} is not that base: {what}. Name that base, "
+        "or pass --any-base (any_base=True) to merge all the same"
     )
 
 
@@ -239,8 +239,8 @@ def _check_copies(adapter: Adapter, copies: Mapping[str, str], places: Places) -
                 theirs = adapter.rows(key, begin, begin + step).reshape(-1)
                 if not torch.equal(ours.to(theirs.dtype), theirs):
                     raise AdapterError(
-                        f"{adapter.folder} holds {key} with other numbers than the base's {tensor.key}: it was "
-                        "trained itself, or belongs to another base. Such whole tensors are not merged"
+                        f"{adapter.folder} holds {key} with other numbers than the base's {tensor.key}: it "
+                        "was trained itself, or belongs to another base. Such whole tensors are not merged"
                     )
 
 

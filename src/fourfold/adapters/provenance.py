@@ -182,7 +182,8 @@ def check(model: nn.Module, folder: str | Path, **hub: Any) -> None:
     if differs:
         raise AdapterError(
             f"{folder} was trained on {differs}. Load that base as it was; or, to put the adapter on this "
-            f"one all the same, remove {path} (`fourfold.adapters.peft_lora.load_adapter` takes any_base=True)"
+            f"one all the same, remove {path} (`load_adapter` of fourfold.adapters.peft_lora takes "
+            "any_base=True)"
         )
 
 

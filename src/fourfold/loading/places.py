@@ -13,7 +13,6 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -179,18 +178,13 @@ def _place(
 ) -> list[Stored] | Conversion:
     tensors = [tensor for tensor, _ in keys]
     kinds = [type(op) for op in converter.operations] if converter else []
-    if converter is None or (kinds == [Transpose] and len(keys) == 1):
-        (tensor,) = tensors
-        turned = bool(kinds) and not (converter.operations[0].check_dims and tensor.shape == shape)
-        dims = {converter.operations[0].dim0 % 3, converter.operations[0].dim1 % 3} if turned else {1, 2}
-        seen = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]) if turned else tensor.shape
-        if dims == {1, 2} and not (turned and len(shape) != 3):
-            if seen != tuple(shape):
-                raise _wrong_shape(tensor, name, shape)
-            return [Stored(tensor, name, turned=turned)]
-    elif _is_plain_merge(converter, kinds):
+    if converter is None:
+        return [_whole(tensors, name, shape, turned=False)]
+    first = converter.operations[0]
+    if kinds == [Transpose] and len(keys) == 1 and len(shape) == 3 and {first.dim0, first.dim1} == {1, 2}:
+        return [_whole(tensors, name, shape, not (first.check_dims and tensors[0].shape == tuple(shape)))]
+    if _is_plain_merge(converter, kinds):
         return _per_expert(name, keys, converter, shape)
-    assert converter is not None
     if sum(torch.Size(tensor.shape).numel() for tensor in tensors) > CONVERSION_ELEMENTS:
         raise CheckpointError(
             f"{name} is stored as {tensors[0].key} and {len(tensors) - 1} more behind a conversion "
@@ -199,6 +193,18 @@ def _place(
         )
     patterns = {tensor.key: str(pattern) for tensor, pattern in keys}
     return Conversion(tuple(tensors), tuple(_targets(name, converter)), model, converter, patterns)
+
+
+def _whole(tensors: list[RawTensor], name: str, shape: torch.Size, turned: bool) -> Stored:
+    if len(tensors) > 1:
+        raise CheckpointError(
+            f"{tensors[0].key} and {tensors[1].key} are both {name} in the model; the checkpoint is damaged"
+        )
+    (tensor,) = tensors
+    seen = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2]) if turned else tensor.shape
+    if seen != tuple(shape):
+        raise _wrong_shape(tensor, name, shape)
+    return Stored(tensor, name, turned=turned)
 
 
 def _is_plain_merge(converter: WeightConverter, kinds: list[type]) -> bool:
