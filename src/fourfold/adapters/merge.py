@@ -30,7 +30,9 @@ from fourfold.loading.raw import RawFile, RawTensor, read_numbers
 from fourfold.loading.workplace import check_target, workplace
 
 Progress = Callable[[int, int, str], None]
-_CHUNK_ELEMENTS = 2**22  # rows that are added to at a time: 16 MiB in fp32
+# Weights that are added to at a time: 1 MiB in fp32. With 16 MiB every temporary is fresh memory from the
+# system, and most of the time goes into that (the sum alone 122 ms for 4 million weights).
+_CHUNK_ELEMENTS = 2**18
 _COPY_BYTES = 2**23
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 # |W - dq(W)| over |BA| beyond which a warning is given, and the share of weights that the sum leaves as they
@@ -276,16 +278,16 @@ class _Writer:
         """The sum in fp32, rounded once to ``dtype``; counted."""
         total = w.float() if delta is None else w.float() + delta
         out = total.to(dtype)
-        if not bool(torch.isfinite(out).all()):
+        low, high = torch.aminmax(out)  # (NaN where one is; ten times as fast as asking each number)
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise CheckpointError(f"{key}: base plus adapter is NaN or infinite in {dtype}; nothing was kept")
         self.applied[parameter] = self.applied.get(parameter, 0) + w.numel()
         if delta is not None:
             sums = self._sums_of(parameter)
             sums.update += _square(delta)
             sums.rounding += _square(total - out)
-            moved = delta != 0
-            sums.moved += int(moved.sum())
-            sums.unchanged += int((moved & (out == w.to(dtype))).sum())
+            sums.moved += int(torch.count_nonzero(delta))
+            sums.unchanged += int(torch.count_nonzero((out == w.to(dtype)) & (delta != 0)))
         return out
 
     def _sums_of(self, parameter: str) -> _Sums:
@@ -370,7 +372,8 @@ def _warnings(roles: dict[str, RoleFigures], base_weights: str) -> list[str]:
             said.append(
                 f"{role}: {figures.unchanged:.0%} of the weights that BA changes are as before after "
                 f"rounding (|rounding| {figures.rounding:.2g}, |BA| {figures.update:.2g}): much of the "
-                "adapter is lost in the base's dtype. Serve it unmerged, or merge into an fp32 copy of the base"
+                "adapter is lost in the base's dtype. Serve it unmerged, or merge into a copy of the base in "
+                "fp32"
             )
         if figures.update == 0:
             said.append(f"{role}: BA is zero everywhere; was the adapter trained?")

@@ -276,7 +276,7 @@ def blocks_of(stored: Stored, packing: Packing | None) -> Iterator[Block]:
     rows, columns = shape[-2], shape[-1]
     if len(shape) == 3:
         for e in range(shape[0]):
-            yield Block(e * rows, rows, columns, stored.expert + e, 0)
+            yield Block(e * rows, rows, columns, stored.expert + e, stored.first_row)
         return
     if packing is not None and packing.matrices > 1 and stored.is_whole:  # all experts one below the other
         height = rows // packing.matrices

@@ -185,6 +185,8 @@ def _place(
         return [_whole(tensors, name, shape, not (first.check_dims and tensors[0].shape == tuple(shape)))]
     if _is_plain_merge(converter, kinds):
         return _per_expert(name, keys, converter, shape)
+    if kinds == [Concatenate] and len(shape) == 3 and first.dim == 1 and len(converter.target_patterns) == 1:
+        return _stacks(name, keys, converter, shape)
     if sum(torch.Size(tensor.shape).numel() for tensor in tensors) > CONVERSION_ELEMENTS:
         raise CheckpointError(
             f"{name} is stored as {tensors[0].key} and {len(tensors) - 1} more behind a conversion "
@@ -236,6 +238,30 @@ def _per_expert(
                 raise _wrong_shape(tensor, name, shape)
             found.append(Stored(tensor, name, expert, rows, part, len(patterns), one_expert=True))
         rows += height
+    if rows != shape[1]:
+        raise _wrong_shape(keys[0][0], name, shape)
+    return found
+
+
+def _stacks(
+    name: str, keys: list[tuple[RawTensor, str | None]], converter: WeightConverter, shape: torch.Size
+) -> list[Stored]:
+    """Gate and up of all experts under one key each."""
+    by_pattern = {str(pattern): tensor for tensor, pattern in keys}
+    missing = [pattern for pattern in converter.source_patterns if pattern not in by_pattern]
+    if missing or len(keys) != len(by_pattern):
+        raise CheckpointError(
+            f"{name}: the checkpoint holds {len(keys)} tensors, where one of each of "
+            f"{converter.source_patterns} is expected; download it again"
+        )
+    found: list[Stored] = []
+    rows, parts = 0, len(converter.source_patterns)
+    for part, pattern in enumerate(converter.source_patterns):
+        tensor = by_pattern[pattern]
+        if len(tensor.shape) != 3 or (tensor.shape[0], tensor.shape[2]) != (shape[0], shape[2]):
+            raise _wrong_shape(tensor, name, shape)
+        found.append(Stored(tensor, name, 0, rows, part, parts))
+        rows += tensor.shape[1]
     if rows != shape[1]:
         raise _wrong_shape(keys[0][0], name, shape)
     return found
