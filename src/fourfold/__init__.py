@@ -15,7 +15,8 @@ from fourfold import errors
 from fourfold.version import __version__
 
 if TYPE_CHECKING:
-    from fourfold.adapters.merge import MergedCheckpoint, merge
+    from fourfold.adapters.merge import merge
+    from fourfold.adapters.merge_report import MergedCheckpoint
     from fourfold.experts.layout import expert_targets
     from fourfold.loading.config import MoeBitsAndBytesConfig
     from fourfold.loading.enable import disable, enable
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 _WHERE = {
-    "MergedCheckpoint": "fourfold.adapters.merge",
+    "MergedCheckpoint": "fourfold.adapters.merge_report",
     "MoeBitsAndBytesConfig": "fourfold.loading.config",
     "Report": "fourfold.planning.report",
     "dequantize": "fourfold.loading.prepare",

@@ -1,6 +1,7 @@
 """`fourfold merge`: what it refuses, warns of and leaves behind, and how much memory it takes."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -260,6 +261,41 @@ def test_the_command(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.C
     assert main([*arguments, "--force"]) == 2
     assert "--any-base" in capsys.readouterr().err
     assert main([*arguments, "--force", "--any-base"]) == 0
+
+
+HUB = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import fourfold, tiny
+from peft import LoraConfig, get_peft_model
+model = tiny.load("someone/tiny", experts_quant_type="nf4")
+config = LoraConfig(r=2, target_parameters=fourfold.expert_targets(model), init_lora_weights=False)
+get_peft_model(model, config).save_pretrained(sys.argv[2])
+report = fourfold.merge("someone/tiny", sys.argv[2], sys.argv[3])
+print(report.base["name"], report.base["revision"])
+"""
+
+
+def test_a_base_on_the_hub_at_the_revision_it_was_trained_on(base: Path, tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "snapshots").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    base.rename(repository / "snapshots" / commit)
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    helpers = str(Path(tiny.__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, helpers, str(tmp_path / "adapter"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["someone/tiny", commit]
+    assert json.loads((tmp_path / "adapter" / "fourfold.json").read_text())["base"]["revision"] == commit
+    fourfold.merge(repository / "snapshots" / commit, tmp_path / "adapter", tmp_path / "again")
 
 
 KILLED = """

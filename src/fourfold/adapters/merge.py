@@ -15,13 +15,13 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 
 from fourfold.adapters.merge_plan import DTYPES, Block, MergePlan, blocks_of, make_plan
+from fourfold.adapters.merge_report import MergedCheckpoint, Sums, find_warnings
 from fourfold.adapters.updates import Factors
 from fourfold.errors import CheckpointError
 from fourfold.experts.layout import name_suffix
@@ -35,66 +35,6 @@ Progress = Callable[[int, int, str], None]
 _CHUNK_ELEMENTS = 2**18
 _COPY_BYTES = 2**23
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-# |W - dq(W)| over |BA| beyond which a warning is given, and the share of weights that the sum leaves as they
-# were.
-FAR_LARGER = 10.0
-MOSTLY = 0.5
-
-
-@dataclass
-class RoleFigures:
-    """What was done to all parameters of one role, e.g. ``mlp.experts.down_proj``.
-
-    Attributes:
-        tensors: parameters.
-        update: norm of BA.
-        rounding: norm of what rounding to the file's dtype lost of the sum.
-        unchanged: share of the weights that BA would change and that are as before after rounding.
-        quantization: norm of ``W - dq(W)`` over that of BA, where the adapter says how W was packed
-            (measured on the first matrix of each parameter), else None.
-    """
-
-    tensors: int
-    update: float
-    rounding: float
-    unchanged: float
-    quantization: float | None
-
-
-@dataclass
-class MergedCheckpoint:
-    """What `merge` wrote.
-
-    Attributes:
-        folder: where it is.
-        base: what was merged into.
-        base_weights: ``original`` or ``dequantized``.
-        files: names of the safetensors files.
-        adapter_tensors: of the adapter, all of them merged.
-        planned: parameters that were to be changed, which are those that were.
-        keys: stored tensors that were rewritten; all others are the base's bytes.
-        copied: other files, the base's bytes too.
-        left_out: files with weights that the base's index does not name; they would hold the unmerged ones.
-        roles: figures by role.
-        warnings: what to look at.
-        seconds: how long it took.
-    """
-
-    folder: str
-    base: dict[str, Any]
-    base_weights: str
-    files: list[str]
-    adapter_tensors: int
-    planned: int
-    keys: int
-    copied: list[str]
-    left_out: list[str]
-    roles: dict[str, RoleFigures]
-    warnings: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def merge(
@@ -140,7 +80,7 @@ def merge(
             writer.write(file, folder / file.path.name)
         writer.check_counts()
         copied, left_out = _copy_other_files(plan, folder)
-    roles = writer.figures()
+    roles = {role: sums.figures() for role, sums in writer.sums.items()}
     return MergedCheckpoint(
         folder=str(target),
         base=plan.origin.to_dict(),
@@ -152,22 +92,9 @@ def merge(
         copied=copied,
         left_out=left_out,
         roles=roles,
-        warnings=_warnings(roles, base_weights),
+        warnings=find_warnings(roles, base_weights),
         seconds=time.perf_counter() - started,
     )
-
-
-@dataclass
-class _Sums:
-    """Squares and counts behind `RoleFigures`."""
-
-    parameters: set[str] = field(default_factory=set)
-    update: float = 0.0
-    rounding: float = 0.0
-    moved: int = 0
-    unchanged: int = 0
-    sampled_update: float = 0.0
-    sampled_quantization: float = 0.0
 
 
 def _square(tensor: torch.Tensor) -> float:
@@ -186,7 +113,7 @@ class _Writer:
         self.done = 0
         self.written: set[str] = set()
         self.applied: dict[str, int] = {}  # parameter -> weights that were written
-        self.sums: dict[str, _Sums] = {}
+        self.sums: dict[str, Sums] = {}
         # (files hold a parameter's keys close to each other; the factors of one or two are kept)
         self._factors = functools.lru_cache(maxsize=2)(self._read_factors)
         self._converted = functools.lru_cache(maxsize=1)(self._convert)
@@ -290,8 +217,8 @@ class _Writer:
             sums.unchanged += int(torch.count_nonzero((out == w.to(dtype)) & (delta != 0)))
         return out
 
-    def _sums_of(self, parameter: str) -> _Sums:
-        sums = self.sums.setdefault(name_suffix(parameter), _Sums())
+    def _sums_of(self, parameter: str) -> Sums:
+        sums = self.sums.setdefault(name_suffix(parameter), Sums())
         sums.parameters.add(parameter)
         return sums
 
@@ -344,41 +271,6 @@ class _Writer:
             out.view(rows.shape)[where] = self._add(name, name, w_RC, delta, dtype)
         return out
 
-    def figures(self) -> dict[str, RoleFigures]:
-        return {
-            role: RoleFigures(
-                tensors=len(sums.parameters),
-                update=sums.update**0.5,
-                rounding=sums.rounding**0.5,
-                unchanged=sums.unchanged / sums.moved if sums.moved else 0.0,
-                quantization=(sums.sampled_quantization / sums.sampled_update) ** 0.5
-                if sums.sampled_update and sums.sampled_quantization
-                else None,
-            )
-            for role, sums in self.sums.items()
-        }
-
-
-def _warnings(roles: dict[str, RoleFigures], base_weights: str) -> list[str]:
-    said = []
-    for role, figures in roles.items():
-        ratio = figures.quantization
-        if base_weights == "original" and ratio is not None and ratio > FAR_LARGER:
-            said.append(
-                f"{role}: |W - dq(W)| is {ratio:.0f} times |BA|: the merged model differs more from the one "
-                "that was trained than the adapter changed it. Compare with base_weights=dequantized"
-            )
-        if figures.unchanged > MOSTLY:
-            said.append(
-                f"{role}: {figures.unchanged:.0%} of the weights that BA changes are as before after "
-                f"rounding (|rounding| {figures.rounding:.2g}, |BA| {figures.update:.2g}): much of the "
-                "adapter is lost in the base's dtype. Serve it unmerged, or merge into a copy of the base in "
-                "fp32"
-            )
-        if figures.update == 0:
-            said.append(f"{role}: BA is zero everywhere; was the adapter trained?")
-    return said
-
 
 def _read_whole(tensor: RawTensor) -> torch.Tensor:
     with tensor.file.open("rb") as source:
@@ -418,3 +310,6 @@ def _copy_other_files(plan: MergePlan, folder: Path) -> tuple[list[str], list[st
         shutil.copyfile(path, folder / name)
         copied.append(str(name))
     return copied, left_out
+
+
+__all__ = ["MergedCheckpoint", "merge"]
