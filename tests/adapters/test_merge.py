@@ -15,6 +15,8 @@ import tiny
 from tiny import logits
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+# (double-quantized: there it shows which matrices were quantized apart)
+EXPERTS = {"experts_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 OTHERS = {"llama4": tiny.llama4, "dbrx": tiny.dbrx, "jetmoe": tiny.jetmoe}
 
 
@@ -125,7 +127,7 @@ def test_undecorated_experts(tmp_path: Path, kind_of: str, base_weights: str) ->
     ]
     assert targets
     lora(model, target_modules=[], target_parameters=targets).save_pretrained(adapter)
-    packed = tiny.load(base, experts_quant_type="nf4")
+    packed = tiny.load(base, **EXPERTS)
     from fourfold.adapters import provenance
 
     provenance.write(packed, adapter)
@@ -257,9 +259,7 @@ def test_fused_keys_in_both_orientations(tmp_path: Path, stored: str) -> None:
         if (tuple(tensors[key].shape) != shape) != want_turned:
             tensors[key] = tensors[key].transpose(1, 2).contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
-    model = cls.from_pretrained(
-        base, quantization_config=fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4")
-    )
+    model = cls.from_pretrained(base, quantization_config=fourfold.MoeBitsAndBytesConfig(**EXPERTS))
     lora(model, target_modules=r".*language_model.*q_proj").save_pretrained(tmp_path / "adapter")
     for base_weights in ("original", "dequantized"):
         out = tmp_path / base_weights
@@ -279,5 +279,5 @@ def test_fused_keys_in_both_orientations(tmp_path: Path, stored: str) -> None:
 
 
 def model_again(cls, base: Path):
-    settings = fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4")
+    settings = fourfold.MoeBitsAndBytesConfig(**EXPERTS)
     return cls.from_pretrained(base, quantization_config=settings)
