@@ -16,6 +16,8 @@ from fourfold.version import __version__
 
 if TYPE_CHECKING:
     from fourfold.adapters.export import export
+    from fourfold.adapters.merge import merge
+    from fourfold.adapters.merge_report import MergedCheckpoint
     from fourfold.experts.layout import expert_targets
     from fourfold.loading.config import MoeBitsAndBytesConfig
     from fourfold.loading.enable import disable, enable
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from fourfold.planning.report import Report, verify
 
 __all__ = [
+    "MergedCheckpoint",
     "MoeBitsAndBytesConfig",
     "Report",
     "__version__",
@@ -32,11 +35,13 @@ __all__ = [
     "errors",
     "expert_targets",
     "export",
+    "merge",
     "prepare",
     "verify",
 ]
 
 _WHERE = {
+    "MergedCheckpoint": "fourfold.adapters.merge_report",
     "MoeBitsAndBytesConfig": "fourfold.loading.config",
     "Report": "fourfold.planning.report",
     "dequantize": "fourfold.loading.prepare",
@@ -44,6 +49,7 @@ _WHERE = {
     "enable": "fourfold.loading.enable",
     "expert_targets": "fourfold.experts.layout",
     "export": "fourfold.adapters.export",
+    "merge": "fourfold.adapters.merge",
     "prepare": "fourfold.loading.prepare",
     "verify": "fourfold.planning.report",
 }
@@ -63,6 +69,13 @@ def _register_with_peft(_: Any) -> None:
     from fourfold.adapters.patch import install
 
     install()
+
+
+@wrapt.when_imported("peft.peft_model")
+def _register_with_peft_models(_: Any) -> None:
+    from fourfold.adapters.patch import install_provenance
+
+    install_provenance()
 
 
 def __getattr__(name: str) -> Any:

@@ -58,6 +58,12 @@ def test_a_model_on_the_hub(hub: Path, moe_folder: Path, tmp_path: Path) -> None
     assert names == sorted(p.name for p in (tmp_path / "from-folder").iterdir())
     for name in names:
         ours, theirs = ((tmp_path / f / name).read_bytes() for f in ("from-hub", "from-folder"))
+        if name == "config.json":  # each names the base that it was made of
+            ours, theirs = json.loads(ours), json.loads(theirs)
+            bases = [config["quantization_config"].pop("base") for config in (ours, theirs)]
+            assert [base["name"] for base in bases] == [HUB_ID, str(moe_folder)]
+            assert [base["revision"] is None for base in bases] == [False, True]
+            assert bases[0]["fingerprint"] == bases[1]["fingerprint"]
         assert ours == theirs, name
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -16,11 +17,12 @@ from transformers import AutoModelForCausalLM
 import fourfold
 import tiny
 from fourfold.errors import ConfigurationError
-from fourfold.loading.quantize import _workplace as workplace
 from fourfold.loading.quantize import quantize_checkpoint
+from fourfold.loading.workplace import workplace as workplace_of
 
 Config = fourfold.MoeBitsAndBytesConfig
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+workplace = functools.partial(workplace_of, doing="quantizing")
 
 
 KILLED = """

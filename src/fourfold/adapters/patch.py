@@ -1,4 +1,4 @@
-"""What is patched in PEFT, all of it here. Both pieces answer for packed experts only and pass everything
+"""What is patched in PEFT, all of it here. All pieces answer for packed experts only and pass everything
 else on.
 
 `LoraModel._create_new_module`, which chooses the class of a wrapper, tries a fixed list of dispatchers and
@@ -9,6 +9,12 @@ half of the real one.
 `LoraModel._check_merge_allowed` is asked before any layer is merged. Without a word there, the refusal of the
 first packed layer would leave the layers before it merged, and a later save without their factors.
 
+`PeftModel.save_pretrained`, `load_adapter` and `from_pretrained`: ``fourfold.json`` is written beside every
+adapter and read with it (`adapters.provenance`). PEFT has no hook there, and what saves adapters (Trainer,
+TRL, a loop of one's own) calls the first of them directly. Stock's arguments and result are passed through.
+`from_pretrained` is asked as well as `load_adapter`, which it calls, because by then it has put its wrappers
+into the model.
+
 No issue of PEFT asks for a registry of wrappers yet (up to 0.21); with one, the first piece ends, and the
 second can become a method of what is registered.
 """
@@ -16,6 +22,8 @@ second can become a method of what is registered.
 from __future__ import annotations
 
 import functools
+import inspect
+from pathlib import Path
 from typing import Any
 
 from fourfold.errors import AdapterError
@@ -66,3 +74,49 @@ def install() -> None:
         check_merge_allowed(self)
 
     LoraModel._check_merge_allowed = check_merge
+
+
+def install_provenance() -> None:
+    """Install what writes and reads ``fourfold.json``; once, whoever calls first."""
+    from peft.peft_model import PeftModel  # (`peft` itself is half-way imported)
+
+    save, load, make = PeftModel.save_pretrained, PeftModel.load_adapter, PeftModel.from_pretrained
+    if getattr(save, _MARK, False):
+        return
+    save_signature = inspect.signature(save)
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from fourfold.adapters import provenance
+
+        bound = save_signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        names = bound.arguments["selected_adapters"] or list(self.peft_config)
+        for name in names:
+            if name in self.peft_config:  # (stock answers for the others)
+                provenance.name_the_original(self, self.peft_config[name])
+        result = save(self, *args, **kwargs)
+        if bound.arguments["is_main_process"]:
+            for name in names:
+                folder = Path(bound.arguments["save_directory"])
+                provenance.write(self, folder if name == "default" else folder / name)
+        return result
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        from fourfold.adapters import provenance
+
+        provenance.check(self, model_id, **kwargs)
+        return load(self, model_id, *args, **kwargs)
+
+    @functools.wraps(make.__func__)
+    def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        from fourfold.adapters import provenance
+
+        provenance.check(model, model_id, **kwargs)
+        return make.__func__(cls, model, model_id, *args, **kwargs)
+
+    setattr(save_pretrained, _MARK, True)
+    PeftModel.save_pretrained = save_pretrained
+    PeftModel.load_adapter = load_adapter
+    PeftModel.from_pretrained = classmethod(from_pretrained)

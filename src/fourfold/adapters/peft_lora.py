@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Sequence
@@ -13,12 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from fourfold.adapters.patch import install
+from fourfold.adapters import provenance
+from fourfold.adapters.patch import install, install_provenance
 from fourfold.errors import AdapterError
 from fourfold.experts import find_experts
 from fourfold.experts.layout import clean_name, name_suffix
 
 install()
+install_provenance()
 
 
 # What PEFT has LoRA layers for.
@@ -140,11 +143,20 @@ def add_lora(
     return get_peft_model(model, config)
 
 
-def load_adapter(model: PreTrainedModel, directory: str | Path, is_trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, directory: str | Path, is_trainable: bool = False, any_base: bool = False
+) -> PeftModel:
     """Put a saved adapter on ``model``.
 
+    Args:
+        model: packed, or in high precision.
+        directory: of the adapter.
+        is_trainable: whether it is to be trained further.
+        any_base: do not compare with the base that its ``fourfold.json`` names.
+
     Raises:
-        AdapterError: the folder holds no adapter, or one that does not fit the model key by key.
+        AdapterError: the folder holds no adapter, one that does not fit the model key by key, or one that was
+            trained on another base or format.
     """
     directory = Path(directory)
     if not (directory / "adapter_config.json").is_file():
@@ -157,7 +169,8 @@ def load_adapter(model: PreTrainedModel, directory: str | Path, is_trainable: bo
             stored = set(reader.keys())
     except SafetensorError as error:
         raise AdapterError(f"{weights} is truncated or damaged ({error}); copy it again") from error
-    loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
+    with provenance.any_base() if any_base else contextlib.nullcontext():
+        loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
     wanted = set(get_peft_model_state_dict(loaded, adapter_name=loaded.active_adapter))
     # PEFT warns of both; either means that another model answers than the one that was trained.
     for names, what in ((wanted - stored, "lacks"), (stored - wanted, "holds what the model lacks:")):

@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "train an adapter as a YAML file says",
     "inspect": "experts of a model, their sizes and LoRA targets, from its configuration alone",
     "quantize": "write a packed checkpoint, streaming: the model is never in memory",
+    "merge": "a checkpoint with an adapter added to its weights, streaming",
     "verify": "whether every expert of a checkpoint is packed",
     "export": "rewrite an adapter for servers that know experts one by one, or back",
     "generate": "answer a prompt",

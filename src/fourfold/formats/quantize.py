@@ -51,12 +51,12 @@ def _pack_4bit_(stack: PackedStack, first: int, w_MnK: torch.Tensor) -> None:
     _slots(stack.data, stack, first, M).copy_(packed.view(M, -1))
     absmax_ML = absmax.view(M, -1)
     if fmt.double_quant:
-        _pack_absmax_(stack, first, absmax_ML)
+        pack_absmax_(stack, first, absmax_ML)
     else:
         _slots(stack.absmax.view(torch.float32), stack, first, M).copy_(absmax_ML)
 
 
-def _pack_absmax_(stack: PackedStack, first: int, absmax_ML: torch.Tensor) -> None:
+def pack_absmax_(stack: PackedStack, first: int, absmax_ML: torch.Tensor) -> None:
     """Double quantization: absmax less its mean, in 8 bit."""
     assert stack.absmax_scale is not None
     assert stack.absmax_offset is not None

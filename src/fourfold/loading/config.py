@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.formats import PackFormat
 from fourfold.loading.arguments import LINEARS_ONLY, PLAIN
+from fourfold.loading.origin import Origin
 from fourfold.version import __version__
 
 QUANT_METHOD = "fourfold"
@@ -38,6 +39,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
     Attributes:
         read_from: the configuration of a checkpoint in another quantized format that is being read; never
             written.
+        base: the checkpoint that was packed, as far as it is known; set while loading, and stored.
 
     Raises:
         ConfigurationError: unknown settings, or settings that contradict each other.
@@ -66,6 +68,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             load_in_4bit, load_in_8bit = stored == "4bit", stored == "8bit"
         version = kwargs.pop("format_version", FORMAT_VERSION)
         tensor_names = kwargs.pop("tensor_names", None)  # set by the quantizer, of what it has packed
+        base = Origin.from_dict(kwargs.pop("base", None), "quantization_config")  # (likewise)
         for known in ("quant_method", "fourfold_version", "_load_in_4bit", "_load_in_8bit"):
             kwargs.pop(known, None)
         if kwargs:
@@ -100,6 +103,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         self.experts_blocksize = experts_blocksize
         self.read_from: dict[str, Any] | None = None
         self.tensor_names = tensor_names
+        self.base = base
         self.only_written = False  # set by `quantize_checkpoint`: weights pass through, nothing is computed
         self._check()
 
@@ -177,6 +181,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             "format_version": FORMAT_VERSION,
             "fourfold_version": __version__,
             "tensor_names": self.tensor_names,
+            "base": self.base.to_dict() if self.base else None,
             "linears": "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else "none",
             "llm_int8_threshold": self.llm_int8_threshold,
             "llm_int8_skip_modules": self.llm_int8_skip_modules,

@@ -9,12 +9,8 @@ the wanted one, which is renamed when it is complete.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +25,7 @@ from fourfold.loading.patch import READABLE, stored_method
 from fourfold.loading.shards import ShardWriter, parse_size
 from fourfold.loading.skeleton import model_class, read_config
 from fourfold.loading.stream import Progress, stream_pretrained
+from fourfold.loading.workplace import check_target, workplace
 
 # What tokenizers and processors are made of. No code, and no weights in other formats.
 COMPANION_FILES = (
@@ -55,8 +52,6 @@ COMPANION_FILES = (
     "NOTICE",
 )
 TEMPLATES = "additional_chat_templates"  # a folder of more of them
-# What file systems without locks answer (NFS mounted without, and some of clusters).
-_NO_LOCKS = (errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 # `save_pretrained` takes 50 GB, which would be the whole model in memory here.
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -125,14 +120,14 @@ def quantize_checkpoint(
     target = Path(out).expanduser().absolute()
     shard_size = parse_size(max_shard_size)
     source = Path(model).expanduser()
-    _check_target(target, source, force)
+    check_target(target, source, force)
     model_config = read_config(model)
     _refuse_quantized(model_config, model)
     if source.is_dir():
         read_headers(checkpoint_files(source))  # damaged files are found before anything is written
     cls = _concrete_class(model_config, model)
     arguments = {"device_map": {"": _usable(device)}} if device else {}
-    with _workplace(target, source, force) as folder:
+    with workplace(target, source, force, "quantizing") as folder:
         writer = ShardWriter(folder, shard_size)
         built, ignored = stream_pretrained(
             cls,
@@ -195,120 +190,6 @@ def _refuse_quantized(config: PretrainedConfig, model: str | Path) -> None:
         raise CheckpointError(
             f"{model} is quantized already ({method}); name the checkpoint in high precision it was made from"
         )
-
-
-def _check_target(target: Path, source: Path, force: bool) -> None:
-    if source.exists() and (target == source.absolute() or target.resolve() == source.resolve()):
-        raise ConfigurationError(f"{target} is the model itself; name another folder to write to")
-    if target.is_symlink():
-        raise ConfigurationError(f"{target} is a symbolic link; name the folder that it stands for")
-    if not target.exists():
-        return
-    if not force:
-        raise ConfigurationError(f"{target} exists; name another folder, or pass --force to replace it")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
-        raise ConfigurationError(
-            f"{target} is no checkpoint's folder, so it is not replaced; remove it first"
-        )
-    if source.exists() and source.resolve().is_relative_to(target.resolve()):
-        raise ConfigurationError(f"{source} lies in {target}, which is to be replaced")
-
-
-@contextlib.contextmanager
-def _workplace(target: Path, source: Path, force: bool) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its name when all is done, and is removed when anything fails.
-
-    What a killed run has left is removed first; another run that is still at it is an error. Nothing loads
-    from the folder of a killed run, whatever it holds: config.json is written last of all.
-    """
-    folder = target.with_name(f".{target.name}.quantizing")
-    lock = target.with_name(f".{target.name}.quantizing.lock")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle = _lock(lock, target)
-    except OSError as error:  # no such right, a file where a folder should be, a name too long
-        raise ConfigurationError(
-            f"{target} cannot be written ({error.strerror}); name another folder"
-        ) from error
-    try:
-        if handle is not None:  # whoever made it is gone
-            shutil.rmtree(folder, ignore_errors=True)
-        _make(folder, target)
-        try:
-            _recover(target)
-            _check_target(target, source, force)
-            yield folder
-            _put_in_place(folder, target, force)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    finally:
-        if handle is not None:  # last of all: from here on the names belong to the next run
-            lock.unlink(missing_ok=True)
-            os.close(handle)
-
-
-def _make(folder: Path, target: Path) -> None:
-    try:
-        folder.mkdir()
-    except FileExistsError:  # only where nothing can be locked
-        raise ConfigurationError(
-            f"{folder} exists, and there are no locks on this file system that would tell why: another run "
-            f"is writing {target} at this moment, or one was killed. If none is running, remove that folder"
-        ) from None
-
-
-def _lock(path: Path, target: Path) -> int | None:
-    """Make the file and lock it; a process that ends, however it ends, unlocks it.
-
-    Returns:
-        The open file, or None on a file system that has no locks.
-    """
-    import fcntl
-
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise ConfigurationError(f"another run is writing {target} at this moment") from None
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            os.close(handle)
-            if error.errno in _NO_LOCKS:
-                return None
-            raise ConfigurationError(
-                f"{path} cannot be locked ({error.strerror}); write to a folder on another file system"
-            ) from error
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), path.stat()):
-                return handle
-        os.close(handle)  # the run before has ended in between, and taken its file away
-
-
-def _replaced(target: Path) -> Path:
-    return target.with_name(f".{target.name}.replaced")
-
-
-def _recover(target: Path) -> None:
-    """Finish what a run was killed at: the checkpoint that it was replacing comes back, or goes."""
-    old = _replaced(target)
-    if old.exists() and not target.exists():
-        old.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _put_in_place(folder: Path, target: Path, force: bool) -> None:
-    """Give the finished folder its name; there is always a checkpoint at ``target`` if there was one."""
-    if not (force and target.exists()):
-        folder.rename(target)
-        return
-    try:
-        target.rename(_replaced(target))
-        folder.rename(target)
-    finally:
-        _recover(target)
 
 
 def _copy_companions(model: str | Path, folder: Path) -> list[str]:

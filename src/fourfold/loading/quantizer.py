@@ -5,6 +5,7 @@ It is reached through `register_quantizer`. What is patched in transformers is i
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -45,6 +46,7 @@ from fourfold.loading.converters import PackingConverter, QuantizeOperation, who
 from fourfold.loading.cpu_linears import flatten_inputs, keep_trainable, refuse_wrong_widths
 from fourfold.loading.foreign import ForeignCheckpoint
 from fourfold.loading.headers import Header, check_files, check_packed, check_plain
+from fourfold.loading.origin import origin_of
 from fourfold.loading.patch import stored_method
 from fourfold.loading.shapes import check_shapes, expected_shapes
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
@@ -63,6 +65,8 @@ class FourfoldQuantizer(HfQuantizer):
     quantization_config: MoeBitsAndBytesConfig
 
     def __init__(self, quantization_config: MoeBitsAndBytesConfig, **kwargs: Any) -> None:
+        # (a copy: the base is noted in it, and one configuration may load several models)
+        quantization_config = copy.copy(quantization_config)
         super().__init__(quantization_config, **kwargs)
         self.config = quantization_config
         self.foreign: ForeignCheckpoint | None = None
@@ -98,6 +102,8 @@ class FourfoldQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         headers = check_files(model.name_or_path, kwargs.get("checkpoint_files") or ())
+        if not self.pre_quantized:
+            self.config.base = origin_of(model, kwargs.get("checkpoint_files") or ())
         requested = self.config.llm_int8_skip_modules
         experts = list(find_experts(model))
         self._refuse_unsupported(experts, requested)

@@ -1,0 +1,289 @@
+"""What has to be done to which tensor of a base's files to merge an adapter, before anything is done.
+
+A plan is complete or is not made: every tensor of the adapter belongs to a parameter, every such parameter
+has its keys in the files. Which files and keys are touched is known from headers and skeletons alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fourfold.adapters import provenance
+from fourfold.adapters.updates import Adapter, Update, find_updates
+from fourfold.errors import AdapterError, CheckpointError, ConfigurationError
+from fourfold.experts import PackedExperts, find_experts
+from fourfold.formats import PackFormat
+from fourfold.formats.roundtrip import round_trip
+from fourfold.loading.config import QUANT_METHOD
+from fourfold.loading.headers import checkpoint_files
+from fourfold.loading.origin import Origin, origin_of_files
+from fourfold.loading.patch import stored_method
+from fourfold.loading.places import Conversion, Places, Stored, find_places
+from fourfold.loading.raw import RawFile, read_numbers, read_raw
+from fourfold.loading.skeleton import build_skeleton, read_config
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+BASE_WEIGHTS = ("original", "dequantized")
+_COMPARED = 2**22  # numbers at a time
+_LINEARS_BLOCKSIZE = 64  # bitsandbytes' own
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How one parameter was packed while the adapter was trained.
+
+    Attributes:
+        fmt: of its numbers.
+        parts: of a matrix that are quantized separately (gate and up one after the other).
+        matrices: experts; 1 for a Linear.
+        out_by_in: the model stores out-by-in matrices.
+        linear: bitsandbytes' Linear, whose blocks straddle rows.
+    """
+
+    fmt: PackFormat
+    parts: int = 1
+    matrices: int = 1
+    out_by_in: bool = True
+    linear: bool = False
+
+    def round_trip(
+        self, w_RC: torch.Tensor, name: str, *, turned: bool = False, keys: int = 1
+    ) -> torch.Tensor:
+        """``dq(q(W))`` in fp32 of a matrix as a file has it (``turned``: over, as compared with the model).
+
+        ``keys``: how many of them hold the rows of one matrix together; the given one is of one key.
+        """
+        if self.parts % keys:
+            raise CheckpointError(f"{name}: {keys} keys a matrix, where {self.parts} parts were packed")
+        flip = turned == self.out_by_in
+        w_NK = w_RC.T.contiguous() if flip else w_RC
+        parts = w_NK.chunk(self.parts // keys)
+        made = [round_trip(part, self.fmt, name=name, flat=self.linear) for part in parts]
+        out_NK = made[0] if len(made) == 1 else torch.cat(made)
+        return out_NK.T if flip else out_NK
+
+
+@dataclass
+class MergePlan:
+    """What `fourfold.merge` does.
+
+    Attributes:
+        base: the base's folder.
+        origin: what it is.
+        files: its weights.
+        adapter: to be merged.
+        updates: parameter -> what is added.
+        packings: parameter -> how it was packed; of every packed parameter, where the adapter says so.
+        dequantized: base weights are replaced by what is left of them after packing.
+        places: the keys that are touched.
+        shapes: of all parameters of the model.
+    """
+
+    base: Path
+    origin: Origin
+    files: list[RawFile]
+    adapter: Adapter
+    updates: dict[str, Update]
+    packings: dict[str, Packing]
+    dequantized: bool
+    places: Places
+    shapes: dict[str, tuple[int, ...]]
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter that is changed, with its shape in the model."""
+        return {name: shape for name, shape in self.shapes.items() if self.is_touched(name)}
+
+    def keys(self) -> set[str]:
+        """Every stored tensor that is rewritten."""
+        whole = {tensor.key for conversion in self.places.conversions for tensor in conversion.tensors}
+        return {stored.tensor.key for stored in self.places.stored} | whole
+
+    def is_touched(self, parameter: str) -> bool:
+        return parameter in self.updates or (self.dequantized and parameter in self.packings)
+
+
+def local_folder(base: str | Path, stored: Mapping[str, Any] | None) -> Path:
+    """The base's folder; downloaded, at the revision that the adapter names, where it is an id on the hub."""
+    if Path(base).expanduser().is_dir():
+        return Path(base).expanduser()
+    read_config(base)  # says what is wrong with a name that is neither
+    from huggingface_hub import snapshot_download
+
+    origin = Origin.from_dict(stored["base"], provenance.FILE) if stored else None
+    revision = origin.revision if origin and origin.name == str(base) else None
+    patterns = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
+    return Path(snapshot_download(str(base), revision=revision, ignore_patterns=patterns))
+
+
+def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_base: bool) -> MergePlan:
+    """Find the place of everything.
+
+    Raises:
+        AdapterError: the adapter cannot be merged, or not into this base.
+        CheckpointError: the base is packed, quantized, damaged or lacks a tensor.
+        ConfigurationError: ``base_weights`` is none of the two.
+    """
+    if base_weights not in BASE_WEIGHTS:
+        raise ConfigurationError(f"base_weights={base_weights!r}; valid are {', '.join(BASE_WEIGHTS)}")
+    loaded = Adapter(adapter)
+    stored = provenance.read(loaded.folder)
+    if stored is None and base_weights == "dequantized":
+        raise AdapterError(
+            f"{adapter} has no {provenance.FILE}, so how its base was packed is not known; merge into the "
+            "original weights"
+        )
+    folder = local_folder(base, stored)
+    config = read_config(folder)
+    _refuse_quantized(config, base)
+    paths = checkpoint_files(folder)
+    files = [read_raw(path) for path in paths]
+    origin = origin_of_files(str(base), paths)
+    if stored is not None and not any_base:
+        _check_base(stored, origin, loaded)
+    found, copies = find_updates(build_skeleton(config), loaded)
+    updates = {update.parameter: update for update in found}
+    if not updates:
+        raise AdapterError(f"{adapter} adds nothing to any parameter")
+    packings = _packings(folder, stored) if stored is not None else {}
+    dequantized = base_weights == "dequantized"
+    wanted = [*updates, *(name for name in packings if dequantized and name not in updates)]
+    tensors = [tensor for file in files for tensor in file.tensors]
+    model = build_skeleton(read_config(folder))
+    places = find_places(model, tensors, wanted)
+    _check_copies(loaded, copies, find_places(model, tensors, copies, tied=True))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    plan = MergePlan(folder, origin, files, loaded, updates, packings, dequantized, places, shapes)
+    _check_dtypes(plan)
+    return plan
+
+
+def _refuse_quantized(config: Any, base: str | Path) -> None:
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    method = stored_method(settings)
+    if method == QUANT_METHOD:
+        origin = Origin.from_dict(settings.get("base"), f"{base}/config.json")
+        original = f"it was made of {origin}" if origin else "name the checkpoint it was made of"
+        raise CheckpointError(
+            f"{base} is packed, and a sum with packed weights would have to be quantized again; merge into "
+            f"the original: {original}. (--base-weights dequantized gives its numbers)"
+        )
+    raise CheckpointError(f"{base} is quantized ({method}); name the checkpoint in high precision")
+
+
+def _check_base(stored: Mapping[str, Any], origin: Origin, adapter: Adapter) -> None:
+    trained = Origin.from_dict(stored["base"], provenance.FILE)
+    if trained is None or trained.is_same(origin):
+        return
+    what = (
+        f"its weights are others (fingerprint {origin.fingerprint}, not {trained.fingerprint})"
+        if trained.fingerprint and origin.fingerprint
+        else f"{adapter.folder / provenance.FILE} names another"
+    )
+    raise AdapterError(
+        f"{adapter.folder} was trained on {trained}, and {origin} is not that base: {what}. Name that base, "
+        "or pass --any-base (any_base=True) to merge all the same"
+    )
+
+
+def _packings(folder: Path, stored: Mapping[str, Any]) -> dict[str, Packing]:
+    """How each packed parameter was packed, from the skeleton that loading would have filled."""
+    settings = provenance.settings_for(stored)
+    model = build_skeleton(read_config(folder), settings)
+    found: dict[str, Packing] = {}
+    for experts in find_experts(model):
+        if not isinstance(experts.module, PackedExperts):
+            continue
+        layout = experts.module.fourfold_layout
+        for p in layout.projections:
+            flattened = len(layout.model_shape(p)) == 2
+            out_by_in = flattened or layout.is_out_by_in(p)
+            if flattened and p.name in getattr(layout, "transposed", ()):
+                out_by_in = False
+            found[f"{experts.name}.{p.name}"] = Packing(
+                experts.module.fourfold_format, p.shape.parts, p.shape.experts, out_by_in
+            )
+    if settings.is_linear_quantized:
+        fmt = PackFormat("int8")
+        if settings.load_in_4bit:
+            double = settings.bnb_4bit_use_double_quant
+            fmt = PackFormat(settings.bnb_4bit_quant_type, _LINEARS_BLOCKSIZE, double)
+        for name, module in model.named_modules():
+            source: type[nn.Module] | None = getattr(module, "source_cls", None)
+            if source is not None:
+                plain = issubclass(source, nn.Linear)
+                found[f"{name}.weight"] = Packing(fmt, out_by_in=plain, linear=True)
+    return found
+
+
+def _check_copies(adapter: Adapter, copies: Mapping[str, str], places: Places) -> None:
+    """What an adapter holds of the base must be the base's: it would be another model otherwise."""
+    for stored in places.stored:
+        tensor, key = stored.tensor, next(iter(copies.values()))
+        key = copies.get(stored.parameter, key)
+        rows, columns = tensor.shape[0], torch.Size(tensor.shape[1:]).numel()
+        step = max(1, _COMPARED // max(1, columns))
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.begin)
+            for begin in range(0, rows, step):
+                count = min(step, rows - begin) * columns
+                ours = read_numbers(file, count, DTYPES[tensor.dtype])
+                theirs = adapter.rows(key, begin, begin + step).reshape(-1)
+                if not torch.equal(ours.to(theirs.dtype), theirs):
+                    raise AdapterError(
+                        f"{adapter.folder} holds {key} with other numbers than the base's {tensor.key}: it "
+                        "was trained itself, or belongs to another base. Such whole tensors are not merged"
+                    )
+
+
+def _check_dtypes(plan: MergePlan) -> None:
+    keys = plan.keys()
+    for file in plan.files:
+        for tensor in file.tensors:
+            if tensor.key in keys and tensor.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{file.path}: {tensor.key} is {tensor.dtype}; merging adds to {', '.join(DTYPES)}"
+                )
+
+
+@dataclass(frozen=True)
+class Block:
+    """One matrix of a stored tensor: rows ``begin`` to ``begin + rows`` of it, seen as a list of rows.
+
+    Attributes:
+        matrix: of the parameter.
+        first_row: in that matrix (in the file's orientation).
+    """
+
+    begin: int
+    rows: int
+    columns: int
+    matrix: int
+    first_row: int
+
+
+def blocks_of(stored: Stored, packing: Packing | None) -> Iterator[Block]:
+    """The matrices of a stored tensor, in the order in which they lie there."""
+    shape = stored.tensor.shape
+    rows, columns = shape[-2], shape[-1]
+    if len(shape) == 3:
+        for e in range(shape[0]):
+            yield Block(e * rows, rows, columns, stored.expert + e, stored.first_row)
+        return
+    if packing is not None and packing.matrices > 1 and stored.is_whole:  # all experts one below the other
+        height = rows // packing.matrices
+        for e in range(packing.matrices):
+            yield Block(e * height, height, columns, 0, e * height)
+        return
+    yield Block(0, rows, columns, stored.expert, stored.first_row)
+
+
+__all__ = ["Block", "Conversion", "MergePlan", "Packing", "blocks_of", "local_folder", "make_plan"]

@@ -1,0 +1,203 @@
+"""``fourfold.json``, beside every adapter that was trained on packed experts.
+
+An adapter is a difference, and means nothing without what it was trained on: which model, at which revision,
+and packed how. PEFT's adapter_config.json names a model and nothing more. So this file says the rest, and an
+adapter that is put on another base is an error; servers and stock PEFT do not look at it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fourfold.errors import AdapterError
+from fourfold.experts import PackedExperts, find_experts
+from fourfold.experts.layout import name_suffix
+from fourfold.formats import PackFormat
+from fourfold.loading.config import MoeBitsAndBytesConfig
+from fourfold.loading.origin import Origin
+from fourfold.version import __version__
+
+FILE = "fourfold.json"
+VERSION = 1
+_checked: ContextVar[bool] = ContextVar("fourfold_checks_the_base", default=True)
+
+
+@contextlib.contextmanager
+def any_base() -> Iterator[None]:
+    """Within it, adapters are put on whatever base they are put on."""
+    token = _checked.set(False)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def settings_of(model: nn.Module) -> MoeBitsAndBytesConfig | None:
+    """How ``model`` (with or without adapters) was packed; None where no experts are."""
+    if not any(isinstance(module, PackedExperts) for module in model.modules()):
+        return None
+    base = getattr(model, "get_base_model", lambda: model)()
+    config = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
+    return config if isinstance(config, MoeBitsAndBytesConfig) else None
+
+
+def describe(model: nn.Module) -> dict[str, Any] | None:
+    """What is written into ``fourfold.json`` of an adapter on ``model``; None where nothing is packed.
+
+    Returns:
+        ``experts`` (format), ``linears`` (settings of Linears), ``skips``, ``shapes`` (role of each packed
+        parameter -> how many of them, and experts, rows, columns), ``base`` (`Origin`, or None).
+    """
+    config = settings_of(model)
+    if config is None:
+        return None
+    fmt = config.experts_format()
+    assert fmt is not None
+    base = getattr(model, "get_base_model", lambda: model)()
+    four = config.load_in_4bit
+    shapes: dict[str, list[int]] = {}
+    for found in find_experts(base):
+        if not isinstance(found.module, PackedExperts):
+            continue
+        for p in found.module.fourfold_layout.projections:
+            role = name_suffix(f"{found.name}.{p.name}")
+            shapes.setdefault(role, [0, p.shape.experts, p.shape.rows, p.shape.columns])[0] += 1
+    return {
+        "version": VERSION,
+        "fourfold_version": __version__,
+        "base": config.base.to_dict() if config.base else None,
+        "model_type": base.config.model_type if hasattr(base, "config") else None,
+        "experts": fmt.to_dict(),
+        "linears": {
+            "bits": 4 if four else 8 if config.load_in_8bit else None,
+            "quant_type": config.bnb_4bit_quant_type if four else None,
+            "double_quant": config.bnb_4bit_use_double_quant if four else False,
+        },
+        "skips": config.llm_int8_skip_modules,
+        "shapes": shapes,
+    }
+
+
+def read(folder: str | Path) -> dict[str, Any] | None:
+    """``fourfold.json`` of an adapter's folder; None where there is none.
+
+    Raises:
+        AdapterError: it cannot be understood.
+    """
+    return _parse(Path(folder) / FILE) if (Path(folder) / FILE).is_file() else None
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["version"] != VERSION:
+            raise ValueError(f"version {stored['version']!r}; this release knows {VERSION}")
+        format_of(stored)
+        Origin.from_dict(stored["base"], str(path))
+        settings_for(stored)
+        for key in ("linears", "shapes"):
+            if not isinstance(stored[key], dict):
+                raise TypeError(f"{key} is {stored[key]!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterError(
+            f"{path} cannot be understood ({error}); copy the adapter again, or install a newer fourfold"
+        ) from error
+    assert isinstance(stored, dict)
+    return stored
+
+
+def format_of(stored: Mapping[str, Any]) -> PackFormat:
+    """How the experts were packed that the adapter was trained on."""
+    return PackFormat(**stored["experts"])
+
+
+def settings_for(stored: Mapping[str, Any]) -> MoeBitsAndBytesConfig:
+    """The configuration that packs a base as the adapter's was."""
+    fmt, linears = format_of(stored), stored["linears"]
+    four = linears["bits"] == 4
+    return MoeBitsAndBytesConfig(
+        load_in_4bit=four,
+        load_in_8bit=linears["bits"] == 8,
+        bnb_4bit_quant_type=linears["quant_type"] if four else None,
+        bnb_4bit_use_double_quant=fmt.double_quant or bool(linears["double_quant"]),
+        experts_quant_type=fmt.quant_type,
+        experts_blocksize=fmt.blocksize,
+        llm_int8_skip_modules=stored["skips"],
+    )
+
+
+def write(model: nn.Module, folder: str | Path) -> None:
+    """Write ``fourfold.json`` into an adapter's folder, if experts of ``model`` are packed."""
+    described = describe(model)
+    if described is not None:
+        (Path(folder) / FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def name_the_original(model: nn.Module, peft_config: Any) -> None:
+    """Let an adapter's configuration name the original model where it names a packed copy of it."""
+    config = settings_of(model)
+    if config is None or config.base is None:
+        return
+    base = getattr(model, "get_base_model", lambda: model)()
+    if peft_config.base_model_name_or_path in (None, "", getattr(base, "name_or_path", None)):
+        peft_config.base_model_name_or_path = config.base.name
+
+
+def check(model: nn.Module, folder: str | Path, **hub: Any) -> None:
+    """Refuse an adapter that was trained on another base, or on this one packed otherwise.
+
+    Args:
+        model: packed, or anything else (nothing is checked then).
+        folder: of the adapter, or its id on the hub.
+        hub: ``subfolder``, ``revision``, ``token`` and the like.
+
+    Raises:
+        AdapterError: naming what differs, and how to use the adapter all the same.
+    """
+    ours = describe(model) if _checked.get() else None
+    if ours is None:
+        return
+    from transformers.utils import cached_file
+
+    known = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
+    path = cached_file(
+        str(folder),
+        FILE,
+        **{name: value for name, value in hub.items() if name in known and value is not None},
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if path is None:
+        return
+    stored = _parse(Path(path))
+    differs = difference(stored, ours)
+    if differs:
+        raise AdapterError(
+            f"{folder} was trained on {differs}. Load that base as it was; or, to put the adapter on this "
+            f"one all the same, remove {path} (`load_adapter` of fourfold.adapters.peft_lora takes "
+            "any_base=True)"
+        )
+
+
+def difference(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """The first thing in which two descriptions differ, as "..., and this is ..."; None where they agree."""
+    trained, here = Origin.from_dict(stored["base"], FILE), Origin.from_dict(ours["base"], FILE)
+    if stored["shapes"] != ours["shapes"]:
+        return f"a model with experts of {stored['shapes']}, and this one has {ours['shapes']}"
+    if trained and here and not trained.is_same(here):
+        if str(trained) == str(here):
+            return f"{trained}, and other weights lie there by now"
+        return f"{trained}, and this is {here}"
+    if stored["experts"] != ours["experts"]:
+        return f"experts packed as {format_of(stored)}, and these are {format_of(ours)}"
+    if stored["linears"] != ours["linears"]:
+        return f"Linears held as {stored['linears']}, and these are {ours['linears']}"
+    return None

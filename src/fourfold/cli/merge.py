@@ -1,0 +1,72 @@
+"""``fourfold merge BASE ADAPTER OUT``: the base with the adapter added to its weights."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fourfold.cli.outcome import Outcome
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("base", help="the checkpoint that the adapter was trained on: a folder, or a hub id")
+    parser.add_argument("adapter", help="the adapter's folder")
+    parser.add_argument("out", help="the folder to make")
+    parser.add_argument(
+        "--base-weights",
+        choices=("original", "dequantized"),
+        default="original",
+        help="add to the base as it is (the default), or to what packing left of it, which was trained on",
+    )
+    parser.add_argument(
+        "--any-base", action="store_true", help="merge into BASE whatever the adapter was trained on"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the checkpoint that lies at OUT")
+
+
+def execute(args: argparse.Namespace, console: Console) -> Outcome:
+    """Plan, stream, say what lies there and what to look at."""
+    from fourfold.cli.libraries import quiet
+
+    quiet(args.debug)
+
+    from fourfold.adapters.merge import merge
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("planning", total=None)
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name or "writing")
+
+        merged = merge(
+            args.base,
+            args.adapter,
+            args.out,
+            args.base_weights,
+            any_base=args.any_base,
+            force=args.force,
+            progress=show,
+        )
+    console.print(
+        f"{merged.folder}: {merged.adapter_tensors} tensors of the adapter merged into {merged.planned} "
+        f"parameters ({merged.keys} tensors in {len(merged.files)} file(s)), {merged.base_weights} base "
+        f"weights; {len(merged.copied)} other files copied; {merged.seconds:.1f} s",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+    if merged.left_out:
+        console.print(
+            f"left out, for they hold weights without the adapter: {', '.join(merged.left_out)}",
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
+    for warning in merged.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return Outcome(data=merged.to_dict())
