@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from fourfold.errors import AdapterError
 from fourfold.experts import PackedExperts
 
 _MARK = "_fourfold"
@@ -40,12 +39,6 @@ def install() -> None:
     def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if isinstance(base, PackedExperts) and kwargs.get("parameter_name") is not None:
-            if not base.fourfold_layout.routed:
-                raise AdapterError(
-                    f"target_parameters: LoRA on {kwargs['parameter_name']} of {type(base).__name__} is not "
-                    "supported, for these experts run through their own forward; target its Linears "
-                    "(target_modules), such as attention, instead"
-                )
             from fourfold.adapters.wrapper import ParamWrapper, refuse_what_would_be_ignored
 
             refuse_what_would_be_ignored(lora_config, base)
