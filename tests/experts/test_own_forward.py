@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-import fourfold
 import tiny
 from fourfold.experts import (
     PackedExperts,

@@ -34,7 +34,7 @@ class Update:
         return Update(self.left_EPR.detach(), self.right_ERQ.detach())
 
     def added_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """``weight + left @ right`` in its shape and dtype, contiguous; autograd goes through both factors."""
+        """``weight + left @ right`` in its shape and dtype, contiguous; differentiable in both factors."""
         left_EPR, right_ERQ = self.left_EPR.to(weight.dtype), self.right_ERQ.to(weight.dtype)
         w_EPQ = weight.view(left_EPR.shape[0], left_EPR.shape[1], right_ERQ.shape[2])
         # (autocast would give another dtype than the forward asked for)
