@@ -71,6 +71,14 @@ def test_low_rank_form_allocates_nothing_of_the_size_of_the_stack(packed) -> Non
     assert exceeds(allocated(with_lora(packed)), base) == (False, False)
 
 
+def test_nor_does_it_on_unquantized_experts_that_were_prepared(packed) -> None:
+    for found in list(find_experts(packed)):
+        unpack_module_(found.module, torch.float32)
+    base = allocated(packed)
+    prepared = fourfold.prepare(packed, gradient_checkpointing=False)
+    assert exceeds(allocated(with_lora(prepared)), base) == (False, False)
+
+
 def test_stocks_wrapper_is_caught(packed) -> None:
     plain = copy.deepcopy(packed)
     for found in list(find_experts(plain)):

@@ -19,6 +19,7 @@ import functools
 from typing import Any
 
 from fourfold.experts import PackedExperts
+from fourfold.experts.plain import PlainExperts
 
 _MARK = "_fourfold"
 
@@ -43,6 +44,12 @@ def install() -> None:
 
             refuse_what_would_be_ignored(lora_config, base)
             return ParamWrapper(target, adapter_name, config=lora_config, **kwargs)
+        if isinstance(base, PlainExperts) and base.fourfold_layout.projection(
+            kwargs.get("parameter_name") or ""
+        ):
+            from fourfold.adapters import plain_wrapper
+
+            return plain_wrapper.ParamWrapper(target, adapter_name, config=lora_config, **kwargs)
         return stock(lora_config, adapter_name, target, **kwargs)
 
     setattr(create_new_module, _MARK, True)
