@@ -9,9 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-import fourfold
 import tiny
-from fourfold.errors import AdapterError, NoExpertsError
 from fourfold.experts import (
     PackedExperts,
     find_experts,
@@ -267,15 +265,8 @@ def test_unpacking_gives_classes_names_and_numbers_back(model_type: str) -> None
         assert torch.equal(ours, theirs), name
 
 
-def test_lora_on_such_experts_is_refused_and_on_attention_works() -> None:
+def test_lora_on_attention_alone_works() -> None:
     packed = pack(build("llama4_text"))
-    with pytest.raises(NoExpertsError, match="own forward"):
-        fourfold.expert_targets(packed)
-    targets = ["feed_forward.experts.gate_up_proj"]
-    with pytest.raises(AdapterError, match="own forward"):
-        get_peft_model(
-            copy.deepcopy(packed), LoraConfig(target_modules=["q_proj"], target_parameters=targets)
-        )
     model = get_peft_model(packed, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     model(IDS).logits.square().mean().backward()
     gradients = [p.grad for n, p in model.named_parameters() if "lora_" in n]

@@ -26,8 +26,8 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from fourfold.errors import AdapterError
 from fourfold.experts import PackedExperts
+from fourfold.experts.plain import PlainExperts
 
 _MARK = "_fourfold"
 
@@ -48,16 +48,16 @@ def install() -> None:
     def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if isinstance(base, PackedExperts) and kwargs.get("parameter_name") is not None:
-            if not base.fourfold_layout.routed:
-                raise AdapterError(
-                    f"target_parameters: LoRA on {kwargs['parameter_name']} of {type(base).__name__} is not "
-                    "supported, for these experts run through their own forward; target its Linears "
-                    "(target_modules), such as attention, instead"
-                )
             from fourfold.adapters.wrapper import ParamWrapper, refuse_what_would_be_ignored
 
             refuse_what_would_be_ignored(lora_config, base)
             return ParamWrapper(target, adapter_name, config=lora_config, **kwargs)
+        if isinstance(base, PlainExperts) and base.fourfold_layout.projection(
+            kwargs.get("parameter_name") or ""
+        ):
+            from fourfold.adapters import plain_wrapper
+
+            return plain_wrapper.ParamWrapper(target, adapter_name, config=lora_config, **kwargs)
         return stock(lora_config, adapter_name, target, **kwargs)
 
     setattr(create_new_module, _MARK, True)

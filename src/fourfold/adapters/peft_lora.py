@@ -71,9 +71,7 @@ def check_targets(
 def _check_target_parameters(model: nn.Module, targets: Sequence[str]) -> None:
     """Each must be a fused parameter of experts, or a matrix that no module wrapper takes (a router's)."""
     experts = list(find_experts(model))
-    known = list(
-        dict.fromkeys(name_suffix(t) for e in experts if e.layout and e.layout.routed for t in e.tensors())
-    )
+    known = list(dict.fromkeys(name_suffix(t) for e in experts if e.layout for t in e.tensors()))
     fused = {t for e in experts for t in e.tensors()}
     parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
     in_modules = {f"{clean_name(n)}.weight" for n, m in model.named_modules() if isinstance(m, _WRAPPABLE)}

@@ -14,6 +14,7 @@ E experts, r rank, K in, N out of the projection.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +23,8 @@ from torch import nn
 
 from fourfold.errors import AdapterError
 from fourfold.experts import PackedExperts, Projection
+from fourfold.experts.own_forward import OwnForwardExperts
+from fourfold.experts.update import Update
 from fourfold.kernels import LowRank
 
 
@@ -94,14 +97,19 @@ class ParamWrapper(StockParamWrapper):
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         """Sizes as stock reads them off the unquantized parameter (packed ones have other shapes)."""
         layout = self._experts().fourfold_layout
-        self.num_experts, first, second = layout.model_shape(self._projection())  # 3-D: it is routed
-        self._param_ndim = 3
-        return first, second
+        shape = layout.model_shape(self._projection())
+        self._param_ndim = len(shape)
+        if len(shape) == 2:  # flattened: one A and one B for all experts, out-by-in
+            self.num_experts = 1
+            return shape[1], shape[0]
+        self.num_experts = shape[0]
+        return shape[1], shape[2]
 
     def get_param(self) -> torch.Tensor:
         """The unquantized parameter as far as PEFT looks at it: shape, dtype and device, no numbers."""
         experts = self._experts()
-        packed = getattr(experts, self.parameter_name)
+        packed = experts._parameters[self.parameter_name]
+        assert packed is not None
         shape = experts.fourfold_layout.model_shape(self._projection())
         return torch.empty(1, dtype=experts.fourfold_dtype, device=packed.device).expand(shape)
 
@@ -121,18 +129,52 @@ class ParamWrapper(StockParamWrapper):
             return LowRank(a_parts[0], b_parts[0])
         return LowRank(torch.cat(a_parts, dim=1), torch.cat(b_parts, dim=2))
 
+    def _update(self) -> Update | None:
+        """What the active adapters add to the weight in the model's own shape (own forwards)."""
+        factors = None if self.disable_adapters else self._low_rank()
+        if factors is None:
+            return None
+        a_ERK, b_ENR = factors.a_ERK, factors.b_ENR
+        if self._param_ndim == 2:
+            experts = self._projection().shape.experts
+            return Update(b_ENR[0].view(experts, -1, b_ENR.shape[2]), a_ERK.expand(experts, -1, -1))
+        if self._did_swap_in_out_features:
+            return Update(b_ENR, a_ERK)
+        return Update(a_ERK.transpose(1, 2), b_ENR.transpose(1, 2))
+
+    def _nest(self) -> Iterator[ParamWrapper]:
+        layer: nn.Module = self
+        while isinstance(layer, ParamWrapper):
+            yield layer
+            layer = layer.base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        """Parameters that another module's forward reads off the experts (stock has no answer to that)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            experts = self._modules.get("base_layer") and self.get_base_layer()
+            if not isinstance(experts, OwnForwardExperts) or not experts.is_showing():
+                raise
+            for layer in self._nest():
+                experts.lend_update(layer.parameter_name, layer._update)
+            return getattr(experts, name)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Called on the outermost wrapper of a nest; the inner ones only lend their factors."""
         self._check_forward_args(x, *args, **kwargs)
         kwargs.pop("adapter_names", None)  # None, or the check above would have refused it
+        experts = self._experts()
+        if isinstance(experts, OwnForwardExperts):
+            updates = {layer.parameter_name: layer._update() for layer in self._nest()}
+            found = {name: update for name, update in updates.items() if update is not None}
+            return experts(x, *args, updates=found, **kwargs)
         low_rank: dict[str, LowRank] = {}
-        layer: nn.Module = self
-        while isinstance(layer, ParamWrapper):
+        for layer in self._nest():
             factors = None if layer.disable_adapters else layer._low_rank()
             if factors is not None:
                 low_rank[layer.parameter_name] = factors
-            layer = layer.base_layer
-        return layer(x, *args, low_rank=low_rank, **kwargs)
+        return experts(x, *args, low_rank=low_rank, **kwargs)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """Called for each adapter that is added, the first one included."""

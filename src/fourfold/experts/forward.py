@@ -23,9 +23,10 @@ from fourfold.kernels import LowRank, Routing, combine, dispatch, packed_linear,
 
 if TYPE_CHECKING:
     from fourfold.experts.packed import PackedExperts
+    from fourfold.experts.plain import PlainExperts
 
 
-def compute_dtype(module: PackedExperts, hidden_states: torch.Tensor) -> torch.dtype:
+def compute_dtype(module: PackedExperts | PlainExperts, hidden_states: torch.Tensor) -> torch.dtype:
     """The configured dtype, else autocast's, else that of the unquantized weights."""
     if module.compute_dtype is not None:
         return module.compute_dtype
@@ -36,7 +37,7 @@ def compute_dtype(module: PackedExperts, hidden_states: torch.Tensor) -> torch.d
 
 
 def _project(
-    module: PackedExperts,
+    module: PackedExperts | PlainExperts,
     projection: Projection,
     x_SK: torch.Tensor,
     routing: Routing,
@@ -52,7 +53,7 @@ def _project(
 
 
 def routed_forward(
-    module: PackedExperts,
+    module: PackedExperts | PlainExperts,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,

@@ -163,21 +163,15 @@ def expert_targets(model: nn.Module) -> list[str]:
     Raises:
         NoExpertsError: the model has no fused experts; target parameters that match nothing train nothing.
     """
-    layouts = [experts for experts in find_experts(model) if experts.layout is not None]
     found = [
         name_suffix(tensor)
-        for experts in layouts
-        if experts.layout is not None and experts.layout.routed
+        for experts in find_experts(model)
+        if experts.layout is not None
         for tensor in _registered(experts)
     ]
     if not found:
-        why = (
-            "runs its experts through its own forward, where LoRA is not offered"
-            if layouts
-            else ("has no fused experts that LoRA could target")
-        )
         raise NoExpertsError(
-            f"{type(model).__name__} {why}; "
+            f"{type(model).__name__} has no fused experts that LoRA could target; "
             "leave target_parameters out, or use target_modules for its Linear layers"
         )
     return list(dict.fromkeys(found))

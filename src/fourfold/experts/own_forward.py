@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fourfold.experts.forward import compute_dtype
 from fourfold.experts.packed import PackedExperts, give_class_back_
 from fourfold.experts.shapes import OwnForwardLayout, Projection
+from fourfold.experts.update import Update
 from fourfold.formats import PackedStack
 from fourfold.kernels.decode import decode
 
@@ -39,6 +40,7 @@ class _View:
     stack: PackedStack
     layout: OwnForwardLayout
     projection: Projection
+    update: Update | None
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
@@ -51,7 +53,12 @@ class _View:
         first, stop = self.offset // matrix, last // matrix + 1
         w_ENK = decode(self.stack.experts(first, stop), self.dtype)
         weight = self.layout.from_stack(w_ENK, self.projection)
+        if self.update is not None:
+            weight = self.update.experts(first, stop).added_to(weight)
         return weight.as_strided(self.size, self.stride, self.offset - first * matrix)
+
+
+_Origin: TypeAlias = tuple[StorageWeakRef, int, PackedStack, OwnForwardLayout, Projection, "Update | None"]
 
 
 class _Scope:
@@ -59,6 +66,7 @@ class _Scope:
 
     Attributes:
         decoded: whole projections, kept until the scope is closed.
+        updates: what adapters add to a projection, by module and name.
         origin: where a decoded storage comes from, by its identity. A weak reference keeps that identity from
             being given to another storage as long as the scope is open. The version is that of the numbers as
             decoded: what was changed in place since cannot be decoded again.
@@ -67,30 +75,41 @@ class _Scope:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.decoded: dict[tuple[int, str], torch.Tensor] = {}
-        self.origin: dict[int, tuple[StorageWeakRef, int, PackedStack, OwnForwardLayout, Projection]] = {}
+        self.updates: dict[tuple[int, str], Update | None] = {}
+        self.origin: dict[int, _Origin] = {}
 
-    def _decode(self, stack: PackedStack, layout: OwnForwardLayout, projection: Projection) -> torch.Tensor:
+    def _decode(
+        self, stack: PackedStack, layout: OwnForwardLayout, projection: Projection, update: Update | None
+    ) -> torch.Tensor:
         weight = layout.from_stack(decode(stack, self.dtype), projection)
+        if update is not None:
+            weight = update.added_to(weight)
+            update = update.detach()
         storage = weight.untyped_storage()
         version = 0 if weight.is_inference() else weight._version  # (inference keeps none, and saves nothing)
-        self.origin[storage._cdata] = (StorageWeakRef(storage), version, stack, layout, projection)
+        self.origin[storage._cdata] = (StorageWeakRef(storage), version, stack, layout, projection, update)
         return weight
 
     def weight(self, module: OwnForwardExperts, projection: Projection) -> torch.Tensor:
         """A whole parameter in the model's own shape."""
         key = (id(module), projection.name)
         if key not in self.decoded:
-            self.decoded[key] = self._decode(module.stack(projection), module.own_layout, projection)
+            update = self.updates.get(key)
+            self.decoded[key] = self._decode(module.stack(projection), module.own_layout, projection, update)
         return self.decoded[key]
 
     def expert(self, module: OwnForwardExperts, projection: Projection, expert: int) -> torch.Tensor:
         """One expert's matrix in the model's own orientation; not kept."""
         stack = module.stack(projection).experts(expert, expert + 1)
-        weight = self._decode(stack, module.own_layout, projection)
+        update = self.updates.get((id(module), projection.name))
+        if update is not None:
+            update = update.experts(expert, expert + 1)
+        weight = self._decode(stack, module.own_layout, projection, update)
         return weight.view(weight.shape[-2:])
 
     def close(self) -> None:
         self.decoded.clear()
+        self.updates.clear()
         self.origin.clear()
 
     def view(self, tensor: torch.Tensor) -> _View | None:
@@ -234,10 +253,28 @@ class OwnForwardExperts(PackedExperts):
                 return _Shown(scope, self, projection, self.own_layout.model_shape(projection))
         return super().__getattr__(name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, with its own arguments and results."""
+    def is_showing(self) -> bool:
+        """Whether the forward of whoever reads the parameters is running."""
+        return id(self) in (_SHOWING.get() or {})
+
+    def lend_update(self, name: str, update: Callable[[], Update | None]) -> None:
+        """What the projection ``name`` is shown with until the forward that is running ends; asked once."""
+        scope, key = (_SHOWING.get() or {})[id(self)], (id(self), name)
+        if key not in scope.updates:
+            scope.updates[key] = update()
+
+    def forward(self, *args: Any, updates: Mapping[str, Update] | None = None, **kwargs: Any) -> Any:
+        """The module's own forward, with its own arguments and results.
+
+        Args:
+            args: the module's own.
+            updates: what adapters add to the weights, by projection name; adapters pass them, models do not.
+            kwargs: the module's own.
+        """
         own = super(PackedExperts, self).forward
-        return own(*args, **kwargs) if self.own_layout.reader else _run([self], own, args, kwargs)
+        if self.own_layout.reader:  # whose scope it is; adapters lend theirs as parameters are read
+            return own(*args, **kwargs)
+        return _run([self], own, args, kwargs, updates)
 
 
 class ReadsPackedExperts(nn.Module):
@@ -252,7 +289,13 @@ def _lenders(reader: nn.Module) -> list[OwnForwardExperts]:
     return [m for m in reader.modules() if isinstance(m, OwnForwardExperts) and m.own_layout.reader]
 
 
-def _run(modules: list[OwnForwardExperts], own: Any, args: Any, kwargs: Any) -> Any:
+def _run(
+    modules: list[OwnForwardExperts],
+    own: Any,
+    args: Any,
+    kwargs: Any,
+    updates: Mapping[str, Update] | None = None,
+) -> Any:
     """Call ``own`` while ``modules`` show decoded weights.
 
     The dtype of the products (an explicit one, else autocast's) holds for the whole forward: inputs are cast
@@ -274,6 +317,7 @@ def _run(modules: list[OwnForwardExperts], own: Any, args: Any, kwargs: Any) -> 
     if other:
         args, kwargs = tree_map(lambda v: cast(v, dtype), (args, kwargs))
     scope = _Scope(dtype)
+    scope.updates.update({(id(modules[0]), name): update for name, update in (updates or {}).items()})
     autocast = torch.autocast(first.device.type, enabled=False) if other else contextlib.nullcontext()
     token = _SHOWING.set((_SHOWING.get() or {}) | {id(module): scope for module in modules})
     try:

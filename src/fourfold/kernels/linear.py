@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from fourfold.formats import PackedStack
+from fourfold.formats.plain import PlainStack
 from fourfold.kernels.decode import decode
 from fourfold.kernels.grouped import RANK_MULTIPLE, grouped_outer, grouped_rows
 
@@ -53,7 +54,7 @@ class _Chunk:
 
 
 def _chunks(
-    stack: PackedStack, dtype: torch.dtype, offsets_E: torch.Tensor, limit: int | None
+    stack: PackedStack | PlainStack, dtype: torch.dtype, offsets_E: torch.Tensor, limit: int | None
 ) -> Iterator[_Chunk]:
     E, N, K = stack.shape.experts, stack.shape.rows, stack.shape.columns
     per_expert = N * K * dtype.itemsize
@@ -71,7 +72,12 @@ def _chunks(
 
 
 def _base_product(
-    x_SK: torch.Tensor, stack: PackedStack, offsets_E: torch.Tensor, limit: int | None, *, transposed: bool
+    x_SK: torch.Tensor,
+    stack: PackedStack | PlainStack,
+    offsets_E: torch.Tensor,
+    limit: int | None,
+    *,
+    transposed: bool,
 ) -> torch.Tensor:
     """``x W^T`` (forward) or, transposed, ``dy W`` (gradient of the input)."""
     out: torch.Tensor | None = None
@@ -97,7 +103,7 @@ class _PackedLinear(torch.autograd.Function):
         x_SK: torch.Tensor,
         a_ERK: torch.Tensor | None,
         b_ENR: torch.Tensor | None,
-        stack: PackedStack,
+        stack: PackedStack | PlainStack,
         offsets_E: torch.Tensor,
         limit: int | None,
     ) -> torch.Tensor:
@@ -135,7 +141,7 @@ class _PackedLinear(torch.autograd.Function):
 
 def packed_linear(
     x_SK: torch.Tensor,
-    stack: PackedStack,
+    stack: PackedStack | PlainStack,
     offsets_E: torch.Tensor,
     low_rank: LowRank | None = None,
     *,

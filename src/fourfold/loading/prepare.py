@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fourfold.errors import ConfigurationError
+from fourfold.experts.plain import take_low_rank_
 
 
 def prepare(
@@ -17,6 +18,8 @@ def prepare(
     norms_in_fp32: bool = False,
 ) -> PreTrainedModel:
     """Ready for LoRA training: base frozen, inputs with gradients, checkpointing on.
+
+    Unquantized experts of decorated kinds take LoRA on their parameters in low-rank form from here on.
 
     Use it instead of PEFT's `prepare_model_for_kbit_training`, which also casts router, embeddings and head
     to fp32 and so costs gigabytes that nothing gains from.
@@ -39,6 +42,7 @@ def prepare(
         raise ConfigurationError("call fourfold.prepare before adapters are added: it freezes all there is")
     for parameter in model.parameters():
         parameter.requires_grad = False
+    take_low_rank_(model)
     if norms_in_fp32:
         for module in model.modules():
             if "norm" in type(module).__name__.lower():

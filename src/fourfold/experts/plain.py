@@ -1,0 +1,73 @@
+"""Unquantized experts with LoRA in low-rank form; without adapters they run as they always did."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fourfold.experts.forward import routed_forward
+from fourfold.experts.layout import find_experts
+from fourfold.experts.packed import PackedExperts
+from fourfold.experts.shapes import ExpertsLayout, Projection
+from fourfold.formats.plain import PlainStack
+from fourfold.kernels import LowRank
+
+
+class PlainExperts(nn.Module):
+    """Mixin of unquantized, decorated experts modules that take LoRA factors."""
+
+    fourfold_layout: ExpertsLayout
+    compute_dtype: torch.dtype | None = None
+    workspace_bytes: int | None = None
+
+    @property
+    def fourfold_dtype(self) -> torch.dtype:
+        return self._weight(self.fourfold_layout.up).dtype
+
+    def _weight(self, projection: Projection) -> torch.Tensor:
+        weight = self._parameters[projection.name]
+        assert weight is not None
+        return weight
+
+    def stack(self, projection: Projection) -> PlainStack:
+        """The weights of one projection, out-by-in."""
+        weight = self._weight(projection).detach()
+        return PlainStack(projection.shape, self.fourfold_layout.to_stack(weight, projection))
+
+    def can_take_low_rank(self) -> bool:
+        """Whether the weights are frozen and nobody has parametrized them."""
+        weights = [self._parameters.get(p.name) for p in self.fourfold_layout.projections]
+        return all(w is not None and not w.requires_grad for w in weights)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        *,
+        low_rank: Mapping[str, LowRank] | None = None,
+    ) -> Any:
+        """The module's own forward; with factors, the one routed forward (arguments are the same)."""
+        if not low_rank:
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        return routed_forward(self, hidden_states, top_k_index, top_k_weights, low_rank)
+
+
+@functools.cache
+def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"LowRank{cls.__name__}", (PlainExperts, cls), {"__module__": cls.__module__})
+
+
+def take_low_rank_(model: nn.Module) -> None:
+    """Let every unquantized, decorated experts module of a model take LoRA factors, in place."""
+    for found in list(find_experts(model)):
+        if isinstance(found.module, PackedExperts | PlainExperts):
+            continue
+        if isinstance(found.layout, ExpertsLayout):
+            own: Any = type(found.module)
+            found.module.__class__ = _plain_class(own)
+            found.module.fourfold_layout = found.layout

@@ -1,0 +1,170 @@
+"""LoRA on experts that keep their own forward: stock keys, shapes and numbers, both ways."""
+
+import contextlib
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
+from safetensors.torch import load_file
+from torch import nn
+
+import fourfold
+from fourfold.adapters.wrapper import ParamWrapper
+from fourfold.experts import PackedExperts, find_experts, pack_module_, prepare_reader_, unpack_module_
+from fourfold.experts.own_forward import _Scope, release_readers_
+from fourfold.formats import PackFormat
+from fourfold.planning.conformance import tiny_models
+
+TYPES = ("llama4_text", "jetmoe", "dbrx", "longcat_flash", "step3p5", "inkling_text")
+IDS = torch.arange(1, 19).view(2, 9)
+
+
+@pytest.fixture(params=TYPES)
+def pair(request) -> tuple[nn.Module, nn.Module]:
+    """Packed, and stock's on the same numbers in fp32."""
+    if request.param not in tiny_models.known_types():
+        pytest.skip(f"this transformers has no {request.param}")
+    config = tiny_models.tiny_config(request.param)
+    model = tiny_models.build(config, tiny_models.model_classes(type(config))[0])
+    tiny_models.randomise_experts_(model)
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"
+    for found in list(find_experts(model)):
+        pack_module_(found.module, PackFormat("nf4", 64, True), found.name, found.layout)
+        if found.reader != found.name:
+            prepare_reader_(model.get_submodule(found.reader))
+    plain = copy.deepcopy(model)
+    for module in list(plain.modules()):
+        if isinstance(module, PackedExperts):
+            unpack_module_(module, torch.float32)
+    release_readers_(plain)
+    return model.eval(), plain.eval()
+
+
+def lora(model: nn.Module, **changes: object) -> PeftModel:
+    torch.manual_seed(1)
+    arguments = {"r": 3, "lora_alpha": 5, "target_parameters": fourfold.expert_targets(model)}
+    arguments |= {"target_modules": [], "init_lora_weights": False} | changes
+    return get_peft_model(model, LoraConfig(**arguments))
+
+
+@contextlib.contextmanager
+def stock_reads(model: nn.Module):
+    """Stock's own sums, also where a parent reads the parameters (stock has no answer to that: dbrx)."""
+    stock = [m for m in model.modules() if type(m) is StockParamWrapper]
+    read = [m for m in stock if type(m.get_base_layer()).__name__ == "DbrxExpertGLU"]
+    with contextlib.ExitStack() as stack:
+        if read:
+            plain = nn.Module.__getattr__
+
+            def look(self, name):
+                try:
+                    return plain(self, name)
+                except AttributeError:
+                    return getattr(self.get_base_layer(), name)
+
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(StockParamWrapper, "__getattr__", look, raising=False)
+            for wrapper in read:
+                stack.enter_context(wrapper._activate_lora(wrapper.active_adapters))
+        yield
+
+
+def output(model: nn.Module) -> torch.Tensor:
+    with stock_reads(model):
+        return next(iter(model(input_ids=IDS, use_cache=False).values()))
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    y = output(model)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    return {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
+
+
+def count_checkpoints(model: nn.Module) -> list[None]:
+    """One entry for each layer that was checkpointed."""
+    calls: list[None] = []
+
+    def counting(original):
+        def run(*args, **kwargs):
+            calls.append(None)
+            return original(*args, **kwargs)
+
+        return run
+
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = counting(module._gradient_checkpointing_func)
+    return calls
+
+
+def test_saved_adapter_is_stocks_and_loads_both_ways(pair, tmp_path: Path) -> None:
+    packed, plain = pair
+    targets = fourfold.expert_targets(packed)
+    assert targets == fourfold.expert_targets(plain)
+    adapters = {}
+    for name, model in (("ours", packed), ("stock", plain)):
+        adapters[name] = lora(copy.deepcopy(model))
+        adapters[name].save_pretrained(tmp_path / name)
+    ours, stock = (load_file(tmp_path / n / "adapter_model.safetensors") for n in adapters)
+    assert list(ours) == list(stock)
+    for key, wanted in stock.items():
+        assert ours[key].dtype == wanted.dtype
+        assert torch.equal(ours[key], wanted), key
+    configs = [json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in adapters]
+    assert configs[0] == configs[1]
+    for name in adapters:
+        here = PeftModel.from_pretrained(copy.deepcopy(packed), tmp_path / name)
+        there = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / name)
+        with torch.no_grad():
+            a, b = output(here), output(there)
+            with here.disable_adapter():
+                base = output(here)
+        assert (a - b).norm() <= 1e-6 * b.norm()
+        assert (a - base).norm() > 1e-3 * base.norm()
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_every_factor_gets_stocks_gradient(pair, reentrant: bool | None) -> None:
+    packed, plain = pair
+    wanted = gradients(lora(plain))
+    model = lora(packed)
+    if reentrant is not None:
+        if not packed.supports_gradient_checkpointing:
+            pytest.skip("this model has no gradient checkpointing")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        for module in model.modules():  # checkpointing asks for training; dropout is to stay off
+            module.training = hasattr(module, "gradient_checkpointing") or "Layer" in type(module).__name__
+        calls = count_checkpoints(model)
+    found = gradients(model)
+    if reentrant is not None:
+        assert calls
+    assert found.keys() == wanted.keys()
+    assert any(isinstance(m, ParamWrapper) for m in model.modules())
+    for name, gradient in wanted.items():
+        assert found[name] is not None, name
+        assert gradient.norm() > 0, name
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_autograd_keeps_no_sum(pair, monkeypatch) -> None:
+    packed, _ = pair
+    model = lora(packed)
+    made: list[torch.UntypedStorage] = []
+    decode_ = _Scope._decode
+
+    def record(self, *args):
+        weight = decode_(self, *args)
+        made.append(torch.multiprocessing.reductions.StorageWeakRef(weight.untyped_storage()))
+        return weight
+
+    monkeypatch.setattr(_Scope, "_decode", record)
+    y = output(model)
+    assert made
+    assert y.requires_grad
+    assert all(reference.expired() for reference in made)

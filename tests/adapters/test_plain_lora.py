@@ -1,0 +1,66 @@
+"""LoRA on unquantized experts after `prepare`: low-rank form, stock's files and numbers."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
+
+import fourfold
+import tiny
+from fourfold.adapters import plain_wrapper
+from tiny import IDS, logits
+
+
+def wrapped(model):
+    torch.manual_seed(1)
+    targets = fourfold.expert_targets(model)
+    config = LoraConfig(r=5, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_files_logits_and_gradients_are_stocks(kind: str, tmp_path: Path) -> None:
+    plain = tiny.build(tiny.KINDS[kind]())
+    ours = wrapped(fourfold.prepare(copy.deepcopy(plain), gradient_checkpointing=False))
+    stock = wrapped(copy.deepcopy(plain))
+    assert any(type(m) is plain_wrapper.ParamWrapper for m in ours.modules())
+    assert any(type(m) is StockParamWrapper for m in stock.modules())
+    assert not any(type(m) is plain_wrapper.ParamWrapper for m in stock.modules())
+    for name, model in (("ours", ours), ("stock", stock)):
+        model.save_pretrained(tmp_path / name)
+        model.train()
+        model(IDS, labels=IDS).loss.backward()
+    first, second = (tmp_path / n / "adapter_model.safetensors" for n in ("ours", "stock"))
+    assert first.read_bytes() == second.read_bytes()
+    configs = [json.loads((tmp_path / n / "adapter_config.json").read_text()) for n in ("ours", "stock")]
+    assert configs[0] == configs[1]
+    theirs = logits(PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours"))
+    assert (logits(ours) - theirs).norm() <= 1e-6 * theirs.norm()
+    wanted = {n: p.grad for n, p in stock.named_parameters() if "lora_" in n}
+    found = {n: p.grad for n, p in ours.named_parameters() if "lora_" in n}
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert gradient.norm() > 0, name
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_merged_switched_off_and_two_active_are_stocks() -> None:
+    plain = tiny.build(tiny.mixtral())
+    ours, stock = wrapped(fourfold.prepare(copy.deepcopy(plain))), wrapped(copy.deepcopy(plain))
+    for model in (ours, stock):
+        torch.manual_seed(2)
+        targets = list(model.peft_config["default"].target_parameters)
+        config = LoraConfig(
+            r=3, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False
+        )
+        model.add_adapter("second", config)
+        model.base_model.set_adapter(["default", "second"])
+    torch.testing.assert_close(logits(ours), logits(stock), rtol=1e-5, atol=1e-5)
+    with ours.disable_adapter():
+        torch.testing.assert_close(logits(ours), logits(plain))
+    wanted = logits(stock)
+    torch.testing.assert_close(logits(ours.merge_and_unload()), wanted, rtol=1e-5, atol=1e-5)
