@@ -179,9 +179,10 @@ def main() -> int:
             run = run_in_process(__file__, variant, arguments.out, ["--checkpoint", arguments.checkpoint])
             if run is None:
                 failed.append(variant)
-                continue
-            runs.append(run)
-            print(f"{variant}: {run['seconds']:.2f} s, peak {run['peak_bytes'] / GIB:.2f} GiB", flush=True)
+            else:
+                runs.append(run)
+                peak = run["peak_bytes"] / GIB
+                print(f"{variant}: {run['seconds']:.2f} s, peak {peak:.2f} GiB", flush=True)
             record["results"] = summarise(runs)
             arguments.out.write_text(json.dumps(record, indent=1))
     print(json.dumps(record["versions"]))

@@ -306,6 +306,18 @@ def test_verify_of_a_model_on_the_hub_reads_headers_only(
     assert run_json(capsys, "verify", "somebody/plain")[0] == 1
     assert main(["verify", "somebody/pickled"]) == 2
     assert "holds no readable safetensors" in capsys.readouterr().err
+
+    # The configuration is in the cache, and there is no network: httpx' errors are no OSErrors.
+    class NoNetworkError(Exception):
+        pass
+
+    def unreachable(repo_id: str) -> SafetensorsRepoMetadata:
+        raise NoNetworkError("connection refused")
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", unreachable)
+    assert main(["verify", "somebody/packed"]) == 2
+    assert "cannot be read from the hub: connection refused" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
     # A configuration that says packed over files that are not:
     plain = metadata("somebody/plain")
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda repo_id: plain)

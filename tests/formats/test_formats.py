@@ -1,5 +1,7 @@
 """Packed bytes equal bitsandbytes' own, bit by bit; decoding gives the numbers that bitsandbytes decodes."""
 
+from contextlib import nullcontext
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.formats import PackedStack, PackFormat, StackShape, decode_stack
 from fourfold.formats.codebooks import absmax_codes, four_bit_codes
-from fourfold.formats.quantize import pack_stack
+from fourfold.formats.quantize import Packer, pack_stack
 
 CPU = torch.device("cpu")
 E = 3
@@ -119,6 +121,35 @@ def test_weights_that_are_not_finite_are_named(fmt: PackFormat, value: float) ->
     w[1, 3, 5] = value
     with pytest.raises(CheckpointError, match=r"experts\.w: weights of expert\(s\) 1 "):
         pack(w, fmt)
+
+
+@pytest.mark.parametrize(("largest", "refused"), [(65510.0, False), (65520.0, True)])
+def test_the_range_of_fp16_is_the_same_in_batches_and_alone(largest: float, refused: bool) -> None:
+    """fp32 weights up to half a step above fp16's largest number are rounded to it."""
+    for count in (1, 2):
+        w = torch.randn(count, 4, 64)
+        w[0, 0, 0] = largest
+        stack = PackedStack.empty(PackFormat("int8"), StackShape(count, 4, 64), "cpu")
+        streamed = Packer(stack, "w")
+        for expert in range(count):
+            streamed.pack_(expert, 0, w[expert])
+        fused = PackedStack.empty(PackFormat("int8"), StackShape(count, 4, 64), "cpu")
+        for pack in (streamed.finish, lambda fused=fused, w=w: pack_stack(fused, w, "w")):
+            with pytest.raises(CheckpointError, match="range of fp16") if refused else nullcontext():
+                pack()
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_parameters_are_packed(quant_type: str) -> None:
+    """As from a state dict that a caller hands in."""
+    w = torch.nn.Parameter(torch.randn(2, 4, 64))
+    stack = PackedStack.empty(PackFormat(quant_type, 64), StackShape(2, 4, 64), "cpu")
+    packer = Packer(stack, "w")
+    for expert in range(2):
+        packer.pack_(expert, 0, torch.nn.Parameter(w[expert].detach().clone()))
+    fused = pack_stack(PackedStack.empty(stack.fmt, stack.shape, "cpu"), w, "w")
+    assert torch.equal(packer.finish().data, fused.data)
+    assert torch.equal(stack.absmax, fused.absmax)
 
 
 def test_weights_beyond_fp16_are_refused_for_int8_only() -> None:

@@ -72,7 +72,7 @@ def test_slices_come_in_order_in_their_dtype_a_bounded_number_ahead(tmp_path, mo
         for number, tensor in enumerate(read_staged(known, 4)):
             assert torch.equal(tensor, tensors[f"w{number:02}"].bfloat16())
             with lock:
-                assert begun[0] <= number + 3 * (1 + staging.GROUPS_AHEAD)
+                assert begun[0] <= number + 3 * staging.GROUPS_AHEAD
     assert number == 39
 
 
@@ -88,6 +88,14 @@ def test_what_reading_raises_comes_out() -> None:
     bad = spawn_materialize(None, Broken(), "cpu", torch.float32)
     with pytest.raises(OSError, match="the disk is gone"):
         list(read_staged([deferred(good), deferred(bad)], 2))
+
+
+def test_parameters_are_read_without_their_gradients() -> None:
+    """As from a state dict that a caller hands in; threads know nothing of the caller's `no_grad`."""
+    sources = [spawn_materialize(None, torch.nn.Parameter(torch.ones(2)), "cpu", torch.float16)] * 3
+    read = list(read_staged([deferred(source) for source in sources], 2))
+    assert len(read) == 3
+    assert not any(tensor.requires_grad for tensor in read)
 
 
 def test_a_cpu_reads_views_of_the_file(monkeypatch) -> None:

@@ -154,6 +154,7 @@ class Packer:
         else:
             _pack_int8_(self.stack, first, w_MnK)
 
+    @torch.no_grad()
     def _flush(self) -> None:
         if not self._waiting:
             return
@@ -192,8 +193,10 @@ class Packer:
     def _bad_experts(self) -> list[int]:
         if not self._ranges:
             return []
-        low = torch.cat([low_M.float() for _, low_M, _ in self._ranges])
-        high = torch.cat([high_M.float() for _, _, high_M in self._ranges])
+        # As what is quantized: a batch was converted before it was looked at, a single matrix was not.
+        dtype = torch.float32 if self.stack.fmt.is_4bit else torch.float16
+        low = torch.cat([low_M.to(dtype).float() for _, low_M, _ in self._ranges])
+        high = torch.cat([high_M.to(dtype).float() for _, _, high_M in self._ranges])
         bad = (~((low >= -self._limit) & (high <= self._limit))).tolist()
         numbers = [first + i for first, low_M, _ in self._ranges for i in range(len(low_M))]
         return sorted({n // self.stack.shape.parts for n, is_bad in zip(numbers, bad, strict=True) if is_bad})

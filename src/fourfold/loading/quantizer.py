@@ -235,6 +235,8 @@ class FourfoldQuantizer(HfQuantizer):
         limit = FP16_MAX if eight else torch.finfo(torch.float32).max
         for name, value in input_dict.items():  # bitsandbytes makes some numbers of NaN, without a word
             low, high = torch.aminmax(value[0] if isinstance(value, list) else value)
+            if eight:  # as what is quantized
+                low, high = low.to(torch.float16), high.to(torch.float16)
             if not ((low.float() >= -limit) & (high.float() <= limit)):
                 skip = f"use load_in_4bit, or llm_int8_skip_modules=[{name.rpartition('.')[0]!r}]"
                 self.failure = self.failure or CheckpointError(

@@ -79,6 +79,7 @@ def groups_of(slices: Sequence[Deferred]) -> Iterator[Sequence[Deferred]]:
         yield slices[start:]
 
 
+@torch.no_grad()  # each thread has a mode of its own, and a state dict may hold parameters
 def read_group(group: Sequence[Deferred], stream: torch.cuda.Stream | None) -> torch.Tensor:
     """The slices of a group ``[G, ...]`` on their device, in their dtype; ``stream``: where they are used."""
     first = group[0]
@@ -93,7 +94,7 @@ def read_group(group: Sequence[Deferred], stream: torch.cuda.Stream | None) -> t
 
 
 def read_staged(slices: Sequence[Deferred], threads: int) -> Iterator[torch.Tensor]:
-    """Slices in order, `GROUPS_AHEAD` groups of them under way beside the one that is handed out."""
+    """Slices in order, `GROUPS_AHEAD` groups of them under way, the one that is handed out among them."""
     waiting = deque(groups_of(slices))
     running: deque[Future[torch.Tensor]] = deque()
     devices = {item.device for item in slices if item.device.type == "cuda"}
