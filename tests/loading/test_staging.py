@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -103,3 +104,18 @@ def test_a_cpu_reads_views_of_the_file(monkeypatch) -> None:
     w = torch.ones(4)
     (read,) = reading.read_slices([spawn_materialize(None, w, "cpu", torch.float32)])
     assert read.data_ptr() == w.data_ptr()
+
+
+def test_a_host_without_pinned_memory_reads_all_the_same(monkeypatch) -> None:
+    empty = torch.empty
+
+    def refuse(*args, pin_memory: bool = False, **kwargs) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    w = torch.randn(3, 4)
+    group = [deferred(spawn_materialize(None, w, "cpu", torch.bfloat16))]
+    assert torch.equal(staging.read_group(group, object())[0], w.bfloat16())

@@ -23,7 +23,7 @@ import torch
 
 GROUP_BYTES = 6 * 2**20
 GROUPS_AHEAD = 3
-_CLOSES_OVER = {"tensor", "device", "dtype", "sharding_op"}
+_CLOSES_OVER = {"tensor", "tensor_idx", "device", "dtype", "sharding_op"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def deferred(source: Any) -> Deferred | None:
         }
     except ValueError:  # a cell that is empty
         return None
-    if not values.keys() >= _CLOSES_OVER or values["sharding_op"] is not None:
+    if values.keys() != _CLOSES_OVER or values["sharding_op"] is not None:
         return None
     tensor, dtype = values["tensor"], values["dtype"]
     if isinstance(tensor, torch.Tensor):
@@ -83,8 +83,12 @@ def groups_of(slices: Sequence[Deferred]) -> Iterator[Sequence[Deferred]]:
 def read_group(group: Sequence[Deferred], stream: torch.cuda.Stream | None) -> torch.Tensor:
     """The slices of a group ``[G, ...]`` on their device, in their dtype; ``stream``: where they are used."""
     first = group[0]
+    size = (len(group), *first.shape)
     # torch keeps pinned blocks for the next caller, and gives one out again only when its transfer is done.
-    host = torch.empty(len(group), *first.shape, dtype=first.dtype, pin_memory=stream is not None)
+    try:
+        host = torch.empty(size, dtype=first.dtype, pin_memory=stream is not None)
+    except RuntimeError:  # the host lends no (more) pinned memory; pageable memory is slower, and as good
+        host = torch.empty(size, dtype=first.dtype)
     for place, item in zip(host, group, strict=True):
         place.copy_(item.tensor[...])
     if stream is None:
