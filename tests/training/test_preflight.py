@@ -112,21 +112,25 @@ def test_bad_input_is_found_before_weights_are_read(
         assert caught.value.exit_status == 2
 
 
-@pytest.mark.parametrize("kind", ["llama4", "dbrx", "jetmoe"])
-def test_experts_that_lora_cannot_train_are_said_and_not_left_out(
-    settings: Settings, tokenizer: Any, tmp_path: Path, kind: str
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("llama4", ["experts.gate_up_proj", "experts.down_proj"]),
+        ("dbrx", ["mlp.w1", "mlp.v1", "mlp.w2"]),
+        ("jetmoe", ["input_linear.weight", "output_linear.weight"]),
+    ],
+)
+def test_experts_with_their_own_forward_are_targets(
+    settings: Settings, tokenizer: Any, tmp_path: Path, kind: str, found: list[str]
 ) -> None:
     folder = write_model_config(tmp_path / kind, tokenizer, getattr(tiny, kind)(vocab_size=32))
-    with pytest.raises(ConfigurationError, match=r"lora_target_parameters: LoRA on experts") as caught:
-        run(TrainConfig(**settings(base_model=str(folder))), quiet())
-    assert caught.value.exit_status == 2
+    targets = check(TrainConfig(**settings(base_model=str(folder)))).target_parameters
+    assert [any(target.endswith(name) for target in targets) for name in found] == [True] * len(found)
     alone = TrainConfig(**settings(base_model=str(folder), lora_target_parameters=[]))
     assert check(alone).target_parameters == []
 
 
-def test_experts_that_cannot_be_packed_are_refused_from_the_configuration_alone(
-    settings: Settings, tokenizer: Any, tmp_path: Path
-) -> None:
+def doge_folder(folder: Path, tokenizer: Any) -> Path:
     import transformers
 
     config = transformers.DogeConfig(
@@ -140,9 +144,25 @@ def test_experts_that_cannot_be_packed_are_refused_from_the_configuration_alone(
         is_moe=True,
         architectures=["DogeForCausalLM"],
     )
-    folder = write_model_config(tmp_path / "doge", tokenizer, config)
+    return write_model_config(folder, tokenizer, config)
+
+
+def test_experts_that_cannot_be_packed_are_refused_from_the_configuration_alone(
+    settings: Settings, tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = doge_folder(tmp_path / "doge", tokenizer)
     with pytest.raises(UnsupportedExpertsError, match="llm_int8_skip_modules") as caught:
         run(TrainConfig(**settings(base_model=str(folder))), quiet())
+    assert caught.value.exit_status == 2
+
+
+def test_experts_that_lora_cannot_train_are_said_and_not_left_out(
+    settings: Settings, tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = doge_folder(tmp_path / "doge", tokenizer)
+    plain = settings(base_model=str(folder), quantize_moe_experts=False)
+    with pytest.raises(ConfigurationError, match=r"lora_target_parameters: LoRA on experts") as caught:
+        run(TrainConfig(**plain), quiet())
     assert caught.value.exit_status == 2
 
 
