@@ -10,6 +10,7 @@ R rank, M matrices of a parameter (experts), N rows, K columns as the model stor
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fourfold.adapters.patch import install
+from fourfold.adapters.provenance import FILE
 from fourfold.errors import AdapterError
 from fourfold.experts.layout import clean_name
 
@@ -34,6 +36,8 @@ install()
 WEIGHTS = "adapter_model.safetensors"
 # PEFT up to then had in and out swapped for parameters that are not transposed.
 _ROLES_SINCE = (0, 19, 1)
+# What `lora_B_layout` may say: expert fastest, as PEFT has it, or slowest (Unsloth's older adapters).
+_B_LAYOUTS = ("rank_major", "grouped_by_expert")
 
 
 class Adapter:
@@ -67,6 +71,7 @@ class Adapter:
             if isinstance(error, AdapterError):
                 raise
             raise AdapterError(f"{path} cannot be understood ({error})") from error
+        self.is_grouped = self._is_grouped(path)
         self.config.inference_mode = True
         self.config.init_lora_weights = True  # (numbers are read, not made)
         try:
@@ -75,6 +80,28 @@ class Adapter:
             raise AdapterError(f"{self.folder / WEIGHTS} is truncated or damaged ({error})") from error
         keys = self._reader.keys()
         self.shapes = {key: tuple(self._reader.get_slice(key).get_shape()) for key in keys}
+
+    def _is_grouped(self, path: Path) -> bool:
+        """Whether B of experts has the expert as its slowest axis; both orders have the same shape."""
+        mark = self.settings.get("lora_B_layout")
+        if mark not in (None, *_B_LAYOUTS):
+            raise AdapterError(f"{path}: lora_B_layout={mark!r}; known are {', '.join(_B_LAYOUTS)}")
+        if mark is None and self.settings.get("target_parameters") and self._may_be_unsloths():
+            raise AdapterError(
+                f"{path}: Unsloth may have written it, and lora_B_layout is missing; both orders of lora_B "
+                "fit its shapes, and the wrong one gives every expert another's update. Write "
+                '"lora_B_layout": "grouped_by_expert" into that file if it was trained with an Unsloth of '
+                'before September 2026, else "rank_major"'
+            )
+        return mark == "grouped_by_expert"
+
+    def _may_be_unsloths(self) -> bool:
+        """What Fourfold trained has its own file beside it."""
+        if (self.folder / FILE).is_file():
+            return False
+        marked = (self.settings.get("auto_mapping") or {}).get("unsloth_fixed", False)
+        base = str(self.settings.get("base_model_name_or_path"))
+        return bool(marked or re.search(r"(^|/)(models--)?unsloth(/|--)", base))
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor in fp32.
@@ -136,7 +163,7 @@ class Update:
         parameter: full name in the model.
         shape: of the parameter.
         a_key: of A, ``[M*R, in]``, expert slowest.
-        b_key: of B, ``[out, R*M]``, expert fastest.
+        b_key: of B, ``[out, R*M]``, expert fastest (slowest where the adapter is grouped).
         scaling: alpha over rank, or what rsLoRA makes of them.
         matrices: M.
         out_by_in: the model stores out-by-in matrices.
@@ -155,7 +182,10 @@ class Update:
         a_MRK = adapter.read(self.a_key)
         b_NRM = adapter.read(self.b_key)
         a_MRK = a_MRK.view(self.matrices, -1, a_MRK.shape[1])
-        return Factors(a_MRK, b_NRM.view(b_NRM.shape[0], -1, self.matrices), self.scaling, self.out_by_in)
+        N, M, R = b_NRM.shape[0], self.matrices, a_MRK.shape[1]
+        if adapter.is_grouped and M > 1:
+            b_NRM = b_NRM.view(N, M, R).transpose(1, 2)
+        return Factors(a_MRK, b_NRM.reshape(N, R, M), self.scaling, self.out_by_in)
 
 
 @dataclass(frozen=True)
@@ -207,7 +237,21 @@ def find_updates(model: PreTrainedModel, adapter: Adapter) -> tuple[list[Update]
     }
     _compare(adapter, {key: tuple(tensor.shape) for key, tensor in state.items()}, set(copies.values()))
     names = {id(module): name for name, module in wrapped.named_modules()}
-    return [_update(names[id(layer)], layer) for layer in _layers(wrapped)], copies
+    updates = [_update(names[id(layer)], layer) for layer in _layers(wrapped)]
+    _refuse_ambiguous_roles(adapter, updates)
+    return updates, copies
+
+
+def _refuse_ambiguous_roles(adapter: Adapter, updates: list[Update]) -> None:
+    """PEFT before 0.18 had in and out swapped and wrote no version: shapes tell, unless all are square."""
+    experts = [update for update in updates if update.matrices > 1]
+    square = [update for update in experts if update.shape[-1] == update.shape[-2]]
+    if experts and square == experts and not adapter.settings.get("peft_version"):
+        raise AdapterError(
+            f"{adapter.folder / 'adapter_config.json'} has no peft_version, and {experts[0].parameter} is "
+            f"{list(experts[0].shape)}: in and out, which PEFT up to 0.19.0 had swapped, cannot be told "
+            "apart. Write the release that saved it into that file"
+        )
 
 
 def _layers(model: nn.Module) -> Iterable[Any]:
