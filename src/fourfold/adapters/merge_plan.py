@@ -16,7 +16,7 @@ from torch import nn
 
 from fourfold.adapters import provenance
 from fourfold.adapters.updates import Adapter, Update, find_updates
-from fourfold.errors import AdapterError, CheckpointError, ConfigurationError
+from fourfold.errors import AdapterError, CheckpointError, ConfigurationError, FourfoldError
 from fourfold.experts import PackedExperts, find_experts
 from fourfold.formats import PackFormat
 from fourfold.formats.roundtrip import round_trip
@@ -139,22 +139,21 @@ def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_b
             "original weights"
         )
     folder = local_folder(base, stored)
-    config = read_config(folder)
-    _refuse_quantized(config, base)
+    _refuse_quantized(read_config(folder), base)
     paths = checkpoint_files(folder)
     files = [read_raw(path) for path in paths]
     origin = origin_of_files(str(base), paths)
     if stored is not None and not any_base:
         _check_base(stored, origin, loaded)
-    found, copies = find_updates(build_skeleton(config), loaded)
+    config, found, copies = _fit(folder, loaded)
     updates = {update.parameter: update for update in found}
     if not updates:
         raise AdapterError(f"{adapter} adds nothing to any parameter")
-    packings = _packings(folder, stored) if stored is not None else {}
+    packings = _packings(config, stored) if stored is not None else {}
     dequantized = base_weights == "dequantized"
     wanted = [*updates, *(name for name in packings if dequantized and name not in updates)]
     tensors = [tensor for file in files for tensor in file.tensors]
-    model = build_skeleton(read_config(folder))
+    model = build_skeleton(config)
     places = find_places(model, tensors, wanted)
     _check_copies(loaded, copies, find_places(model, tensors, copies, tied=True))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
@@ -194,10 +193,32 @@ def _check_base(stored: Mapping[str, Any], origin: Origin, adapter: Adapter) -> 
     )
 
 
-def _packings(folder: Path, stored: Mapping[str, Any]) -> dict[str, Packing]:
+def _fit(folder: Path, adapter: Adapter) -> tuple[Any, list[Update], dict[str, str]]:
+    """The configuration of the model that the adapter is of, and what it adds there.
+
+    A checkpoint with images beside its text holds two models: the whole one, and its text alone, which is
+    what `AutoModelForCausalLM` makes of some.
+    """
+    config = read_config(folder)
+    try:
+        return config, *find_updates(build_skeleton(config), adapter)
+    except AdapterError:
+        text = config.get_text_config()
+        if text is config:
+            raise
+        try:
+            found = find_updates(build_skeleton(text), adapter)
+        except FourfoldError:
+            found = None
+        if found is None:
+            raise
+    return text, *found
+
+
+def _packings(config: Any, stored: Mapping[str, Any]) -> dict[str, Packing]:
     """How each packed parameter was packed, from the skeleton that loading would have filled."""
     settings = provenance.settings_for(stored)
-    model = build_skeleton(read_config(folder), settings)
+    model = build_skeleton(config, settings)
     found: dict[str, Packing] = {}
     for experts in find_experts(model):
         if not isinstance(experts.module, PackedExperts):
