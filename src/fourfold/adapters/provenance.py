@@ -167,14 +167,16 @@ def check(model: nn.Module, folder: str | Path, **hub: Any) -> None:
     from transformers.utils import cached_file
 
     known = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
-    path = cached_file(
-        str(folder),
-        FILE,
-        **{name: value for name, value in hub.items() if name in known and value is not None},
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    path = None
+    with contextlib.suppress(OSError):  # (neither a folder nor an id: the loader says so in its own words)
+        path = cached_file(
+            str(folder),
+            FILE,
+            **{name: value for name, value in hub.items() if name in known and value is not None},
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
     if path is None:
         return
     stored = _parse(Path(path))
