@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import fourfold
@@ -99,7 +99,7 @@ def test_dequantized_needs_to_know_the_format(base: Path, adapter: Path, tmp_pat
     ("change", "said"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight is missing"),
         ({"bias": "all"}, "biases of the base"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "pissa"),
@@ -233,6 +233,41 @@ def test_a_head_that_lies_in_the_adapter(base: Path, tmp_path: Path) -> None:
     assert_refused(AdapterError, "with other numbers", base, adapter)
 
 
+def trained(base: Path, out: Path, modules: list[str]) -> Path:
+    """An adapter beside which whole modules were trained."""
+    make_adapter(base, out, modules_to_save=modules)
+
+    def move(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [k for k in tensors if "lora_" not in k]:
+            tensors[key] = tensors[key] + 1
+
+    rewrite(out / WEIGHTS, move)
+    return out
+
+
+def test_whole_modules_are_written_in_place(base: Path, tmp_path: Path) -> None:
+    modules = ["lm_head", "embed_tokens", "input_layernorm", "mlp.gate"]
+    adapter = trained(base, tmp_path / "adapter", modules)
+    report = fourfold.merge(base, adapter, tmp_path / "out")
+    plain = PeftModel.from_pretrained(tiny.load(base), str(adapter))
+    wanted, found = plain.merge_and_unload().state_dict(), tiny.load(tmp_path / "out").state_dict()
+    before = tiny.load(base).state_dict()
+    changed = [name for name, tensor in found.items() if not torch.equal(tensor, before[name])]
+    assert len(changed) == report.planned == 2 * 3 + 2 + 2 * 2
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_whole_modules_that_cannot_be_written(base: Path, tmp_path: Path) -> None:
+    adapter = trained(base, tmp_path / "adapter", ["lm_head"])
+    key = "base_model.model.lm_head.weight"
+    rewrite(adapter / WEIGHTS, lambda t: t[key].fill_(torch.nan))
+    assert_refused(CheckpointError, "lm_head.weight.*NaN", base, adapter)
+    tiny.save(tiny.qwen3_moe(tie_word_embeddings=True), tmp_path / "tied")
+    adapter = trained(tmp_path / "tied", tmp_path / "tied-adapter", ["lm_head"])
+    assert_refused(CheckpointError, "shares its numbers", tmp_path / "tied", adapter)
+
+
 def test_tied_weights(tmp_path: Path) -> None:
     tiny.save(tiny.qwen3_moe(tie_word_embeddings=True), tmp_path / "base")
     adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", target_modules=["lm_head"])
@@ -310,7 +345,7 @@ HUB = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import fourfold, tiny
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 model = tiny.load("someone/tiny", experts_quant_type="nf4")
 config = LoraConfig(r=2, target_parameters=fourfold.expert_targets(model), init_lora_weights=False)
 get_peft_model(model, config).save_pretrained(sys.argv[2])

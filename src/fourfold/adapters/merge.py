@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import torch
 
-from fourfold.adapters.merge_plan import DTYPES, Block, MergePlan, blocks_of, make_plan
+from fourfold.adapters.merge_plan import DTYPES, Block, MergePlan, Replacement, blocks_of, make_plan
 from fourfold.adapters.merge_report import MergedCheckpoint, Sums, find_warnings
 from fourfold.adapters.updates import Factors
 from fourfold.errors import CheckpointError
@@ -128,6 +128,10 @@ class _Writer:
                     for values in self._sum(self.stored[tensor.key], source):
                         target.write(_bytes(values))
                     self.written.add(tensor.key)
+                elif tensor.key in self.plan.replaced:
+                    for values in self._replace(tensor, self.plan.replaced[tensor.key]):
+                        target.write(_bytes(values))
+                    self.written.add(tensor.key)
                 elif tensor.key in self.conversions:
                     target.write(_bytes(self._converted(self.conversions[tensor.key])[tensor.key]))
                     self.written.add(tensor.key)
@@ -153,6 +157,14 @@ class _Writer:
     def _read_factors(self, parameter: str) -> Factors | None:
         update = self.plan.updates.get(parameter)
         return update.factors(self.plan.adapter) if update else None
+
+    def _replace(self, tensor: RawTensor, replacement: Replacement) -> Iterator[torch.Tensor]:
+        """The adapter's own rows, in the dtype that the file has."""
+        columns = torch.Size(tensor.shape[1:]).numel()
+        step = max(1, _CHUNK_ELEMENTS // max(1, columns))
+        for start in range(0, tensor.shape[0], step):
+            rows = self.plan.adapter.rows(replacement.key, start, start + step)
+            yield self._add(replacement.parameter, tensor.key, rows, None, DTYPES[tensor.dtype])
 
     def _sum(self, stored: Stored, source: BinaryIO) -> Iterator[torch.Tensor]:
         """The new rows of a stored tensor, a few at a time."""

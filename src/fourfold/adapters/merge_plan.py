@@ -6,6 +6,7 @@ has its keys in the files. Which files and keys are touched is known from header
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from fourfold.adapters import provenance
-from fourfold.adapters.updates import Adapter, Update, find_updates
+from fourfold.adapters.updates import Adapter, Found, Update, find_updates
 from fourfold.errors import AdapterError, CheckpointError, ConfigurationError, FourfoldError
 from fourfold.experts import PackedExperts, find_experts
 from fourfold.formats import PackFormat
@@ -69,6 +70,14 @@ class Packing:
         return out_NK.T if flip else out_NK
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """A parameter that was trained as a whole, and the adapter's key of its new numbers."""
+
+    parameter: str
+    key: str
+
+
 @dataclass
 class MergePlan:
     """What `fourfold.merge` does.
@@ -81,7 +90,8 @@ class MergePlan:
         updates: parameter -> what is added.
         packings: parameter -> how it was packed; of every packed parameter, where the adapter says so.
         dequantized: base weights are replaced by what is left of them after packing.
-        places: the keys that are touched.
+        places: the keys that are added to.
+        replaced: stored key -> what is written in its place.
         shapes: of all parameters of the model.
     """
 
@@ -93,6 +103,7 @@ class MergePlan:
     packings: dict[str, Packing]
     dequantized: bool
     places: Places
+    replaced: dict[str, Replacement]
     shapes: dict[str, tuple[int, ...]]
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -102,9 +113,11 @@ class MergePlan:
     def keys(self) -> set[str]:
         """Every stored tensor that is rewritten."""
         whole = {tensor.key for conversion in self.places.conversions for tensor in conversion.tensors}
-        return {stored.tensor.key for stored in self.places.stored} | whole
+        return {stored.tensor.key for stored in self.places.stored} | whole | self.replaced.keys()
 
     def is_touched(self, parameter: str) -> bool:
+        if any(replacement.parameter == parameter for replacement in self.replaced.values()):
+            return True
         return parameter in self.updates or (self.dequantized and parameter in self.packings)
 
 
@@ -145,19 +158,21 @@ def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_b
     origin = origin_of_files(str(base), paths)
     if stored is not None and not any_base:
         _check_base(stored, origin, loaded)
-    config, found, copies = _fit(folder, loaded)
-    updates = {update.parameter: update for update in found}
-    if not updates:
+    config, found = _fit(folder, loaded)
+    updates = {update.parameter: update for update in found.updates}
+    if not updates and not found.replaced:
         raise AdapterError(f"{adapter} adds nothing to any parameter")
     packings = _packings(config, stored) if stored is not None else {}
     dequantized = base_weights == "dequantized"
-    wanted = [*updates, *(name for name in packings if dequantized and name not in updates)]
+    taken = updates.keys() | found.replaced.keys()
+    wanted = [*updates, *(name for name in packings if dequantized and name not in taken)]
     tensors = [tensor for file in files for tensor in file.tensors]
     model = build_skeleton(config)
     places = find_places(model, tensors, wanted)
-    _check_copies(loaded, copies, find_places(model, tensors, copies, tied=True))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    plan = MergePlan(folder, origin, files, loaded, updates, packings, dequantized, places, shapes)
+    _check_copies(loaded, found.copies, find_places(model, tensors, found.copies, tied=True))
+    replaced = _replacements(loaded, found.replaced, find_places(model, tensors, found.replaced))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    plan = MergePlan(folder, origin, files, loaded, updates, packings, dequantized, places, replaced, shapes)
     _check_dtypes(plan)
     return plan
 
@@ -193,7 +208,7 @@ def _check_base(stored: Mapping[str, Any], origin: Origin, adapter: Adapter) -> 
     )
 
 
-def _fit(folder: Path, adapter: Adapter) -> tuple[Any, list[Update], dict[str, str]]:
+def _fit(folder: Path, adapter: Adapter) -> tuple[Any, Found]:
     """The configuration of the model that the adapter is of, and what it adds there.
 
     A checkpoint with images beside its text holds two models: the whole one, and its text alone, which is
@@ -201,18 +216,14 @@ def _fit(folder: Path, adapter: Adapter) -> tuple[Any, list[Update], dict[str, s
     """
     config = read_config(folder)
     try:
-        return config, *find_updates(build_skeleton(config), adapter)
+        return config, find_updates(build_skeleton(config), adapter)
     except AdapterError:
         text = config.get_text_config()
         if text is config:
             raise
-        try:
-            found = find_updates(build_skeleton(text), adapter)
-        except FourfoldError:
-            found = None
-        if found is None:
-            raise
-    return text, *found
+        with contextlib.suppress(FourfoldError):
+            return text, find_updates(build_skeleton(text), adapter)
+        raise
 
 
 def _packings(config: Any, stored: Mapping[str, Any]) -> dict[str, Packing]:
@@ -265,6 +276,22 @@ def _check_copies(adapter: Adapter, copies: Mapping[str, str], places: Places) -
                     )
 
 
+def _replacements(adapter: Adapter, replaced: Mapping[str, str], places: Places) -> dict[str, Replacement]:
+    """Whole tensors are written in place; only where the files hold them as the model does."""
+    for stored in places.stored:
+        if not stored.is_whole or stored.parts > 1 or stored.turned:
+            raise AdapterError(
+                f"{adapter.folder} holds {replaced[stored.parameter]} as a whole (modules_to_save), and the "
+                f"base's files hold it in another layout ({stored.tensor.key}); this is not merged"
+            )
+    if places.conversions:
+        raise AdapterError(
+            f"{adapter.folder} holds whole tensors (modules_to_save) that the base's files hold in another "
+            f"layout ({places.conversions[0].tensors[0].key}); they are not merged"
+        )
+    return {s.tensor.key: Replacement(s.parameter, replaced[s.parameter]) for s in places.stored}
+
+
 def _check_dtypes(plan: MergePlan) -> None:
     keys = plan.keys()
     for file in plan.files:
@@ -307,4 +334,13 @@ def blocks_of(stored: Stored, packing: Packing | None) -> Iterator[Block]:
     yield Block(0, rows, columns, stored.expert, stored.first_row)
 
 
-__all__ = ["Block", "Conversion", "MergePlan", "Packing", "blocks_of", "local_folder", "make_plan"]
+__all__ = [
+    "Block",
+    "Conversion",
+    "MergePlan",
+    "Packing",
+    "Replacement",
+    "blocks_of",
+    "local_folder",
+    "make_plan",
+]

@@ -21,6 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -126,7 +127,6 @@ def _refuse_what_cannot_be_merged(settings: dict[str, Any], path: Path) -> None:
     refused = (
         ("use_dora", "DoRA changes the direction of the weights themselves"),
         ("lora_bias", "biases of factors have no place in the base"),
-        ("modules_to_save", "whole modules were trained beside the factors"),
         ("trainable_token_indices", "rows of the embedding were trained"),
         ("layer_replication", "it makes another model"),
         ("alora_invocation_tokens", "it applies to some tokens only"),
@@ -205,12 +205,24 @@ class Factors:
         return right_RK.T, left_NR.T
 
 
-def find_updates(model: PreTrainedModel, adapter: Adapter) -> tuple[list[Update], dict[str, str]]:
-    """What ``adapter`` adds to which parameters of ``model``; wraps the model.
+@dataclass(frozen=True)
+class Found:
+    """What an adapter does to a model.
 
-    Returns:
-        The updates; and parameters of the base that the adapter holds a copy of (PEFT saves the head and the
-        embedding where an adapter targets them) -> the copy's key.
+    Attributes:
+        updates: what it adds.
+        copies: parameter of the base that it holds a copy of (PEFT saves the head and the embedding where an
+            adapter targets them) -> the copy's key.
+        replaced: parameter that was trained as a whole (``modules_to_save``) -> the key of its new numbers.
+    """
+
+    updates: list[Update]
+    copies: dict[str, str]
+    replaced: dict[str, str]
+
+
+def find_updates(model: PreTrainedModel, adapter: Adapter) -> Found:
+    """What ``adapter`` adds to which parameters of ``model``; wraps the model.
 
     Args:
         model: in high precision, on the meta device.
@@ -229,6 +241,7 @@ def find_updates(model: PreTrainedModel, adapter: Adapter) -> tuple[list[Update]
             f"{adapter.folder} does not fit {type(model).__name__}: {str(error).splitlines()[0]}"
         ) from error
     state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    replaced = _replaced(wrapped, adapter)
     base = {clean_name(name): tuple(p.shape) for name, p in wrapped.named_parameters(remove_duplicate=False)}
     copies = {
         clean_name(key): key
@@ -239,7 +252,24 @@ def find_updates(model: PreTrainedModel, adapter: Adapter) -> tuple[list[Update]
     names = {id(module): name for name, module in wrapped.named_modules()}
     updates = [_update(names[id(layer)], layer) for layer in _layers(wrapped)]
     _refuse_ambiguous_roles(adapter, updates)
-    return updates, copies
+    return Found(updates, copies, replaced)
+
+
+def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, str]:
+    """Tensors of modules that were trained as a whole -> their keys in the adapter."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for copied in module.modules_to_save.values():
+                found |= {
+                    f"{clean_name(name)}.{tensor}": f"{name}.{tensor}" for tensor in copied.state_dict()
+                }
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            raise AdapterError(
+                f"{adapter.folder}: {clean_name(name)} was trained in a way that cannot be merged "
+                f"({type(module).__name__})"
+            )
+    return found
 
 
 def _refuse_ambiguous_roles(adapter: Adapter, updates: list[Update]) -> None:
