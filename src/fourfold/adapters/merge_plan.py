@@ -45,6 +45,7 @@ class Packing:
         matrices: experts; 1 for a Linear.
         out_by_in: the model stores out-by-in matrices.
         linear: bitsandbytes' Linear, whose blocks straddle rows.
+        dtype: what numbers were before they were packed; None leaves them in the file's.
     """
 
     fmt: PackFormat
@@ -52,6 +53,7 @@ class Packing:
     matrices: int = 1
     out_by_in: bool = True
     linear: bool = False
+    dtype: torch.dtype | None = None
 
     def round_trip(
         self, w_RC: torch.Tensor, name: str, *, turned: bool = False, keys: int = 1
@@ -62,6 +64,8 @@ class Packing:
         """
         if self.parts % keys:
             raise CheckpointError(f"{name}: {keys} keys a matrix, where {self.parts} parts were packed")
+        if self.dtype is not None:
+            w_RC = w_RC.to(self.dtype)
         flip = turned == self.out_by_in
         w_NK = w_RC.T.contiguous() if flip else w_RC
         parts = w_NK.chunk(self.parts // keys)
@@ -228,7 +232,7 @@ def _fit(folder: Path, adapter: Adapter) -> tuple[Any, Found]:
 
 def _packings(config: Any, stored: Mapping[str, Any]) -> dict[str, Packing]:
     """How each packed parameter was packed, from the skeleton that loading would have filled."""
-    settings = provenance.settings_for(stored)
+    settings, dtype = provenance.settings_for(stored), provenance.dtype_of(stored)
     model = build_skeleton(config, settings)
     found: dict[str, Packing] = {}
     for experts in find_experts(model):
@@ -241,7 +245,7 @@ def _packings(config: Any, stored: Mapping[str, Any]) -> dict[str, Packing]:
             if flattened and p.name in getattr(layout, "transposed", ()):
                 out_by_in = False
             found[f"{experts.name}.{p.name}"] = Packing(
-                experts.module.fourfold_format, p.shape.parts, p.shape.experts, out_by_in
+                experts.module.fourfold_format, p.shape.parts, p.shape.experts, out_by_in, dtype=dtype
             )
     if settings.is_linear_quantized:
         fmt = PackFormat("int8")
@@ -252,7 +256,7 @@ def _packings(config: Any, stored: Mapping[str, Any]) -> dict[str, Packing]:
             source: type[nn.Module] | None = getattr(module, "source_cls", None)
             if source is not None:
                 plain = issubclass(source, nn.Linear)
-                found[f"{name}.weight"] = Packing(fmt, out_by_in=plain, linear=True)
+                found[f"{name}.weight"] = Packing(fmt, out_by_in=plain, linear=True, dtype=dtype)
     return found
 
 
