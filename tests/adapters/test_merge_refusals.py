@@ -78,6 +78,21 @@ def test_a_moved_base_and_one_cut_otherwise(base: Path, adapter: Path, tmp_path:
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_of_two_copies_of_the_weights_the_one_that_is_loaded(base: Path, tmp_path: Path) -> None:
+    """transformers takes the single file where an index lies beside it."""
+    tiny.save(tiny.qwen3_moe(), tmp_path / "other")
+    rewrite(tmp_path / "other" / "model.safetensors", lambda t: t["model.norm.weight"].mul_(2))
+    (tmp_path / "other" / "model.safetensors").rename(base / "model.safetensors")
+    (base / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-1.bin"}}')
+    adapter = make_adapter(base, tmp_path / "adapter")
+    report = fourfold.merge(base, adapter, tmp_path / "out")
+    loaded, merged = (tiny.load(folder).state_dict() for folder in (base, tmp_path / "out"))
+    assert torch.equal(merged["model.norm.weight"], loaded["model.norm.weight"])
+    assert report.files == ["model.safetensors"]
+    assert {"model.safetensors.index.json", "pytorch_model.bin.index.json"} <= set(report.left_out)
+    assert not list((tmp_path / "out").glob("*.index.json"))
+
+
 def test_a_packed_base_names_its_original(base: Path, adapter: Path, tmp_path: Path) -> None:
     packed = tiny.packed_folder(base, tmp_path / "packed")
     for base_weights in ("original", "dequantized"):

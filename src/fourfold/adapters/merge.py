@@ -12,6 +12,7 @@ the base loads the result. What the adapter does not touch is copied as bytes.
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ Progress = Callable[[int, int, str], None]
 # system, and most of the time goes into that (the sum alone 122 ms for 4 million weights).
 _CHUNK_ELEMENTS = 2**18
 _COPY_BYTES = 2**23
+_INDEXES = (".safetensors.index.json", ".bin.index.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -305,6 +307,16 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int, file: RawFile) -> None:
         size -= len(chunk)
 
 
+def _is_index_of_others(path: Path, files: set[str]) -> bool:
+    """Whether it is an index (of pickled files, of a second copy of the weights) of what is left out."""
+    if not path.name.endswith(_INDEXES):
+        return False
+    try:
+        return not files.issuperset(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return True
+
+
 def _copy_other_files(plan: MergePlan, folder: Path) -> tuple[list[str], list[str]]:
     """Everything of the base that is no weights, config.json last; what is hidden stays behind."""
     copied: list[str] = []
@@ -315,7 +327,7 @@ def _copy_other_files(plan: MergePlan, folder: Path) -> tuple[list[str], list[st
         name = path.relative_to(plan.base)
         if any(part.startswith(".") for part in name.parts) or str(name) in files:
             continue
-        if path.suffix in _WEIGHTS:
+        if path.suffix in _WEIGHTS or _is_index_of_others(path, files):
             left_out.append(str(name))
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
