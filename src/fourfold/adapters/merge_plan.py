@@ -194,7 +194,10 @@ def _refuse_quantized(config: Any, base: str | Path) -> None:
             f"{base} is packed, and a sum with packed weights would have to be quantized again; merge into "
             f"the original: {original}. (--base-weights dequantized gives its numbers)"
         )
-    raise CheckpointError(f"{base} is quantized ({method}); name the checkpoint in high precision")
+    raise CheckpointError(
+        f"{base} is quantized ({method}); name the checkpoint in high precision "
+        "(with --any-base, if the adapter was trained on this one)"
+    )
 
 
 def _check_base(stored: Mapping[str, Any], origin: Origin, adapter: Adapter) -> None:
@@ -262,6 +265,12 @@ def _packings(config: Any, stored: Mapping[str, Any]) -> dict[str, Packing]:
 
 def _check_copies(adapter: Adapter, copies: Mapping[str, str], places: Places) -> None:
     """What an adapter holds of the base must be the base's: it would be another model otherwise."""
+    for conversion in places.conversions:
+        name = next(name for name in conversion.parameters if name in copies)
+        raise AdapterError(
+            f"{adapter.folder} holds {copies[name]}, which the base's files hold in another layout "
+            f"({conversion.tensors[0].key}), so they are not compared. Save the adapter without it"
+        )
     for stored in places.stored:
         tensor, key = stored.tensor, next(iter(copies.values()))
         key = copies.get(stored.parameter, key)
