@@ -185,6 +185,22 @@ def test_one_rounding_in_bf16(tmp_path: Path) -> None:
         assert (tensor != wanted[name].to(torch.bfloat16)).float().mean() < 1e-3, name
 
 
+def model_in_bf16(base: Path):
+    settings = fourfold.MoeBitsAndBytesConfig(**NF4)
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=settings)
+
+
+def test_dequantized_weights_were_packed_in_the_models_dtype(base: Path, tmp_path: Path) -> None:
+    """A base in fp32 that is loaded in bf16 is rounded before it is packed, and other codes come out."""
+    lora(model_in_bf16(base), init_lora_weights=True).save_pretrained(tmp_path / "adapter")  # (adds zero)
+    fourfold.merge(base, tmp_path / "adapter", tmp_path / "out", "dequantized")
+    found = tiny.load(tmp_path / "out").state_dict()
+    for name, tensor in fourfold.dequantize(model_in_bf16(base)).state_dict().items():
+        if "experts" in name or "q_proj" in name:
+            assert found[name].dtype == torch.float32
+            assert torch.equal(found[name].to(torch.bfloat16), tensor), name
+
+
 def test_what_is_not_touched_is_the_bases_bytes(base: Path, tmp_path: Path) -> None:
     shutil.rmtree(base)
     tiny.save(tiny.qwen3_moe(), base, max_shard_size="60KB")

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, Concatenate, Interleave, WeightConverter
 
 import fourfold
 import tiny
-from fourfold.errors import CheckpointError
+from fourfold.errors import AdapterError, CheckpointError
 from fourfold.loading import places
 
 MODEL = "qwen3_moe"
@@ -74,6 +74,15 @@ def test_the_sum_is_written_in_the_bases_layout(base: Path, tmp_path: Path, base
     if base_weights == "original":
         changed = [name for name in found if not torch.equal(found[name], before[name])]
         assert len(changed) == report.planned == 2 * 4
+
+
+def test_a_copy_behind_a_conversion_is_not_passed_over(base: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(base, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    key = "base_model.model.model.layers.0.self_attn.k_proj.weight"
+    save_file(load_file(file) | {key: torch.zeros(64, 64)}, file, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=r"holds .*k_proj\.weight, which"):
+        fourfold.merge(base, adapter, tmp_path / "out")
 
 
 def test_a_conversion_too_large_for_memory_is_refused(base: Path, tmp_path: Path, monkeypatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import fourfold
@@ -78,6 +78,21 @@ def test_a_moved_base_and_one_cut_otherwise(base: Path, adapter: Path, tmp_path:
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_of_two_copies_of_the_weights_the_one_that_is_loaded(base: Path, tmp_path: Path) -> None:
+    """transformers takes the single file where an index lies beside it."""
+    tiny.save(tiny.qwen3_moe(), tmp_path / "other")
+    rewrite(tmp_path / "other" / "model.safetensors", lambda t: t["model.norm.weight"].mul_(2))
+    (tmp_path / "other" / "model.safetensors").rename(base / "model.safetensors")
+    (base / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-1.bin"}}')
+    adapter = make_adapter(base, tmp_path / "adapter")
+    report = fourfold.merge(base, adapter, tmp_path / "out")
+    loaded, merged = (tiny.load(folder).state_dict() for folder in (base, tmp_path / "out"))
+    assert torch.equal(merged["model.norm.weight"], loaded["model.norm.weight"])
+    assert report.files == ["model.safetensors"]
+    assert {"model.safetensors.index.json", "pytorch_model.bin.index.json"} <= set(report.left_out)
+    assert not list((tmp_path / "out").glob("*.index.json"))
+
+
 def test_a_packed_base_names_its_original(base: Path, adapter: Path, tmp_path: Path) -> None:
     packed = tiny.packed_folder(base, tmp_path / "packed")
     for base_weights in ("original", "dequantized"):
@@ -99,7 +114,7 @@ def test_dequantized_needs_to_know_the_format(base: Path, adapter: Path, tmp_pat
     ("change", "said"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight is missing"),
         ({"bias": "all"}, "biases of the base"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "pissa"),
@@ -107,11 +122,54 @@ def test_dequantized_needs_to_know_the_format(base: Path, adapter: Path, tmp_pat
         ({"peft_version": "0.18.1"}, "swapped"),
         ({"target_parameters": ["no.such.parameter"]}, "place"),
         ({"r": 3}, "another model"),
+        ({"lora_B_layout": "other"}, "known are rank_major, grouped_by_expert"),
     ],
 )
 def test_settings_that_cannot_be_merged(base: Path, adapter: Path, change: dict, said: str) -> None:
     edit(adapter / "adapter_config.json", **change)
     assert_refused(AdapterError, said, base, adapter)
+
+
+def test_unsloths_order_is_never_guessed(base: Path, tmp_path: Path) -> None:
+    """Its older adapters have the expert as the slowest axis of B; the shapes are the same."""
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=[])
+    (adapter / "fourfold.json").unlink()
+    fourfold.merge(base, adapter, tmp_path / "wanted")
+
+    def group(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [k for k in tensors if "lora_B" in k]:
+            b = tensors[key]
+            tensors[key] = b.view(len(b), -1, 6).transpose(1, 2).reshape(b.shape).contiguous()
+
+    rewrite(adapter / WEIGHTS, group)
+    edit(adapter / "adapter_config.json", base_model_name_or_path="unsloth/Qwen3-30B-A3B")
+    assert_refused(AdapterError, "lora_B_layout is missing", base, adapter)
+    edit(adapter / "adapter_config.json", lora_B_layout="grouped_by_expert")
+    fourfold.merge(base, adapter, tmp_path / "out")
+    for file in sorted((tmp_path / "wanted").glob("*.safetensors")):
+        wanted, found = load_file(file), load_file(tmp_path / "out" / file.name)
+        assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    edit(adapter / "adapter_config.json", lora_B_layout="rank_major")
+    fourfold.merge(base, adapter, tmp_path / "out", force=True)
+    file = next(
+        f for f in (tmp_path / "wanted").glob("*.safetensors") if any(".experts." in k for k in load_file(f))
+    )
+    wanted, found = load_file(file), load_file(tmp_path / "out" / file.name)
+    assert any(not torch.equal(found[key], tensor) for key, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("target", ["gate_up_proj", "down_proj"])
+def test_square_experts_of_an_unknown_release(tmp_path: Path, target: str) -> None:
+    """PEFT 0.17 had in and out swapped, and wrote no version."""
+    tiny.save(tiny.qwen3_moe(moe_intermediate_size=32), tmp_path / "base")
+    adapter = make_adapter(
+        tmp_path / "base", tmp_path / "adapter", target_modules=[], target_parameters=[f"experts.{target}"]
+    )
+    edit(adapter / "adapter_config.json", peft_version=None)
+    if target == "gate_up_proj":  # [64, 64]
+        assert_refused(AdapterError, "no peft_version", tmp_path / "base", adapter)
+    else:
+        fourfold.merge(tmp_path / "base", adapter, tmp_path / "out")
 
 
 @pytest.mark.parametrize("what", ["extra", "missing", "shape", "nan", "no weights", "no config", "truncated"])
@@ -188,6 +246,41 @@ def test_a_head_that_lies_in_the_adapter(base: Path, tmp_path: Path) -> None:
     rewrite(adapter / WEIGHTS, lambda t: t[key].add_(1))
     (tmp_path / "out").rename(tmp_path / "first")
     assert_refused(AdapterError, "with other numbers", base, adapter)
+
+
+def trained(base: Path, out: Path, modules: list[str]) -> Path:
+    """An adapter beside which whole modules were trained."""
+    make_adapter(base, out, modules_to_save=modules)
+
+    def move(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [k for k in tensors if "lora_" not in k]:
+            tensors[key] = tensors[key] + 1
+
+    rewrite(out / WEIGHTS, move)
+    return out
+
+
+def test_whole_modules_are_written_in_place(base: Path, tmp_path: Path) -> None:
+    modules = ["lm_head", "embed_tokens", "input_layernorm", "mlp.gate"]
+    adapter = trained(base, tmp_path / "adapter", modules)
+    report = fourfold.merge(base, adapter, tmp_path / "out")
+    plain = PeftModel.from_pretrained(tiny.load(base), str(adapter))
+    wanted, found = plain.merge_and_unload().state_dict(), tiny.load(tmp_path / "out").state_dict()
+    before = tiny.load(base).state_dict()
+    changed = [name for name, tensor in found.items() if not torch.equal(tensor, before[name])]
+    assert len(changed) == report.planned == 2 * 3 + 2 + 2 * 2
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_whole_modules_that_cannot_be_written(base: Path, tmp_path: Path) -> None:
+    adapter = trained(base, tmp_path / "adapter", ["lm_head"])
+    key = "base_model.model.lm_head.weight"
+    rewrite(adapter / WEIGHTS, lambda t: t[key].fill_(torch.nan))
+    assert_refused(CheckpointError, "lm_head.weight.*NaN", base, adapter)
+    tiny.save(tiny.qwen3_moe(tie_word_embeddings=True), tmp_path / "tied")
+    adapter = trained(tmp_path / "tied", tmp_path / "tied-adapter", ["lm_head"])
+    assert_refused(CheckpointError, "shares its numbers", tmp_path / "tied", adapter)
 
 
 def test_tied_weights(tmp_path: Path) -> None:
@@ -267,7 +360,7 @@ HUB = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import fourfold, tiny
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 model = tiny.load("someone/tiny", experts_quant_type="nf4")
 config = LoraConfig(r=2, target_parameters=fourfold.expert_targets(model), init_lora_weights=False)
 get_peft_model(model, config).save_pretrained(sys.argv[2])

@@ -114,6 +114,29 @@ def test_trainer_checkpoints(original: Path, tmp_path: Path) -> None:
     assert provenance.read(tmp_path / "run" / "checkpoint-1")["base"]["name"] == str(original)
 
 
+def test_adapters_of_transformers_own_mixin(original: Path, tmp_path: Path) -> None:
+    packed = tiny.packed_folder(original, tmp_path / "packed", **NF4)
+    model = tiny.load(packed)
+    targets = fourfold.expert_targets(model)
+    model.add_adapter(LoraConfig(r=2, target_parameters=targets, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    assert provenance.read(tmp_path / "adapter")["base"]["name"] == str(original)
+    named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert named["base_model_name_or_path"] == str(original)
+    again = tiny.load(original, **NF4)
+    again.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+    other = tiny.load(original, experts_quant_type="fp4")
+    with pytest.raises(AdapterError, match="packed as NF4"):
+        other.load_adapter(str(tmp_path / "adapter"))
+    assert not any("lora" in name for name, _ in other.named_modules())
+
+
+def test_a_folder_that_is_not_there_is_said_so_by_peft(original: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Can't find"):
+        PeftModel.from_pretrained(tiny.load(original, **NF4), str(tmp_path / "no" / "such"))
+
+
 def test_models_without_packed_experts_are_left_alone(original: Path, tmp_path: Path) -> None:
     with_lora(tiny.load(original)).save_pretrained(tmp_path / "plain")
     assert not (tmp_path / "plain" / "fourfold.json").exists()

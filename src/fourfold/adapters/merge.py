@@ -12,6 +12,7 @@ the base loads the result. What the adapter does not touch is copied as bytes.
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import BinaryIO
 
 import torch
 
-from fourfold.adapters.merge_plan import DTYPES, Block, MergePlan, blocks_of, make_plan
+from fourfold.adapters.merge_plan import DTYPES, Block, MergePlan, Replacement, blocks_of, make_plan
 from fourfold.adapters.merge_report import MergedCheckpoint, Sums, find_warnings
 from fourfold.adapters.updates import Factors
 from fourfold.errors import CheckpointError
@@ -34,6 +35,7 @@ Progress = Callable[[int, int, str], None]
 # system, and most of the time goes into that (the sum alone 122 ms for 4 million weights).
 _CHUNK_ELEMENTS = 2**18
 _COPY_BYTES = 2**23
+_INDEXES = (".safetensors.index.json", ".bin.index.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -128,6 +130,10 @@ class _Writer:
                     for values in self._sum(self.stored[tensor.key], source):
                         target.write(_bytes(values))
                     self.written.add(tensor.key)
+                elif tensor.key in self.plan.replaced:
+                    for values in self._replace(tensor, self.plan.replaced[tensor.key]):
+                        target.write(_bytes(values))
+                    self.written.add(tensor.key)
                 elif tensor.key in self.conversions:
                     target.write(_bytes(self._converted(self.conversions[tensor.key])[tensor.key]))
                     self.written.add(tensor.key)
@@ -153,6 +159,14 @@ class _Writer:
     def _read_factors(self, parameter: str) -> Factors | None:
         update = self.plan.updates.get(parameter)
         return update.factors(self.plan.adapter) if update else None
+
+    def _replace(self, tensor: RawTensor, replacement: Replacement) -> Iterator[torch.Tensor]:
+        """The adapter's own rows, in the dtype that the file has."""
+        columns = torch.Size(tensor.shape[1:]).numel()
+        step = max(1, _CHUNK_ELEMENTS // max(1, columns))
+        for start in range(0, tensor.shape[0], step):
+            rows = self.plan.adapter.rows(replacement.key, start, start + step)
+            yield self._add(replacement.parameter, tensor.key, rows, None, DTYPES[tensor.dtype])
 
     def _sum(self, stored: Stored, source: BinaryIO) -> Iterator[torch.Tensor]:
         """The new rows of a stored tensor, a few at a time."""
@@ -293,6 +307,16 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int, file: RawFile) -> None:
         size -= len(chunk)
 
 
+def _is_index_of_others(path: Path, files: set[str]) -> bool:
+    """Whether it is an index (of pickled files, of a second copy of the weights) of what is left out."""
+    if not path.name.endswith(_INDEXES):
+        return False
+    try:
+        return not files.issuperset(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return True
+
+
 def _copy_other_files(plan: MergePlan, folder: Path) -> tuple[list[str], list[str]]:
     """Everything of the base that is no weights, config.json last; what is hidden stays behind."""
     copied: list[str] = []
@@ -303,7 +327,7 @@ def _copy_other_files(plan: MergePlan, folder: Path) -> tuple[list[str], list[st
         name = path.relative_to(plan.base)
         if any(part.startswith(".") for part in name.parts) or str(name) in files:
             continue
-        if path.suffix in _WEIGHTS:
+        if path.suffix in _WEIGHTS or _is_index_of_others(path, files):
             left_out.append(str(name))
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

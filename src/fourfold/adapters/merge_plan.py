@@ -6,6 +6,7 @@ has its keys in the files. Which files and keys are touched is known from header
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 from torch import nn
 
 from fourfold.adapters import provenance
-from fourfold.adapters.updates import Adapter, Update, find_updates
-from fourfold.errors import AdapterError, CheckpointError, ConfigurationError
+from fourfold.adapters.updates import Adapter, Found, Update, find_updates
+from fourfold.errors import AdapterError, CheckpointError, ConfigurationError, FourfoldError
 from fourfold.experts import PackedExperts, find_experts
 from fourfold.formats import PackFormat
 from fourfold.formats.roundtrip import round_trip
@@ -44,6 +45,7 @@ class Packing:
         matrices: experts; 1 for a Linear.
         out_by_in: the model stores out-by-in matrices.
         linear: bitsandbytes' Linear, whose blocks straddle rows.
+        dtype: what numbers were before they were packed; None leaves them in the file's.
     """
 
     fmt: PackFormat
@@ -51,6 +53,7 @@ class Packing:
     matrices: int = 1
     out_by_in: bool = True
     linear: bool = False
+    dtype: torch.dtype | None = None
 
     def round_trip(
         self, w_RC: torch.Tensor, name: str, *, turned: bool = False, keys: int = 1
@@ -61,12 +64,22 @@ class Packing:
         """
         if self.parts % keys:
             raise CheckpointError(f"{name}: {keys} keys a matrix, where {self.parts} parts were packed")
+        if self.dtype is not None:
+            w_RC = w_RC.to(self.dtype)
         flip = turned == self.out_by_in
         w_NK = w_RC.T.contiguous() if flip else w_RC
         parts = w_NK.chunk(self.parts // keys)
         made = [round_trip(part, self.fmt, name=name, flat=self.linear) for part in parts]
         out_NK = made[0] if len(made) == 1 else torch.cat(made)
         return out_NK.T if flip else out_NK
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A parameter that was trained as a whole, and the adapter's key of its new numbers."""
+
+    parameter: str
+    key: str
 
 
 @dataclass
@@ -81,7 +94,8 @@ class MergePlan:
         updates: parameter -> what is added.
         packings: parameter -> how it was packed; of every packed parameter, where the adapter says so.
         dequantized: base weights are replaced by what is left of them after packing.
-        places: the keys that are touched.
+        places: the keys that are added to.
+        replaced: stored key -> what is written in its place.
         shapes: of all parameters of the model.
     """
 
@@ -93,6 +107,7 @@ class MergePlan:
     packings: dict[str, Packing]
     dequantized: bool
     places: Places
+    replaced: dict[str, Replacement]
     shapes: dict[str, tuple[int, ...]]
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
@@ -102,9 +117,11 @@ class MergePlan:
     def keys(self) -> set[str]:
         """Every stored tensor that is rewritten."""
         whole = {tensor.key for conversion in self.places.conversions for tensor in conversion.tensors}
-        return {stored.tensor.key for stored in self.places.stored} | whole
+        return {stored.tensor.key for stored in self.places.stored} | whole | self.replaced.keys()
 
     def is_touched(self, parameter: str) -> bool:
+        if any(replacement.parameter == parameter for replacement in self.replaced.values()):
+            return True
         return parameter in self.updates or (self.dequantized and parameter in self.packings)
 
 
@@ -139,26 +156,27 @@ def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_b
             "original weights"
         )
     folder = local_folder(base, stored)
-    config = read_config(folder)
-    _refuse_quantized(config, base)
+    _refuse_quantized(read_config(folder), base)
     paths = checkpoint_files(folder)
     files = [read_raw(path) for path in paths]
     origin = origin_of_files(str(base), paths)
     if stored is not None and not any_base:
         _check_base(stored, origin, loaded)
-    found, copies = find_updates(build_skeleton(config), loaded)
-    updates = {update.parameter: update for update in found}
-    if not updates:
+    config, found = _fit(folder, loaded)
+    updates = {update.parameter: update for update in found.updates}
+    if not updates and not found.replaced:
         raise AdapterError(f"{adapter} adds nothing to any parameter")
-    packings = _packings(folder, stored) if stored is not None else {}
+    packings = _packings(config, stored) if stored is not None else {}
     dequantized = base_weights == "dequantized"
-    wanted = [*updates, *(name for name in packings if dequantized and name not in updates)]
+    taken = updates.keys() | found.replaced.keys()
+    wanted = [*updates, *(name for name in packings if dequantized and name not in taken)]
     tensors = [tensor for file in files for tensor in file.tensors]
-    model = build_skeleton(read_config(folder))
+    model = build_skeleton(config)
     places = find_places(model, tensors, wanted)
-    _check_copies(loaded, copies, find_places(model, tensors, copies, tied=True))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    plan = MergePlan(folder, origin, files, loaded, updates, packings, dequantized, places, shapes)
+    _check_copies(loaded, found.copies, find_places(model, tensors, found.copies, tied=True))
+    replaced = _replacements(loaded, found.replaced, find_places(model, tensors, found.replaced))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    plan = MergePlan(folder, origin, files, loaded, updates, packings, dequantized, places, replaced, shapes)
     _check_dtypes(plan)
     return plan
 
@@ -176,7 +194,10 @@ def _refuse_quantized(config: Any, base: str | Path) -> None:
             f"{base} is packed, and a sum with packed weights would have to be quantized again; merge into "
             f"the original: {original}. (--base-weights dequantized gives its numbers)"
         )
-    raise CheckpointError(f"{base} is quantized ({method}); name the checkpoint in high precision")
+    raise CheckpointError(
+        f"{base} is quantized ({method}); name the checkpoint in high precision "
+        "(with --any-base, if the adapter was trained on this one)"
+    )
 
 
 def _check_base(stored: Mapping[str, Any], origin: Origin, adapter: Adapter) -> None:
@@ -194,10 +215,28 @@ def _check_base(stored: Mapping[str, Any], origin: Origin, adapter: Adapter) -> 
     )
 
 
-def _packings(folder: Path, stored: Mapping[str, Any]) -> dict[str, Packing]:
+def _fit(folder: Path, adapter: Adapter) -> tuple[Any, Found]:
+    """The configuration of the model that the adapter is of, and what it adds there.
+
+    A checkpoint with images beside its text holds two models: the whole one, and its text alone, which is
+    what `AutoModelForCausalLM` makes of some.
+    """
+    config = read_config(folder)
+    try:
+        return config, find_updates(build_skeleton(config), adapter)
+    except AdapterError:
+        text = config.get_text_config()
+        if text is config:
+            raise
+        with contextlib.suppress(FourfoldError):
+            return text, find_updates(build_skeleton(text), adapter)
+        raise
+
+
+def _packings(config: Any, stored: Mapping[str, Any]) -> dict[str, Packing]:
     """How each packed parameter was packed, from the skeleton that loading would have filled."""
-    settings = provenance.settings_for(stored)
-    model = build_skeleton(read_config(folder), settings)
+    settings, dtype = provenance.settings_for(stored), provenance.dtype_of(stored)
+    model = build_skeleton(config, settings)
     found: dict[str, Packing] = {}
     for experts in find_experts(model):
         if not isinstance(experts.module, PackedExperts):
@@ -209,7 +248,7 @@ def _packings(folder: Path, stored: Mapping[str, Any]) -> dict[str, Packing]:
             if flattened and p.name in getattr(layout, "transposed", ()):
                 out_by_in = False
             found[f"{experts.name}.{p.name}"] = Packing(
-                experts.module.fourfold_format, p.shape.parts, p.shape.experts, out_by_in
+                experts.module.fourfold_format, p.shape.parts, p.shape.experts, out_by_in, dtype=dtype
             )
     if settings.is_linear_quantized:
         fmt = PackFormat("int8")
@@ -220,12 +259,18 @@ def _packings(folder: Path, stored: Mapping[str, Any]) -> dict[str, Packing]:
             source: type[nn.Module] | None = getattr(module, "source_cls", None)
             if source is not None:
                 plain = issubclass(source, nn.Linear)
-                found[f"{name}.weight"] = Packing(fmt, out_by_in=plain, linear=True)
+                found[f"{name}.weight"] = Packing(fmt, out_by_in=plain, linear=True, dtype=dtype)
     return found
 
 
 def _check_copies(adapter: Adapter, copies: Mapping[str, str], places: Places) -> None:
     """What an adapter holds of the base must be the base's: it would be another model otherwise."""
+    for conversion in places.conversions:
+        name = next(name for name in conversion.parameters if name in copies)
+        raise AdapterError(
+            f"{adapter.folder} holds {copies[name]}, which the base's files hold in another layout "
+            f"({conversion.tensors[0].key}), so they are not compared. Save the adapter without it"
+        )
     for stored in places.stored:
         tensor, key = stored.tensor, next(iter(copies.values()))
         key = copies.get(stored.parameter, key)
@@ -242,6 +287,22 @@ def _check_copies(adapter: Adapter, copies: Mapping[str, str], places: Places) -
                         f"{adapter.folder} holds {key} with other numbers than the base's {tensor.key}: it "
                         "was trained itself, or belongs to another base. Such whole tensors are not merged"
                     )
+
+
+def _replacements(adapter: Adapter, replaced: Mapping[str, str], places: Places) -> dict[str, Replacement]:
+    """Whole tensors are written in place; only where the files hold them as the model does."""
+    for stored in places.stored:
+        if not stored.is_whole or stored.parts > 1 or stored.turned:
+            raise AdapterError(
+                f"{adapter.folder} holds {replaced[stored.parameter]} as a whole (modules_to_save), and the "
+                f"base's files hold it in another layout ({stored.tensor.key}); this is not merged"
+            )
+    if places.conversions:
+        raise AdapterError(
+            f"{adapter.folder} holds whole tensors (modules_to_save) that the base's files hold in another "
+            f"layout ({places.conversions[0].tensors[0].key}); they are not merged"
+        )
+    return {s.tensor.key: Replacement(s.parameter, replaced[s.parameter]) for s in places.stored}
 
 
 def _check_dtypes(plan: MergePlan) -> None:
@@ -286,4 +347,13 @@ def blocks_of(stored: Stored, packing: Packing | None) -> Iterator[Block]:
     yield Block(0, rows, columns, stored.expert, stored.first_row)
 
 
-__all__ = ["Block", "Conversion", "MergePlan", "Packing", "blocks_of", "local_folder", "make_plan"]
+__all__ = [
+    "Block",
+    "Conversion",
+    "MergePlan",
+    "Packing",
+    "Replacement",
+    "blocks_of",
+    "local_folder",
+    "make_plan",
+]

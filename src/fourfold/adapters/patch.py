@@ -117,6 +117,41 @@ def install_provenance() -> None:
         return make.__func__(cls, model, model_id, *args, **kwargs)
 
     setattr(save_pretrained, _MARK, True)
+    _install_in_the_mixin()
     PeftModel.save_pretrained = save_pretrained
     PeftModel.load_adapter = load_adapter
     PeftModel.from_pretrained = classmethod(from_pretrained)
+
+
+def _install_in_the_mixin() -> None:
+    """The same for adapters that are added to, saved from and loaded into a transformers model itself."""
+    from transformers import PreTrainedModel
+
+    save, load = PreTrainedModel.save_pretrained, PreTrainedModel.load_adapter
+    save_signature = inspect.signature(save)
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            return save(self, *args, **kwargs)
+        from fourfold.adapters import provenance
+
+        for name in self.active_adapters():
+            provenance.name_the_original(self, self.peft_config[name])
+        result = save(self, *args, **kwargs)
+        bound = save_signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        if bound.arguments["is_main_process"]:
+            provenance.write(self, bound.arguments["save_directory"])
+        return result
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        from fourfold.adapters import provenance
+
+        if peft_model_id is not None:
+            provenance.check(self, peft_model_id, **{**(kwargs.get("adapter_kwargs") or {}), **kwargs})
+        return load(self, peft_model_id, *args, **kwargs)
+
+    PreTrainedModel.save_pretrained = save_pretrained
+    PreTrainedModel.load_adapter = load_adapter

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fourfold.errors import AdapterError
@@ -26,6 +27,7 @@ from fourfold.version import __version__
 
 FILE = "fourfold.json"
 VERSION = 1
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _checked: ContextVar[bool] = ContextVar("fourfold_checks_the_base", default=True)
 
 
@@ -52,8 +54,9 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     """What is written into ``fourfold.json`` of an adapter on ``model``; None where nothing is packed.
 
     Returns:
-        ``experts`` (format), ``linears`` (settings of Linears), ``skips``, ``shapes`` (role of each packed
-        parameter -> how many of them, and experts, rows, columns), ``base`` (`Origin`, or None).
+        ``dtype`` (of the model), ``experts`` (format), ``linears`` (settings of Linears), ``skips``,
+        ``shapes`` (role of each packed parameter -> how many of them, and experts, rows, columns), ``base``
+        (`Origin`, or None).
     """
     config = settings_of(model)
     if config is None:
@@ -74,6 +77,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
         "fourfold_version": __version__,
         "base": config.base.to_dict() if config.base else None,
         "model_type": base.config.model_type if hasattr(base, "config") else None,
+        "dtype": _dtype_name(base),
         "experts": fmt.to_dict(),
         "linears": {
             "bits": 4 if four else 8 if config.load_in_8bit else None,
@@ -83,6 +87,12 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
         "skips": config.llm_int8_skip_modules,
         "shapes": shapes,
     }
+
+
+def _dtype_name(model: nn.Module) -> str | None:
+    """What the model's weights were loaded in, and packed from; None where it is not said."""
+    name = str(getattr(getattr(model, "config", None), "dtype", None)).removeprefix("torch.")
+    return name if name in _DTYPES else None
 
 
 def read(folder: str | Path) -> dict[str, Any] | None:
@@ -102,6 +112,7 @@ def _parse(path: Path) -> dict[str, Any]:
         format_of(stored)
         Origin.from_dict(stored["base"], str(path))
         settings_for(stored)
+        dtype_of(stored)
         for key in ("linears", "shapes"):
             if not isinstance(stored[key], dict):
                 raise TypeError(f"{key} is {stored[key]!r}")
@@ -116,6 +127,12 @@ def _parse(path: Path) -> dict[str, Any]:
 def format_of(stored: Mapping[str, Any]) -> PackFormat:
     """How the experts were packed that the adapter was trained on."""
     return PackFormat(**stored["experts"])
+
+
+def dtype_of(stored: Mapping[str, Any]) -> torch.dtype | None:
+    """What the base's weights were before they were packed; None where nobody wrote it."""
+    name = stored.get("dtype")
+    return None if name is None else _DTYPES[name]
 
 
 def settings_for(stored: Mapping[str, Any]) -> MoeBitsAndBytesConfig:
@@ -167,14 +184,16 @@ def check(model: nn.Module, folder: str | Path, **hub: Any) -> None:
     from transformers.utils import cached_file
 
     known = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
-    path = cached_file(
-        str(folder),
-        FILE,
-        **{name: value for name, value in hub.items() if name in known and value is not None},
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    path = None
+    with contextlib.suppress(OSError):  # (neither a folder nor an id: the loader says so in its own words)
+        path = cached_file(
+            str(folder),
+            FILE,
+            **{name: value for name, value in hub.items() if name in known and value is not None},
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
     if path is None:
         return
     stored = _parse(Path(path))

@@ -10,6 +10,7 @@ R rank, M matrices of a parameter (experts), N rows, K columns as the model stor
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fourfold.adapters.patch import install
+from fourfold.adapters.provenance import FILE
 from fourfold.errors import AdapterError
 from fourfold.experts.layout import clean_name
 
@@ -34,6 +37,8 @@ install()
 WEIGHTS = "adapter_model.safetensors"
 # PEFT up to then had in and out swapped for parameters that are not transposed.
 _ROLES_SINCE = (0, 19, 1)
+# What `lora_B_layout` may say: expert fastest, as PEFT has it, or slowest (Unsloth's older adapters).
+_B_LAYOUTS = ("rank_major", "grouped_by_expert")
 
 
 class Adapter:
@@ -67,6 +72,7 @@ class Adapter:
             if isinstance(error, AdapterError):
                 raise
             raise AdapterError(f"{path} cannot be understood ({error})") from error
+        self.is_grouped = self._is_grouped(path)
         self.config.inference_mode = True
         self.config.init_lora_weights = True  # (numbers are read, not made)
         try:
@@ -75,6 +81,28 @@ class Adapter:
             raise AdapterError(f"{self.folder / WEIGHTS} is truncated or damaged ({error})") from error
         keys = self._reader.keys()
         self.shapes = {key: tuple(self._reader.get_slice(key).get_shape()) for key in keys}
+
+    def _is_grouped(self, path: Path) -> bool:
+        """Whether B of experts has the expert as its slowest axis; both orders have the same shape."""
+        mark = self.settings.get("lora_B_layout")
+        if mark not in (None, *_B_LAYOUTS):
+            raise AdapterError(f"{path}: lora_B_layout={mark!r}; known are {', '.join(_B_LAYOUTS)}")
+        if mark is None and self.settings.get("target_parameters") and self._may_be_unsloths():
+            raise AdapterError(
+                f"{path}: Unsloth may have written it, and lora_B_layout is missing; both orders of lora_B "
+                "fit its shapes, and the wrong one gives every expert another's update. Write "
+                '"lora_B_layout": "grouped_by_expert" into that file if it was trained with an Unsloth of '
+                'before September 2026, else "rank_major"'
+            )
+        return mark == "grouped_by_expert"
+
+    def _may_be_unsloths(self) -> bool:
+        """What Fourfold trained has its own file beside it."""
+        if (self.folder / FILE).is_file():
+            return False
+        marked = (self.settings.get("auto_mapping") or {}).get("unsloth_fixed", False)
+        base = str(self.settings.get("base_model_name_or_path"))
+        return bool(marked or re.search(r"(^|/)(models--)?unsloth(/|--)", base))
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor in fp32.
@@ -99,7 +127,6 @@ def _refuse_what_cannot_be_merged(settings: dict[str, Any], path: Path) -> None:
     refused = (
         ("use_dora", "DoRA changes the direction of the weights themselves"),
         ("lora_bias", "biases of factors have no place in the base"),
-        ("modules_to_save", "whole modules were trained beside the factors"),
         ("trainable_token_indices", "rows of the embedding were trained"),
         ("layer_replication", "it makes another model"),
         ("alora_invocation_tokens", "it applies to some tokens only"),
@@ -136,7 +163,7 @@ class Update:
         parameter: full name in the model.
         shape: of the parameter.
         a_key: of A, ``[M*R, in]``, expert slowest.
-        b_key: of B, ``[out, R*M]``, expert fastest.
+        b_key: of B, ``[out, R*M]``, expert fastest (slowest where the adapter is grouped).
         scaling: alpha over rank, or what rsLoRA makes of them.
         matrices: M.
         out_by_in: the model stores out-by-in matrices.
@@ -155,7 +182,10 @@ class Update:
         a_MRK = adapter.read(self.a_key)
         b_NRM = adapter.read(self.b_key)
         a_MRK = a_MRK.view(self.matrices, -1, a_MRK.shape[1])
-        return Factors(a_MRK, b_NRM.view(b_NRM.shape[0], -1, self.matrices), self.scaling, self.out_by_in)
+        N, M, R = b_NRM.shape[0], self.matrices, a_MRK.shape[1]
+        if adapter.is_grouped and M > 1:
+            b_NRM = b_NRM.view(N, M, R).transpose(1, 2)
+        return Factors(a_MRK, b_NRM.reshape(N, R, M), self.scaling, self.out_by_in)
 
 
 @dataclass(frozen=True)
@@ -175,12 +205,24 @@ class Factors:
         return right_RK.T, left_NR.T
 
 
-def find_updates(model: PreTrainedModel, adapter: Adapter) -> tuple[list[Update], dict[str, str]]:
-    """What ``adapter`` adds to which parameters of ``model``; wraps the model.
+@dataclass(frozen=True)
+class Found:
+    """What an adapter does to a model.
 
-    Returns:
-        The updates; and parameters of the base that the adapter holds a copy of (PEFT saves the head and the
-        embedding where an adapter targets them) -> the copy's key.
+    Attributes:
+        updates: what it adds.
+        copies: parameter of the base that it holds a copy of (PEFT saves the head and the embedding where an
+            adapter targets them) -> the copy's key.
+        replaced: parameter that was trained as a whole (``modules_to_save``) -> the key of its new numbers.
+    """
+
+    updates: list[Update]
+    copies: dict[str, str]
+    replaced: dict[str, str]
+
+
+def find_updates(model: PreTrainedModel, adapter: Adapter) -> Found:
+    """What ``adapter`` adds to which parameters of ``model``; wraps the model.
 
     Args:
         model: in high precision, on the meta device.
@@ -199,6 +241,7 @@ def find_updates(model: PreTrainedModel, adapter: Adapter) -> tuple[list[Update]
             f"{adapter.folder} does not fit {type(model).__name__}: {str(error).splitlines()[0]}"
         ) from error
     state = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    replaced = _replaced(wrapped, adapter)
     base = {clean_name(name): tuple(p.shape) for name, p in wrapped.named_parameters(remove_duplicate=False)}
     copies = {
         clean_name(key): key
@@ -207,7 +250,38 @@ def find_updates(model: PreTrainedModel, adapter: Adapter) -> tuple[list[Update]
     }
     _compare(adapter, {key: tuple(tensor.shape) for key, tensor in state.items()}, set(copies.values()))
     names = {id(module): name for name, module in wrapped.named_modules()}
-    return [_update(names[id(layer)], layer) for layer in _layers(wrapped)], copies
+    updates = [_update(names[id(layer)], layer) for layer in _layers(wrapped)]
+    _refuse_ambiguous_roles(adapter, updates)
+    return Found(updates, copies, replaced)
+
+
+def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, str]:
+    """Tensors of modules that were trained as a whole -> their keys in the adapter."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for copied in module.modules_to_save.values():
+                found |= {
+                    f"{clean_name(name)}.{tensor}": f"{name}.{tensor}" for tensor in copied.state_dict()
+                }
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            raise AdapterError(
+                f"{adapter.folder}: {clean_name(name)} was trained in a way that cannot be merged "
+                f"({type(module).__name__})"
+            )
+    return found
+
+
+def _refuse_ambiguous_roles(adapter: Adapter, updates: list[Update]) -> None:
+    """PEFT before 0.18 had in and out swapped and wrote no version: shapes tell, unless all are square."""
+    experts = [update for update in updates if update.matrices > 1]
+    square = [update for update in experts if update.shape[-1] == update.shape[-2]]
+    if experts and square == experts and not adapter.settings.get("peft_version"):
+        raise AdapterError(
+            f"{adapter.folder / 'adapter_config.json'} has no peft_version, and {experts[0].parameter} is "
+            f"{list(experts[0].shape)}: in and out, which PEFT up to 0.19.0 had swapped, cannot be told "
+            "apart. Write the release that saved it into that file"
+        )
 
 
 def _layers(model: nn.Module) -> Iterable[Any]:

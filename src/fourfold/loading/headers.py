@@ -40,15 +40,15 @@ class Header:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint's folder.
+    """The safetensors files of a checkpoint's folder: those that transformers loads, if both kinds are there.
 
     Raises:
         CheckpointError: there are none, the index is damaged, or it points outside the folder.
     """
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return [folder / SINGLE]
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; only safetensors are read")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
