@@ -207,7 +207,7 @@ def test_a_model_from_the_hub_brings_all_of_its_chat_templates(tmp_path: Path, m
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("{}")
 
-    def download(_model: str, *, allow_patterns: list[str]) -> str:
+    def download(_model: str, *, allow_patterns: list[str], **_settings: object) -> str:
         for name in repository.keys() - set(filter_repo_objects(repository, allow_patterns=allow_patterns)):
             repository[name].unlink()
         return str(tmp_path / "hub")

@@ -25,6 +25,7 @@ from fourfold.loading.config import QUANT_METHOD
 from fourfold.loading.headers import checkpoint_files
 from fourfold.loading.origin import Origin, origin_of_files
 from fourfold.loading.patch import stored_method
+from fourfold.loading.paths import hub_snapshot
 from fourfold.loading.places import Conversion, Places, Stored, find_places
 from fourfold.loading.raw import RawFile, read_numbers, read_raw
 from fourfold.loading.skeleton import build_skeleton, read_config
@@ -130,12 +131,10 @@ def local_folder(base: str | Path, stored: Mapping[str, Any] | None) -> Path:
     if Path(base).expanduser().is_dir():
         return Path(base).expanduser()
     read_config(base)  # says what is wrong with a name that is neither
-    from huggingface_hub import snapshot_download
-
     origin = Origin.from_dict(stored["base"], provenance.FILE) if stored else None
     revision = origin.revision if origin and origin.name == str(base) else None
     patterns = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
-    return Path(snapshot_download(str(base), revision=revision, ignore_patterns=patterns))
+    return hub_snapshot(str(base), revision, ignore_patterns=patterns)
 
 
 def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_base: bool) -> MergePlan:

@@ -69,3 +69,15 @@ def _why_unreachable() -> str | None:
     except Exception as error:  # requests' or httpx's own, by the release of huggingface_hub
         return f"{endpoint}: {type(error).__name__}"
     return None
+
+
+def hub_snapshot(repo_id: str, revision: str | None = None, **patterns: list[str]) -> Path:
+    """The folder of a model on the hub, downloaded where it is not in the cache.
+
+    Offline the cache alone is asked: some versions of huggingface_hub (1.33) list the files of a commit on the
+    hub even then, and fail.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    offline = constants.HF_HUB_OFFLINE
+    return Path(snapshot_download(repo_id, revision=revision, local_files_only=offline, **patterns))

@@ -22,6 +22,7 @@ from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.headers import checkpoint_files, read_headers
 from fourfold.loading.patch import READABLE, stored_method
+from fourfold.loading.paths import hub_snapshot
 from fourfold.loading.shards import ShardWriter, parse_size
 from fourfold.loading.skeleton import model_class, read_config
 from fourfold.loading.stream import Progress, stream_pretrained
@@ -196,10 +197,8 @@ def _copy_companions(model: str | Path, folder: Path) -> list[str]:
     """Copy what tokenizers and processors are made of; only known kinds of files."""
     source = Path(model).expanduser()
     if not source.is_dir():
-        from huggingface_hub import snapshot_download
-
         patterns = [*COMPANION_FILES, f"{TEMPLATES}/*.jinja"]
-        source = Path(snapshot_download(str(model), allow_patterns=patterns))
+        source = hub_snapshot(str(model), allow_patterns=patterns)
     copied = []
     for name in COMPANION_FILES:
         if (source / name).is_file():
