@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 
 import fourfold
 import tiny
 from fourfold.adapters import plain_wrapper
+from fourfold.experts import find_experts
+from fourfold.experts.plain import PlainExperts
 from tiny import IDS, logits
 
 
@@ -64,3 +67,21 @@ def test_merged_switched_off_and_two_active_are_stocks() -> None:
         torch.testing.assert_close(logits(ours), logits(plain))
     wanted = logits(stock)
     torch.testing.assert_close(logits(ours.merge_and_unload()), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_experts_under_accelerates_hooks_are_stocks() -> None:
+    plain = tiny.build(tiny.mixtral())
+    wanted = logits(wrapped(copy.deepcopy(plain)))
+    for found in find_experts(plain):  # as `device_map` leaves them
+        add_hook_to_module(found.module, AlignDevicesHook(execution_device="cpu"))
+    ours = wrapped(fourfold.prepare(plain, gradient_checkpointing=False))
+    assert (logits(ours) - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+def test_weights_with_scales_beside_them_are_left_alone() -> None:
+    plain = tiny.build(tiny.mixtral())
+    experts = plain.model.layers[0].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    fourfold.prepare(plain, gradient_checkpointing=False)
+    assert not isinstance(plain.model.layers[0].mlp.experts, PlainExperts)
+    assert isinstance(plain.model.layers[1].mlp.experts, PlainExperts)
