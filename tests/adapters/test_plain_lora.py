@@ -13,16 +13,16 @@ from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 import fourfold
 import tiny
 from fourfold.adapters import plain_wrapper
+from fourfold.errors import AdapterError
 from fourfold.experts import find_experts
 from fourfold.experts.plain import PlainExperts
 from tiny import IDS, logits
 
 
-def wrapped(model):
+def wrapped(model, **changes):
     torch.manual_seed(1)
-    targets = fourfold.expert_targets(model)
-    config = LoraConfig(r=5, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False)
-    return get_peft_model(model, config)
+    arguments = {"r": 5, "target_modules": ["q_proj"], "target_parameters": fourfold.expert_targets(model)}
+    return get_peft_model(model, LoraConfig(**(arguments | {"init_lora_weights": False} | changes)))
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -85,3 +85,13 @@ def test_weights_with_scales_beside_them_are_left_alone() -> None:
     fourfold.prepare(plain, gradient_checkpointing=False)
     assert not isinstance(plain.model.layers[0].mlp.experts, PlainExperts)
     assert isinstance(plain.model.layers[1].mlp.experts, PlainExperts)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("layers_to_transform", [0]), ("exclude_modules", ["experts"]), ("use_qalora", True)],
+)
+def test_what_would_be_ignored_is_refused(setting: str, value: object) -> None:
+    model = fourfold.prepare(tiny.build(tiny.mixtral()))
+    with pytest.raises(AdapterError, match=f"{setting}.* would be ignored for target_parameters"):
+        wrapped(model, **{setting: value})
