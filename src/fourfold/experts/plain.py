@@ -16,7 +16,6 @@ from fourfold.experts.shapes import ExpertsLayout, Projection
 from fourfold.formats.plain import PlainStack
 from fourfold.kernels import LowRank
 
-
 # Weights that are their own numbers. (FP8 experts are decorated too, with scales beside the weights.)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
