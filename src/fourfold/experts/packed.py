@@ -201,4 +201,5 @@ def rebind_hooked_forward(module: nn.Module) -> None:
     """
     kept = module.__dict__.get("_old_forward")
     if kept is not None and getattr(kept, "__self__", None) is module:
-        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+        own: Any = type(module)
+        module.__dict__["_old_forward"] = types.MethodType(own.forward, module)
