@@ -268,3 +268,22 @@ def test_packed_base(tmp_path: Path) -> None:
     fourfold.export(tmp_path / "adapter", tmp_path / "other", base=packed)
     files = [(tmp_path / name / adapters.WEIGHTS).read_bytes() for name in ("out", "other")]
     assert files[0] == files[1]
+
+
+def test_a_doubled_rank_goes_before_the_adapters_own_patterns(tmp_path: Path) -> None:
+    adapters.make(tiny.mixtral(), tmp_path, target_modules=[])
+    fourfold.export(tmp_path / "adapter", tmp_path / "servers", base=tmp_path / "base")
+    tensors, _ = adapters.read(tmp_path / "servers")
+    for key in [k for k in tensors if ".w3.lora_A" in k]:
+        tensors[key] = 2 * tensors[key]
+    # (the rank of these experts is 4, by a pattern that means the fused parameter as well)
+    adapters.rewrite(tmp_path / "servers", tensors, r=8, lora_alpha=16)
+    adapters.rewrite(tmp_path / "servers", rank_pattern={".*experts.*": 4}, alpha_pattern={".*experts.*": 8})
+    wanted = adapters.per_expert_deltas(tmp_path / "servers")
+    fourfold.export(
+        tmp_path / "servers", tmp_path / "back", layout="fused", base=tmp_path / "base", double_rank=True
+    )
+    loaded = PeftModel.from_pretrained(tiny.build(tiny.mixtral()), tmp_path / "back")
+    found = adapters.deltas(loaded)["model.layers.0.mlp.experts.gate_up_proj"]
+    gate, up = (wanted[f"model.layers.0.block_sparse_moe.experts.0.{n}"] for n in ("w1", "w3"))
+    torch.testing.assert_close(found[0], torch.cat((gate, up)), rtol=1e-5, atol=1e-6)

@@ -17,6 +17,7 @@ from fourfold.errors import (
     TrainingError,
     UnquantizedExpertsError,
 )
+from fourfold.experts import plain
 from fourfold.training import run as run_module
 from fourfold.training.evaluate import evaluate_answers
 from fourfold.training.generation import load_for_generation
@@ -133,6 +134,25 @@ def test_other_ways_to_hold_the_experts(settings: Settings, changes: dict[str, A
     assert [row["dtype"] for row in result.packed["rows"] if row["role"] == "experts"] == [experts]
     assert result.improvement is not None
     assert result.improvement.mean > 0
+
+
+@pytest.mark.parametrize(
+    "changes", [{"adapter": "lora", "load_in_4bit": False}, {"quantize_moe_experts": False}]
+)
+def test_unquantized_experts_are_trained_in_low_rank_form(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    took: list[set[str]] = []
+    routed_forward = plain.routed_forward
+
+    def record(module: Any, x: Any, index: Any, weights: Any, low_rank: Any) -> torch.Tensor:
+        took.append(set(low_rank))
+        return routed_forward(module, x, index, weights, low_rank)
+
+    monkeypatch.setattr(plain, "routed_forward", record)
+    run(TrainConfig(**settings(max_steps=2, eval_steps=0, **changes)), quiet())
+    assert took
+    assert all(names == {"gate_up_proj", "down_proj"} for names in took)
 
 
 def test_without_held_out_data_and_by_epochs(settings: Settings) -> None:

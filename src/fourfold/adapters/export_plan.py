@@ -144,6 +144,9 @@ class Plan:
         if rank == self.source.adapter.rank(full) and scaling == self.source.adapter.scaling(full):
             return
         key = re.escape(full)
+        if any(re.match(rf"(.*\.)?({own})$", full) for own in (*ranks, *alphas)):
+            # Of keys that match, PEFT takes the first of the file, where they are sorted.
+            key = f"(?:{key})"
         root = rank**0.5 if self.source.adapter.config.get("use_rslora") else rank
         ranks[key], alphas[key] = rank, _whole(scaling * root)
 

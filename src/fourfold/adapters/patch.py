@@ -48,9 +48,8 @@ def install() -> None:
     def create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if isinstance(base, PackedExperts) and kwargs.get("parameter_name") is not None:
-            from fourfold.adapters.wrapper import ParamWrapper, refuse_what_would_be_ignored
+            from fourfold.adapters.wrapper import ParamWrapper
 
-            refuse_what_would_be_ignored(lora_config, base)
             return ParamWrapper(target, adapter_name, config=lora_config, **kwargs)
         if isinstance(base, PlainExperts) and base.fourfold_layout.projection(
             kwargs.get("parameter_name") or ""

@@ -17,6 +17,13 @@ from fourfold.kernels import LowRank
 class ParamWrapper(StockParamWrapper):
     """Adapts one unquantized parameter; merging, saving and shapes are stock's."""
 
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Called for each adapter that is added, the first one included."""
+        config, experts = kwargs.get("config"), self.get_base_layer()
+        if config is not None and isinstance(experts, PlainExperts):
+            wrapper.refuse_what_would_be_ignored(config, experts.fourfold_name)
+        super().update_layer(*args, **kwargs)
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """In low-rank form where the weights are frozen and nothing is merged; else stock's."""
         experts = self.get_base_layer()

@@ -36,12 +36,8 @@ def refuse_merging() -> NoReturn:
     )
 
 
-def refuse_what_would_be_ignored(config: Any, experts: PackedExperts) -> None:
-    """Settings that PEFT applies to modules but not to parameters, or that need the weights' numbers.
-
-    Args:
-        config: PEFT's `LoraConfig`.
-        experts: the module whose parameter is targeted.
+def refuse_what_packed_cannot(config: Any) -> None:
+    """Settings that need the weights' numbers.
 
     Raises:
         AdapterError: naming the setting.
@@ -52,6 +48,18 @@ def refuse_what_would_be_ignored(config: Any, experts: PackedExperts) -> None:
             f"init_lora_weights={init!r} starts from the base weight's numbers, which packed experts do not "
             "offer; use True, 'gaussian' or False, or leave the experts out of target_parameters"
         )
+
+
+def refuse_what_would_be_ignored(config: Any, name: str) -> None:
+    """Settings that PEFT applies to modules but not to parameters.
+
+    Args:
+        config: PEFT's `LoraConfig`.
+        name: of the experts module whose parameter is targeted.
+
+    Raises:
+        AdapterError: naming the setting.
+    """
     if getattr(config, "use_qalora", False):
         raise AdapterError(
             "use_qalora would be ignored for target_parameters; leave it out, or target modules only"
@@ -63,7 +71,6 @@ def refuse_what_would_be_ignored(config: Any, experts: PackedExperts) -> None:
                 "layer. Name the layers in target_parameters, e.g. 'layers.0.mlp.experts.down_proj'"
             )
     excluded = getattr(config, "exclude_modules", None) or []
-    name = experts.fourfold_name
     if isinstance(excluded, str):
         hits = [excluded] if re.fullmatch(excluded, name) else []
     else:
@@ -180,7 +187,8 @@ class ParamWrapper(StockParamWrapper):
         """Called for each adapter that is added, the first one included."""
         config = kwargs.get("config")
         if config is not None:
-            refuse_what_would_be_ignored(config, self._experts())
+            refuse_what_packed_cannot(config)
+            refuse_what_would_be_ignored(config, self._experts().fourfold_name)
         super().update_layer(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

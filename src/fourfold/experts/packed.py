@@ -188,14 +188,18 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
 
 
 def give_class_back_(module: nn.Module) -> nn.Module:
-    """Undo a dynamic subclass, in place; returns the module.
-
-    Accelerate's hooks (``device_map`` over several devices) keep the forward that they found; it has to be
-    that of the class that is left.
-    """
+    """Undo a dynamic subclass, in place; returns the module."""
     plain: Any = type(module).__bases__[-1]
     module.__class__ = plain
+    rebind_hooked_forward(module)
+    return module
+
+
+def rebind_hooked_forward(module: nn.Module) -> None:
+    """After a change of class: Accelerate's hooks (``device_map`` over several devices) keep the forward that
+    they found; it has to be that of the class that the module has now.
+    """
     kept = module.__dict__.get("_old_forward")
     if kept is not None and getattr(kept, "__self__", None) is module:
-        module.__dict__["_old_forward"] = types.MethodType(plain.forward, module)
-    return module
+        own: Any = type(module)
+        module.__dict__["_old_forward"] = types.MethodType(own.forward, module)

@@ -11,15 +11,19 @@ from torch import nn
 
 from fourfold.experts.forward import routed_forward
 from fourfold.experts.layout import find_experts
-from fourfold.experts.packed import PackedExperts
+from fourfold.experts.packed import PackedExperts, rebind_hooked_forward
 from fourfold.experts.shapes import ExpertsLayout, Projection
 from fourfold.formats.plain import PlainStack
 from fourfold.kernels import LowRank
+
+# Weights that are their own numbers. (FP8 experts are decorated too, with scales beside the weights.)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PlainExperts(nn.Module):
     """Mixin of unquantized, decorated experts modules that take LoRA factors."""
 
+    fourfold_name: str
     fourfold_layout: ExpertsLayout
     compute_dtype: torch.dtype | None = None
     workspace_bytes: int | None = None
@@ -67,7 +71,13 @@ def take_low_rank_(model: nn.Module) -> None:
     for found in list(find_experts(model)):
         if isinstance(found.module, PackedExperts | PlainExperts):
             continue
-        if isinstance(found.layout, ExpertsLayout):
+        if isinstance(found.layout, ExpertsLayout) and _are_numbers(found.module, found.layout):
             own: Any = type(found.module)
             found.module.__class__ = _plain_class(own)
-            found.module.fourfold_layout = found.layout
+            found.module.fourfold_name, found.module.fourfold_layout = found.name, found.layout
+            rebind_hooked_forward(found.module)
+
+
+def _are_numbers(module: nn.Module, layout: ExpertsLayout) -> bool:
+    weights = [module._parameters.get(p.name) for p in layout.projections]
+    return all(w is not None and w.dtype in _DTYPES for w in weights)
