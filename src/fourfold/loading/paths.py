@@ -71,13 +71,25 @@ def _why_unreachable() -> str | None:
     return None
 
 
-def hub_snapshot(repo_id: str, revision: str | None = None, **patterns: list[str]) -> Path:
+def hub_snapshot(
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    allow_patterns: list[str] | None = None,
+    ignore_patterns: list[str] | None = None,
+) -> Path:
     """The folder of a model on the hub, downloaded where it is not in the cache.
 
-    Offline the cache alone is asked: some versions of huggingface_hub (1.33) list the files of a commit on the
-    hub even then, and fail.
+    Offline the cache alone is asked: some versions of huggingface_hub (1.33) list the files of a commit on
+    the hub even then, and fail.
     """
     from huggingface_hub import constants, snapshot_download
 
-    offline = constants.HF_HUB_OFFLINE
-    return Path(snapshot_download(repo_id, revision=revision, local_files_only=offline, **patterns))
+    folder = snapshot_download(
+        repo_id,
+        revision=revision,
+        local_files_only=constants.HF_HUB_OFFLINE,
+        allow_patterns=allow_patterns,
+        ignore_patterns=ignore_patterns,
+    )
+    return Path(folder)
