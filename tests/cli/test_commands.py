@@ -261,6 +261,7 @@ def test_verify_reads_the_headers_of_the_files(
     def outside(folder: Path) -> None:
         index = {"weight_map": {"a": "../model.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors").unlink()  # beside it the index would not be read
 
     assert verify(lambda folder: (folder / "model.safetensors").unlink()) == (1, mock.ANY)
     assert "high precision" in verify(edit(in_bf16))[1]

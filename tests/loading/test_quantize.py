@@ -329,7 +329,6 @@ def test_other_wrong_sources(tmp_path: Path) -> None:
     refused("only safetensors")
     (model / "pytorch_model.bin").write_bytes(b"no")
     refused("only safetensors")
-    file.write_bytes(content)
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../out/model.safetensors"}}')
     refused("outside its folder")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
