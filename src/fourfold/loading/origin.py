@@ -52,7 +52,7 @@ class Origin:
             or not all(isinstance(stored.get(field), str | None) for field in fields)
         ):
             raise CheckpointError(f"{where}: base={stored!r}, where name, revision and fingerprint belong")
-        return cls(*(stored.get(field) for field in fields))  # type: ignore[arg-type]
+        return cls(stored["name"], stored.get("revision"), stored.get("fingerprint"))
 
     def is_same(self, other: Origin) -> bool:
         """Whether both are the same weights, as far as can be told."""
