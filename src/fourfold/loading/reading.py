@@ -41,8 +41,8 @@ def read_slices(sources: Iterable[Slice]) -> Iterator[torch.Tensor | None]:
     """Materialise slices in order; on a GPU, later ones are read meanwhile by other threads.
 
     Small slices of files go to a GPU in groups (`loading.staging`, which holds its sources until the last one
-    is read). Other sources are let go of as soon as they are read. (Slices that are views of a mapped file cost nothing to
-    read on a CPU, so nothing is read ahead there.)
+    is read). Other sources are let go of as soon as they are read. (Slices that are views of a mapped file
+    cost nothing to read on a CPU, so nothing is read ahead there.)
     """
     waiting: deque[Slice] = deque(sources)
     if not waiting:
