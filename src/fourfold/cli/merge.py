@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fourfold.cli.outcome import Outcome
+from fourfold.cli.show import progress, say, warn
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,13 +35,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
 
     from fourfold.adapters.merge import merge
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("planning", total=None)
-
-        def show(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=name or "writing")
-
+    with progress(console, "planning") as show:
         merged = merge(
             args.base,
             args.adapter,
@@ -52,21 +45,13 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
             force=args.force,
             progress=show,
         )
-    console.print(
+    say(
+        console,
         f"{merged.folder}: {merged.adapter_tensors} tensors of the adapter merged into {merged.planned} "
         f"parameters ({merged.keys} tensors in {len(merged.files)} file(s)), {merged.base_weights} base "
         f"weights; {len(merged.copied)} other files copied; {merged.seconds:.1f} s",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
     )
     if merged.left_out:
-        console.print(
-            f"left out, for they hold weights without the adapter: {', '.join(merged.left_out)}",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
-        )
-    for warning in merged.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(console, f"left out, for they hold weights without the adapter: {', '.join(merged.left_out)}")
+    warn(merged.warnings)
     return Outcome(data=merged.to_dict())
