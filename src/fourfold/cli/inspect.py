@@ -51,9 +51,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
 
     found = inspect_model(args.model)
     share = found.expert_params / found.total_params
-    say(
-        console, f"{found.architecture}: {found.total_params:,} parameters, {share:.0%} of them in experts"
-    )
+    say(console, f"{found.architecture}: {found.total_params:,} parameters, {share:.0%} of them in experts")
     if found.groups:
         console.print(table(found))
         targets = ", ".join(found.targets) or "none"
