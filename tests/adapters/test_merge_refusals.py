@@ -119,57 +119,14 @@ def test_dequantized_needs_to_know_the_format(base: Path, adapter: Path, tmp_pat
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"peft_type": "LOHA"}, "LOHA"),
-        ({"peft_version": "0.18.1"}, "swapped"),
         ({"target_parameters": ["no.such.parameter"]}, "place"),
         ({"r": 3}, "another model"),
-        ({"lora_B_layout": "other"}, "known are rank_major, grouped_by_expert"),
+        ({"lora_B_layout": "other"}, "lora_B_layout='other' is unknown"),
     ],
 )
 def test_settings_that_cannot_be_merged(base: Path, adapter: Path, change: dict, said: str) -> None:
     edit(adapter / "adapter_config.json", **change)
     assert_refused(AdapterError, said, base, adapter)
-
-
-def test_unsloths_order_is_never_guessed(base: Path, tmp_path: Path) -> None:
-    """Its older adapters have the expert as the slowest axis of B; the shapes are the same."""
-    adapter = make_adapter(base, tmp_path / "adapter", target_modules=[])
-    (adapter / "fourfold.json").unlink()
-    fourfold.merge(base, adapter, tmp_path / "wanted")
-
-    def group(tensors: dict[str, torch.Tensor]) -> None:
-        for key in [k for k in tensors if "lora_B" in k]:
-            b = tensors[key]
-            tensors[key] = b.view(len(b), -1, 6).transpose(1, 2).reshape(b.shape).contiguous()
-
-    rewrite(adapter / WEIGHTS, group)
-    edit(adapter / "adapter_config.json", base_model_name_or_path="unsloth/Qwen3-30B-A3B")
-    assert_refused(AdapterError, "lora_B_layout is missing", base, adapter)
-    edit(adapter / "adapter_config.json", lora_B_layout="grouped_by_expert")
-    fourfold.merge(base, adapter, tmp_path / "out")
-    for file in sorted((tmp_path / "wanted").glob("*.safetensors")):
-        wanted, found = load_file(file), load_file(tmp_path / "out" / file.name)
-        assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
-    edit(adapter / "adapter_config.json", lora_B_layout="rank_major")
-    fourfold.merge(base, adapter, tmp_path / "out", force=True)
-    file = next(
-        f for f in (tmp_path / "wanted").glob("*.safetensors") if any(".experts." in k for k in load_file(f))
-    )
-    wanted, found = load_file(file), load_file(tmp_path / "out" / file.name)
-    assert any(not torch.equal(found[key], tensor) for key, tensor in wanted.items())
-
-
-@pytest.mark.parametrize("target", ["gate_up_proj", "down_proj"])
-def test_square_experts_of_an_unknown_release(tmp_path: Path, target: str) -> None:
-    """PEFT 0.17 had in and out swapped, and wrote no version."""
-    tiny.save(tiny.qwen3_moe(moe_intermediate_size=32), tmp_path / "base")
-    adapter = make_adapter(
-        tmp_path / "base", tmp_path / "adapter", target_modules=[], target_parameters=[f"experts.{target}"]
-    )
-    edit(adapter / "adapter_config.json", peft_version=None)
-    if target == "gate_up_proj":  # [64, 64]
-        assert_refused(AdapterError, "no peft_version", tmp_path / "base", adapter)
-    else:
-        fourfold.merge(tmp_path / "base", adapter, tmp_path / "out")
 
 
 @pytest.mark.parametrize("what", ["extra", "missing", "shape", "nan", "no weights", "no config", "truncated"])
@@ -277,7 +234,7 @@ def test_whole_modules_that_cannot_be_written(base: Path, tmp_path: Path) -> Non
     adapter = trained(base, tmp_path / "adapter", ["lm_head"])
     key = "base_model.model.lm_head.weight"
     rewrite(adapter / WEIGHTS, lambda t: t[key].fill_(torch.nan))
-    assert_refused(CheckpointError, "lm_head.weight.*NaN", base, adapter)
+    assert_refused(AdapterError, "lm_head.weight.*NaN", base, adapter)
     tiny.save(tiny.qwen3_moe(tie_word_embeddings=True), tmp_path / "tied")
     adapter = trained(tmp_path / "tied", tmp_path / "tied-adapter", ["lm_head"])
     assert_refused(CheckpointError, "shares its numbers", tmp_path / "tied", adapter)

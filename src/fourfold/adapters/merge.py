@@ -46,6 +46,7 @@ def merge(
     base_weights: str = "original",
     *,
     any_base: bool = False,
+    source_layout: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> MergedCheckpoint:
@@ -58,6 +59,8 @@ def merge(
         base_weights: ``original`` adds to the base as it is; ``dequantized`` to what is left of it after
             packing as ``fourfold.json`` says, in every packed parameter.
         any_base: do not compare ``base`` with the one that ``fourfold.json`` names.
+        source_layout: how the adapter packs fused experts, where its marks do not say: ``peft``,
+            ``peft-0.18`` (0.17 to 0.19.0) or ``unsloth`` (before September 2026).
         force: replace the checkpoint that lies at ``out``.
         progress: is called with tensors done, their total, and the key of the next one.
 
@@ -75,7 +78,8 @@ def merge(
     source = Path(base).expanduser()
     check_target(target, source, force)
     check_target(target, Path(adapter).expanduser(), force)
-    plan = make_plan(base, adapter, base_weights, any_base=any_base)
+    plan = make_plan(base, adapter, base_weights, any_base=any_base, source_layout=source_layout)
+    plan.adapter.file.check()
     with workplace(target, plan.base, force, "merging") as folder:
         writer = _Writer(plan, progress or (lambda *_: None))
         for file in plan.files:
@@ -116,8 +120,8 @@ class _Writer:
         self.written: set[str] = set()
         self.applied: dict[str, int] = {}  # parameter -> weights that were written
         self.sums: dict[str, Sums] = {}
-        # (files hold a parameter's keys close to each other; the factors of one or two are kept)
-        self._factors = functools.lru_cache(maxsize=2)(self._read_factors)
+        self._factors = functools.lru_cache(maxsize=4)(self._find_factors)
+        self.orders = plan.orders()
         self._converted = functools.lru_cache(maxsize=1)(self._convert)
 
     def write(self, file: RawFile, path: Path) -> None:
@@ -156,16 +160,16 @@ class _Writer:
                 "nothing was kept"
             )
 
-    def _read_factors(self, parameter: str) -> Factors | None:
+    def _find_factors(self, parameter: str) -> Factors | None:
         update = self.plan.updates.get(parameter)
-        return update.factors(self.plan.adapter) if update else None
+        return update.factors(self.plan.adapter, self.orders.get(parameter, ())) if update else None
 
     def _replace(self, tensor: RawTensor, replacement: Replacement) -> Iterator[torch.Tensor]:
         """The adapter's own rows, in the dtype that the file has."""
         columns = torch.Size(tensor.shape[1:]).numel()
         step = max(1, _CHUNK_ELEMENTS // max(1, columns))
         for start in range(0, tensor.shape[0], step):
-            rows = self.plan.adapter.rows(replacement.key, start, start + step)
+            rows = self.plan.adapter.file.rows(replacement.key, start, start + step)
             yield self._add(replacement.parameter, tensor.key, rows, None, DTYPES[tensor.dtype])
 
     def _sum(self, stored: Stored, source: BinaryIO) -> Iterator[torch.Tensor]:

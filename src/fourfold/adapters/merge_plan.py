@@ -120,6 +120,17 @@ class MergePlan:
         whole = {tensor.key for conversion in self.places.conversions for tensor in conversion.tensors}
         return {stored.tensor.key for stored in self.places.stored} | whole | self.replaced.keys()
 
+    def orders(self) -> dict[str, list[int]]:
+        """Parameter -> its matrices in the order in which the files hold them."""
+        found: dict[str, dict[int, None]] = {}
+        stored = {stored.tensor.key: stored for stored in self.places.stored}
+        for key in (tensor.key for file in self.files for tensor in file.tensors):
+            if key in stored:
+                parameter = stored[key].parameter
+                for block in blocks_of(stored[key], self.packings.get(parameter)):
+                    found.setdefault(parameter, {})[block.matrix] = None
+        return {parameter: list(matrices) for parameter, matrices in found.items()}
+
     def is_touched(self, parameter: str) -> bool:
         if any(replacement.parameter == parameter for replacement in self.replaced.values()):
             return True
@@ -137,7 +148,14 @@ def local_folder(base: str | Path, stored: Mapping[str, Any] | None) -> Path:
     return hub_snapshot(str(base), revision, ignore_patterns=patterns)
 
 
-def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_base: bool) -> MergePlan:
+def make_plan(
+    base: str | Path,
+    adapter: str | Path,
+    base_weights: str,
+    *,
+    any_base: bool,
+    source_layout: str | None = None,
+) -> MergePlan:
     """Find the place of everything.
 
     Raises:
@@ -161,7 +179,7 @@ def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_b
     origin = origin_of_files(str(base), paths)
     if stored is not None and not any_base:
         _check_base(stored, origin, loaded)
-    config, found = _fit(folder, loaded)
+    config, found = _fit(folder, loaded, source_layout)
     updates = {update.parameter: update for update in found.updates}
     if not updates and not found.replaced:
         raise AdapterError(f"{adapter} adds nothing to any parameter")
@@ -214,7 +232,7 @@ def _check_base(stored: Mapping[str, Any], origin: Origin, adapter: Adapter) -> 
     )
 
 
-def _fit(folder: Path, adapter: Adapter) -> tuple[Any, Found]:
+def _fit(folder: Path, adapter: Adapter, source_layout: str | None) -> tuple[Any, Found]:
     """The configuration of the model that the adapter is of, and what it adds there.
 
     A checkpoint with images beside its text holds two models: the whole one, and its text alone, which is
@@ -222,13 +240,13 @@ def _fit(folder: Path, adapter: Adapter) -> tuple[Any, Found]:
     """
     config = read_config(folder)
     try:
-        return config, find_updates(build_skeleton(config), adapter)
+        return config, find_updates(build_skeleton(config), adapter, source_layout)
     except AdapterError:
         text = config.get_text_config()
         if text is config:
             raise
         with contextlib.suppress(FourfoldError):
-            return text, find_updates(build_skeleton(text), adapter)
+            return text, find_updates(build_skeleton(text), adapter, source_layout)
         raise
 
 
@@ -280,7 +298,7 @@ def _check_copies(adapter: Adapter, copies: Mapping[str, str], places: Places) -
             for begin in range(0, rows, step):
                 count = min(step, rows - begin) * columns
                 ours = read_numbers(file, count, DTYPES[tensor.dtype])
-                theirs = adapter.rows(key, begin, begin + step).reshape(-1)
+                theirs = adapter.file.rows(key, begin, begin + step).reshape(-1)
                 if not torch.equal(ours.to(theirs.dtype), theirs):
                     raise AdapterError(
                         f"{adapter.folder} holds {key} with other numbers than the base's {tensor.key}: it "

@@ -24,6 +24,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--any-base", action="store_true", help="merge into BASE whatever the adapter was trained on"
     )
+    parser.add_argument(
+        "--source-layout",
+        choices=("peft", "peft-0.18", "unsloth"),
+        help="how the adapter packs experts, where its marks do not say: peft-0.18 of 0.17 to 0.19.0, "
+        "unsloth of before September 2026",
+    )
     parser.add_argument("--force", action="store_true", help="replace the checkpoint that lies at OUT")
 
 
@@ -42,6 +48,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
             args.out,
             args.base_weights,
             any_base=args.any_base,
+            source_layout=args.source_layout,
             force=args.force,
             progress=show,
         )
