@@ -55,7 +55,7 @@ class AdapterFile:
     Attributes:
         shapes: key -> shape.
         dtypes: key -> dtype.
-        largest_read: bytes of the largest piece that was read so far.
+        held: key of a B -> what is held of it; the one that was asked for last comes last.
 
     Raises:
         AdapterError: it is damaged, or a tensor in it holds no floating point numbers.
@@ -77,7 +77,6 @@ class AdapterFile:
             if tensor.size != torch.Size(tensor.shape).numel() * self.dtypes[key].itemsize:
                 raise AdapterError(f"{path} is damaged ({key} has not as many bytes as its shape says)")
         self.held: OrderedDict[str, _Held] = OrderedDict()
-        self.largest_read = 0
         self._file = path.open("rb")
 
     def close(self) -> None:
@@ -93,7 +92,6 @@ class AdapterFile:
         tensor, dtype = self._tensors[key], self.dtypes[key]
         rows = max(0, min(end, _length(tensor.shape)) - begin)
         width = torch.Size(tensor.shape[1:]).numel()
-        self.largest_read = max(self.largest_read, rows * width * dtype.itemsize)
         self._file.seek(tensor.begin + begin * width * dtype.itemsize)
         try:
             return read_numbers(self._file, rows * width, dtype).view(rows, *tensor.shape[1:])
@@ -199,16 +197,4 @@ class FlatFactors:
         return made
 
 
-def most_held(rows: int, rank: int, matrices: int, columns: int, itemsize: int = 4) -> int:
-    """The most bytes that reading the factors of such parameters takes at any time.
-
-    What is held of B for `HELD_PARAMETERS` parameters; a chunk of B, what is picked of it, and one expert's A
-    and B once more in fp32, scaled.
-    """
-    b_of_one = rows * rank * itemsize
-    chunk = max(CHUNK_BYTES, rank * matrices * itemsize)
-    one_in_fp32 = 2 * 4 * rank * (rows + columns) + columns * rank * itemsize
-    return HELD_PARAMETERS * max(HELD_BYTES, b_of_one) + 2 * chunk + one_in_fp32
-
-
-__all__ = ["AdapterFile", "FlatFactors", "Lazy", "most_held"]
+__all__ = ["AdapterFile", "FlatFactors", "Lazy"]
