@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -346,30 +345,6 @@ def test_a_base_on_the_hub_at_the_revision_it_was_trained_on(base: Path, tmp_pat
     assert done.stdout.split() == ["someone/tiny", commit]
     assert json.loads((tmp_path / "adapter" / "fourfold.json").read_text())["base"]["revision"] == commit
     fourfold.merge(repository / "snapshots" / commit, tmp_path / "adapter", tmp_path / "again")
-
-
-KILLED = """
-import os, signal, sys
-import fourfold
-def die(done, total, name):
-    if done == total // 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-fourfold.merge(*sys.argv[1:], progress=die)
-"""
-
-
-def test_a_killed_run_leaves_nothing_and_the_next_one_cleans_up(
-    base: Path, adapter: Path, tmp_path: Path
-) -> None:
-    arguments = [str(base), str(adapter), str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    (left,) = (p for p in tmp_path.iterdir() if p.is_dir() and p.name not in ("base", "adapter"))
-    assert not (left / "config.json").exists()
-    steps: list[tuple[int, int]] = []
-    fourfold.merge(*arguments, progress=lambda done, total, _: steps.append((done, total)))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
-    assert steps[-1][0] == steps[-1][1] > 10
 
 
 # (Sampled: a child's ru_maxrss begins with what its parent had in memory.)
