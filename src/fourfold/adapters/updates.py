@@ -187,6 +187,7 @@ def find_updates(model: PreTrainedModel, adapter: Adapter, source_layout: str | 
             than one way.
     """
     targets = targets_of(find_experts(model))
+    _refuse_another_vocabulary(model, adapter)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -208,6 +209,32 @@ def find_updates(model: PreTrainedModel, adapter: Adapter, source_layout: str | 
     places = {key: tuple(tensor.shape) for key, tensor in state.items()}
     _compare(adapter, places, set(copies.values()), [u for u in updates if u.matrices > 1])
     return Found(_as_written(adapter, updates, targets, source_layout), copies, replaced)
+
+
+def _refuse_another_vocabulary(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Where an adapter holds (LoRA of) an embedding or a head of another number of tokens."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = getattr(module, "weight", None)
+        if weight is None or id(module) not in names:
+            continue
+        tokens, width = weight.shape
+        for key, shape in adapter.shapes.items():
+            name, _, leaf = clean_name(key.replace(".original_module", "")).partition(f"{names[id(module)]}.")
+            axis = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}.get(leaf)
+            if name or axis is None or len(shape) != 2 or shape[axis] == tokens:
+                continue
+            if leaf == "weight" and shape[1] != width:
+                continue  # (another model altogether)
+            if leaf == "lora_B.weight" and isinstance(module, nn.Embedding):
+                continue
+            raise AdapterError(
+                f"{adapter.folder / WEIGHTS}: {key} is {list(shape)}: the vocabulary was resized to "
+                f"{shape[axis]} tokens before the adapter was trained, and the base has {tokens}. Merge into "
+                "the resized base that training began with (loaded, resize_token_embeddings"
+                f"({shape[axis]}), save_pretrained; what the new rows hold is part of it), with --any-base "
+                "(any_base=True)"
+            )
 
 
 def _as_written(
