@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,8 @@ import torch
 from fourfold.errors import AdapterError, CheckpointError
 from fourfold.loading.raw import RawTensor, read_numbers, read_raw
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Widest first, as safetensors sorts them.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # B of as many experts of one parameter as go into this; of two parameters at a time, for files hold the keys
 # of an expert side by side, and gate_up and down are asked for in turns.
 HELD_BYTES = 2**26
@@ -33,11 +34,25 @@ CHUNK_BYTES = 2**23
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is read, or made, whenever it is asked for."""
+    """A tensor that is read, or made, whenever it is asked for; ``key``: its name, if it lies in the file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
+    key: str = ""
+
+    def stream(self) -> Stream:
+        """In one piece."""
+        return Stream(self.shape, self.dtype, lambda: iter((self.read(),)))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A tensor in pieces: one after the other, they are its numbers in order."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: Callable[[], Iterator[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +116,7 @@ class AdapterFile:
     def lazy(self, key: str) -> Lazy:
         """One tensor, to be read whole."""
         shape = self.shapes[key]
-        return Lazy(shape, self.dtypes[key], lambda: self.rows(key, 0, _length(shape)).view(shape))
+        return Lazy(shape, self.dtypes[key], lambda: self.rows(key, 0, _length(shape)).view(shape), key)
 
     def check(self) -> str:
         """Read all of it once.
@@ -197,4 +212,4 @@ class FlatFactors:
         return made
 
 
-__all__ = ["AdapterFile", "FlatFactors", "Lazy"]
+__all__ = ["AdapterFile", "FlatFactors", "Lazy", "Stream"]
