@@ -68,8 +68,9 @@ class Packing:
         flip = turned == self.out_by_in
         w_NK = w_RC.T.contiguous() if flip else w_RC
         parts = w_NK.chunk(self.parts // keys)
-        made = [round_trip(part, self.fmt, name=name, flat=self.linear) for part in parts]
-        out_NK = made[0] if len(made) == 1 else torch.cat(made)
+        out_NK = torch.empty(w_NK.shape, dtype=torch.float32)
+        for part, place in zip(parts, out_NK.chunk(len(parts)), strict=True):
+            round_trip(part, self.fmt, name=name, flat=self.linear, out_NK=place)
         return out_NK.T if flip else out_NK
 
 
