@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from layer_case import Inputs, Layer, Results, gradient_names
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fourfold.experts.packed import PackedExperts, pack_module_
 from fourfold.experts.plain import take_low_rank_
@@ -275,8 +277,6 @@ def _only_for_this_call(experts: nn.Module) -> Iterator[None]:
     PEFT 0.21.2 does not find its own parametrization again beside another one, warns, and leaves one more on
     the module with every call: each call would add its product again, and fail where gradients are wanted.
     """
-    import warnings
-
     lists = dict(getattr(experts, "parametrizations", {}).items())
     counts = {name: len(each) for name, each in lists.items()}
     with warnings.catch_warnings():
@@ -292,7 +292,15 @@ def _peft(layer: Layer) -> Variant:
 
 
 def _parametrization(layer: Layer) -> Variant:
-    return _stock_wrapped(layer, parametrized(layer), "parametrized")
+    """The starting system, with what makes it train both projections.
+
+    The inner of PEFT's two wrappers looks at its weight while torch's cache of parametrizations is on, before
+    it registers its own product: the forward would find the weight without it in the cache, and that
+    projection's factors would get no gradient. So the cache is emptied when the forward begins.
+    """
+    experts = share(parametrized(layer))
+    experts.register_forward_pre_hook(lambda *_: parametrize._cache.clear())
+    return _stock_wrapped(layer, experts, "parametrized")
 
 
 BASELINE = "bf16"
