@@ -34,7 +34,7 @@ class Shape:
 
     def config(self) -> transformers.PretrainedConfig:
         """One layer of it; what does not concern experts is as small as it can be."""
-        tokens = {name: 0 for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
         rest = {"vocab_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
         return getattr(transformers, self.config_class)(**tokens, **rest, **self.sizes)
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,7 @@ def _grouped_nf4_gemm(train_route: str) -> Callable[[Layer], Variant]:
             os.environ["GNF4_TRAIN_GEMM"] = train_route  # how that package is told
             routing = route(inputs.index_Tk, layout.num_experts)
             ends = [0, *routing.offsets_E.tolist()]
-            counts = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
+            counts = [stop - start for start, stop in itertools.pairwise(ends)]
             present = [expert for expert, count in enumerate(counts) if count]
             sizes = [counts[expert] for expert in present]
             rows = dispatch(x_TH, routing)
