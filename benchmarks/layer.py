@@ -22,10 +22,10 @@ the caches flushed before every call. Peak is what a call allocates beyond what 
 
 Every variant is checked before it is timed: output and all gradients against fp32 on the weights that the
 variant multiplies by. A bf16 `grouped_mm` on the same weights, rounded once, says what error is to be
-expected (at most 0.02); a variant that errs more than twice that is not timed. Results are saved after each pair of shape
-and tokens, which a later invocation with the same ``--out``, device and versions skips; ratios never mix invocations. Exit status:
-0 all asked for is measured (or the time limit was reached), 1 a variant of Fourfold gave wrong numbers, 3 one
-broke.
+expected (at most 0.02); a variant that errs more than twice that is not timed. Results are saved after each
+pair of shape and tokens, which a later invocation with the same ``--out`` skips (on the same device and
+versions); ratios never mix invocations. Exit status: 0 all asked for is measured, or the time limit was
+reached; 1 a variant of Fourfold gave wrong numbers; 2 wrong arguments, or no GPU; 3 one broke.
 """
 
 from __future__ import annotations
@@ -293,7 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content = json.loads(given.out.read_text())
     else:
         if not given.smoke and not torch.cuda.is_available():
-            raise SystemExit("no CUDA device: the layer benchmark measures a GPU (--smoke runs on a CPU)")
+            print("no CUDA device, which is what is measured (--smoke runs on a CPU)", file=sys.stderr)
+            return 2
         session = Session(given)
         session.run()
         content = session.content
