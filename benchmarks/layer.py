@@ -22,10 +22,10 @@ the caches flushed before every call. Peak is what a call allocates beyond what 
 
 Every variant is checked before it is timed: output and all gradients against fp32 on the weights that the
 variant multiplies by. A bf16 `grouped_mm` on the same weights, rounded once, says what error is to be
-expected (at most 0.02); a variant that errs more than twice that is not timed. Results are saved after each
-pair of shape and tokens, which a later invocation with the same ``--out`` skips (on the same device and
-versions); ratios never mix invocations. Exit status: 0 all asked for is measured, or the time limit was
-reached; 1 a variant of Fourfold gave wrong numbers; 2 wrong arguments, or no GPU; 3 one broke.
+expected (at most 0.02); a variant that errs more than twice that is not timed. Results are saved as they
+come; a later invocation with the same ``--out`` skips pairs of shape and tokens that are complete (on the
+same device and versions), and ratios never mix invocations. Exit status: 0 all asked for is measured, or the
+time limit was reached; 1 a variant of Fourfold gave wrong numbers; 2 wrong arguments, or no GPU; 3 one broke.
 """
 
 from __future__ import annotations
@@ -126,13 +126,12 @@ class Session:
                 if layer is None:
                     layer = build_layer(name, shapes[name], self.arguments.rank, self.device)
                     variants = self.make_variants(layer)
-                records = list(self.measure(layer, variants, tokens))
-                self.content["records"] += records
-                self.save()
+                for record in self.measure(layer, variants, tokens):
+                    self.content["records"].append(record)
+                    self.save()
+                    print(f"  {_line(record)}", flush=True)
                 longest = max(longest, self.elapsed - begin)
                 print(f"{name}, {tokens} tokens: {self.elapsed - begin:.1f} s", flush=True)
-                for record in records:
-                    print(f"  {_line(record)}", flush=True)
             layer = None
             variants = {}
             if self.device.type == "cuda":

@@ -39,7 +39,8 @@ class Shape:
         return getattr(transformers, self.config_class)(**tokens, **rest, **self.sizes)
 
 
-def _qwen3(hidden: int, intermediate: int, experts: int, k: int) -> dict[str, int]:
+def qwen3(hidden: int, intermediate: int, experts: int, k: int) -> dict[str, int]:
+    """Sizes as Qwen3's configurations name them."""
     return {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -49,7 +50,8 @@ def _qwen3(hidden: int, intermediate: int, experts: int, k: int) -> dict[str, in
     }
 
 
-def _mixtral(hidden: int, intermediate: int, experts: int, k: int) -> dict[str, int]:
+def mixtral(hidden: int, intermediate: int, experts: int, k: int) -> dict[str, int]:
+    """Sizes as Mixtral's configuration and gpt-oss's name them."""
     return {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -59,7 +61,7 @@ def _mixtral(hidden: int, intermediate: int, experts: int, k: int) -> dict[str, 
 
 
 SHAPES: dict[str, Shape] = {
-    "qwen3-30b-a3b": Shape("Qwen3MoeConfig", _qwen3(2048, 768, 128, 8), ALL_TOKENS),
+    "qwen3-30b-a3b": Shape("Qwen3MoeConfig", qwen3(2048, 768, 128, 8), ALL_TOKENS),
     "glm-4.5-air": Shape(
         "Glm4MoeConfig",
         {
@@ -72,9 +74,9 @@ SHAPES: dict[str, Shape] = {
         },
         ALL_TOKENS,
     ),
-    "qwen3-next-80b-a3b": Shape("Qwen3NextConfig", _qwen3(2048, 512, 512, 10), SOME_TOKENS),
-    "gpt-oss-20b": Shape("GptOssConfig", _mixtral(2880, 2880, 32, 4), SOME_TOKENS),
-    "mixtral-8x7b": Shape("MixtralConfig", _mixtral(4096, 14336, 8, 2), SOME_TOKENS),
+    "qwen3-next-80b-a3b": Shape("Qwen3NextConfig", qwen3(2048, 512, 512, 10), SOME_TOKENS),
+    "gpt-oss-20b": Shape("GptOssConfig", mixtral(2880, 2880, 32, 4), SOME_TOKENS),
+    "mixtral-8x7b": Shape("MixtralConfig", mixtral(4096, 14336, 8, 2), SOME_TOKENS),
     "olmoe-1b-7b": Shape(
         "OlmoeConfig",
         {"hidden_size": 2048, "intermediate_size": 1024, "num_experts": 64, "num_experts_per_tok": 8},
@@ -82,8 +84,8 @@ SHAPES: dict[str, Shape] = {
     ),
 }
 SMOKE_SHAPES: dict[str, Shape] = {
-    "smoke-qwen3": Shape("Qwen3MoeConfig", _qwen3(128, 64, 6, 2), SMOKE_TOKENS),
-    "smoke-gpt-oss": Shape("GptOssConfig", _mixtral(128, 64, 4, 2), SMOKE_TOKENS),
+    "smoke-qwen3": Shape("Qwen3MoeConfig", qwen3(128, 64, 6, 2), SMOKE_TOKENS),
+    "smoke-gpt-oss": Shape("GptOssConfig", mixtral(128, 64, 4, 2), SMOKE_TOKENS),
 }
 
 

@@ -207,7 +207,8 @@ def _bf16_no_lora(layer: Layer) -> Variant:
     return Variant("bf16 without LoRA", forward, [])
 
 
-def _low_rank(layer: Layer) -> dict[str, LowRank]:
+def low_rank(layer: Layer) -> dict[str, LowRank]:
+    """The factors as packed modules take them, by projection."""
     return {name: LowRank(pair.a_ERK, pair.b_ENR) for name, pair in layer.factors.items()}
 
 
@@ -216,7 +217,7 @@ def _bf16_fourfold(layer: Layer) -> Variant:
     take_low_rank_(holder)
 
     def forward(inputs: Inputs, x_TH: torch.Tensor) -> torch.Tensor:
-        return holder.experts(x_TH, inputs.index_Tk, inputs.weights_Tk, low_rank=_low_rank(layer))
+        return holder.experts(x_TH, inputs.index_Tk, inputs.weights_Tk, low_rank=low_rank(layer))
 
     return Variant("bf16", forward, layer.leaves)
 
@@ -227,7 +228,7 @@ def _fourfold(fmt: str, way: str) -> Callable[[Layer], Variant]:
         WAYS[way](module)
 
         def forward(inputs: Inputs, x_TH: torch.Tensor) -> torch.Tensor:
-            return module(x_TH, inputs.index_Tk, inputs.weights_Tk, low_rank=_low_rank(layer))
+            return module(x_TH, inputs.index_Tk, inputs.weights_Tk, low_rank=low_rank(layer))
 
         return Variant(fmt, forward, layer.leaves)
 
