@@ -18,7 +18,8 @@ Variants, all on one GPU in one invocation, with LoRA of rank 16 on both project
 
 Routing is skewed (logits plus a fixed normal bias per expert), frozen bf16 or packed experts, bf16 factors.
 "fwd" runs under `no_grad`, "step" is forward and backward with gradients of input and factors; medians, with
-the caches flushed before every call. Peak is what a call allocates beyond what lay there before.
+the caches flushed before every call. ``--graphs`` times both as CUDA graphs too, without the host's launches,
+which are most of a call at few tokens. Peak is what a call allocates beyond what lay there before.
 
 Every variant is checked before it is timed: output and all gradients against fp32 on the weights that the
 variant multiplies by. A bf16 `grouped_mm` on the same weights, rounded once, says what error is to be
@@ -53,7 +54,7 @@ from layer_case import (
     make_inputs,
     relative_errors,
 )
-from layer_measure import peak_bytes, synchronisations, time_call
+from layer_measure import captured, peak_bytes, synchronisations, time_call
 from layer_variants import BASELINE, FORMATS, WAYS, Variant, builders, grouped_bf16, weight_set
 
 ALLOWED = 2.0  # times the error of a bf16 product on the same weights
@@ -215,6 +216,13 @@ class Session:
         record["forward_peak_bytes"] = peak_bytes(forward, self.device)
         record["step_peak_bytes"] = peak_bytes(step, self.device)
         record["synchronisations"] = synchronisations(step, self.device)
+        if self.arguments.graphs:
+            for name, call in (("forward", forward), ("step", step)):
+                replay = captured(call, self.device)
+                if isinstance(replay, str):
+                    record[f"{name}_graph"] = replay
+                else:
+                    record[f"{name}_graph_ms"], _ = time_call(replay, self.device, budget / 4)
         return record | {"status": "ok"}
 
 
@@ -232,10 +240,15 @@ def _line(record: Record) -> str:
             f"{name} {ratio:.1f} x" for name, ratio in record.get("error_ratio", {}).items()
         )
         return f"{record['variant']:24} {record['status']} {why}"
+    graphs = [
+        f"  {name} graph {record[f'{name}_graph_ms']:.3f} ms" if f"{name}_graph_ms" in record else ""
+        for name in ("forward", "step")
+    ]
     return (
         f"{record['variant']:24} fwd {record['forward_ms']:9.3f} ms  step {record['step_ms']:9.3f} ms  "
         f"peak {record['step_peak_bytes'] / 2**20:8.0f} MiB  syncs {record['synchronisations']:3}  "
         f"error {record['error']['output']:.2e} ({max(record['error_ratio'].values()):.2f} x)"
+        + "".join(graphs)
     )
 
 
@@ -264,6 +277,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--skip", nargs="+", default=[], help="all variants but these")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--budget", type=float, default=0.3, help="seconds of timing for a variant")
+    parser.add_argument("--graphs", action="store_true", help="time CUDA graphs of the calls as well")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time limit of the whole run")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--report", action="store_true", help="measure nothing, report what is in --out")

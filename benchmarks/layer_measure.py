@@ -70,3 +70,25 @@ def synchronisations(call: Callable[[], Any], device: torch.device) -> int:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
+
+
+def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any] | str:
+    """The call as one CUDA graph, which leaves out what the host takes to launch it; or why it is none.
+
+    Calls that wait for the device cannot be captured.
+    """
+    if device.type != "cuda":
+        return "no CUDA device"
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # what is allocated or compiled at first use
+        call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except Exception as error:
+        torch.cuda.synchronize(device)
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return graph.replay

@@ -85,6 +85,9 @@ def _cell_targets(cell: dict[str, Record], tokens: int, ours: str) -> Iterator[t
     extra = (mine["step_peak_bytes"] - cell[BASELINE]["step_peak_bytes"]) / MIB
     yield "peak beyond bf16's", extra, 64, "MiB", "then 0"
     yield "host synchronisations", mine["synchronisations"], 0, "", ""
+    if any(name.startswith("step_graph") for name in mine):
+        failed = 0 if "step_graph_ms" in mine else 1
+        yield "fwd+bwd not captured in a CUDA graph", failed, 0, "", mine.get("step_graph", "")
     # Two decimals: the same computation in another order differs in the third.
     errors = mine["error_ratio"]
     yield "error of the output, against bf16's", round(errors["output"], 2), 1.0, "x", ""

@@ -272,6 +272,10 @@ def test_targets() -> None:
     assert found["host synchronisations"] is False
     assert found["error of the output, against bf16's"] is False
     assert found["error of the worst gradient, against bf16's"] is True
+    assert "fwd+bwd not captured in a CUDA graph" not in found
+    for graph, captured in (({"step_graph_ms": 3.0}, True), ({"step_graph": "RuntimeError: wait"}, False)):
+        targets = met([*records[:2], records[2] | graph])
+        assert targets["fwd+bwd not captured in a CUDA graph"] is captured
     table = layer_report.target_table(layer_report.targets(records))
     assert "| qwen3-30b-a3b | 8,192 | fwd+bwd against bf16 | 0.50 x | 0.51 x | MISSED (then 0.35) |" in table
 
