@@ -21,6 +21,7 @@ from fourfold.experts.shapes import ExpertsLayout, Projection
 ALL_TOKENS = (1, 16, 64, 512, 2048, 8192, 32768)
 SOME_TOKENS = (16, 2048, 8192)
 SMOKE_TOKENS = (1, 5, 33)
+HOPELESS = 1e9  # (JSON knows no infinity)
 WEIGHT_SCALE = 0.02  # what models are initialised with, and about what trained ones have
 
 
@@ -229,16 +230,16 @@ def exact(
 
 
 def relative_errors(found: Results, truth: Results) -> dict[str, float]:
-    """Norm of the difference over the norm, of the output and of each gradient; infinite for what is not
-    finite."""
+    """Norm of the difference over the norm, of the output and of each gradient the truth has; `HOPELESS` for
+    what is missing, has another shape or is not finite."""
 
     def error(a: torch.Tensor, b: torch.Tensor) -> float:
         if a.shape != b.shape:
-            return float("inf")
+            return HOPELESS
         value = ((a.float() - b).norm() / b.norm()).item()
-        return value if value == value else float("inf")
+        return value if value < HOPELESS else HOPELESS
 
     errors = {"output": error(found.output, truth.output)}
     for name, gradient in truth.gradients.items():
-        errors[name] = error(found.gradients[name], gradient) if name in found.gradients else float("inf")
+        errors[name] = error(found.gradients[name], gradient) if name in found.gradients else HOPELESS
     return errors

@@ -79,6 +79,11 @@ class Variant:
         output = self.forward(inputs, x_TH)
         return output, torch.autograd.grad(output, [x_TH, *self.leaves], inputs.grad_TH)
 
+    @torch.no_grad()
+    def without_gradients(self, inputs: Inputs) -> torch.Tensor:
+        """The output alone."""
+        return self.forward(inputs, inputs.x_TH)
+
     def results(self, layer: Layer, inputs: Inputs) -> Results:
         output, gradients = self.step(inputs, inputs.x_TH.clone().requires_grad_())
         named = dict(zip(gradient_names(layer), self.canonical(gradients[1:]), strict=False))
