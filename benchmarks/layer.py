@@ -71,7 +71,7 @@ class Session:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.device = torch.device("cpu" if arguments.smoke else "cuda")
+        self.device = torch.device(arguments.device)
         self.out: Path = arguments.out
         self.content = {"invocations": {}, "records": []}
         if self.out.is_file():
@@ -228,7 +228,8 @@ class Session:
         record["synchronisations"] = synchronisations(step, self.device)
         if self.arguments.graphs:
             for name, call in (("forward", forward), ("step", step)):
-                replay = captured(call, self.device)
+                waits = record["synchronisations"] > 0
+                replay = "it waits for the device" if waits else captured(call, self.device)
                 if isinstance(replay, str):
                     record[f"{name}_graph"] = replay
                 else:
@@ -289,11 +290,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=0.3, help="seconds of timing for a variant")
     parser.add_argument("--graphs", action="store_true", help="time CUDA graphs of the calls as well")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="time limit of the whole run")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU by default")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cpu with --smoke, else cuda")
     parser.add_argument("--report", action="store_true", help="measure nothing, report what is in --out")
     parser.add_argument("--json", action="store_true", help="print targets as JSON instead of tables")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/layer.json"))
     found = parser.parse_args(arguments)
+    found.device = found.device or ("cpu" if found.smoke else "cuda")
     known = SMOKE_SHAPES if found.smoke else SHAPES
     for name in found.shapes or ():
         if name not in known:
@@ -315,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.report:
         content = json.loads(given.out.read_text())
     else:
-        if not given.smoke and not torch.cuda.is_available():
+        if given.device == "cuda" and not torch.cuda.is_available():
             print("no CUDA device, which is what is measured (--smoke runs on a CPU)", file=sys.stderr)
             return 2
         session = Session(given)

@@ -313,11 +313,16 @@ BASELINE = "bf16"
 STARTING_SYSTEM = "parametrization"
 
 
+def peers() -> dict[str, Callable[[Layer], Variant]]:
+    """Builders of other projects' variants (they are built on this file)."""
+    import layer_peers
+
+    return layer_peers.BUILDERS
+
+
 def builders(ways: Sequence[str], formats: Sequence[str]) -> dict[str, Callable[[Layer], Variant]]:
     """What makes each variant, by name, the baseline first. A builder raises ImportError where a package is
     missing."""
-    import layer_peers
-
     found: dict[str, Callable[[Layer], Variant]] = {
         BASELINE: _bf16,
         "bf16-no-lora": _bf16_no_lora,
@@ -329,4 +334,4 @@ def builders(ways: Sequence[str], formats: Sequence[str]) -> dict[str, Callable[
         # Ways other than the default one concern the products, not the format: NF4 stands for all.
         for way in ways if fmt == "nf4" else ways[:1]:
             found[f"fourfold-{fmt}:{way}"] = _fourfold(fmt, way)
-    return found | layer_peers.BUILDERS
+    return found | peers()

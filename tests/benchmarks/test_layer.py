@@ -90,6 +90,13 @@ def test_wrong_arguments(arguments: tuple[str, ...], tmp_path: Path) -> None:
     assert stopped.value.code == 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert layer.main(["--out", str(tmp_path / "layer.json")]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def damaged(
     change: Callable[[layer_variants.Variant, Layer], None], name: str = "fourfold-nf4:default"
 ) -> Callable[..., Any]:
