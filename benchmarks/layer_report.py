@@ -1,7 +1,7 @@
 """What the layer benchmark's records say: ratios, targets met and missed, a plot.
 
-Everything is computed within one invocation: of each pair of shape and tokens the latest one that has the
-baseline.
+Everything is computed within one invocation: of each pair of shape and tokens the latest one in which the
+baseline ran, else the latest one.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ def cells(records: list[Record]) -> Cells:
     found: Cells = {}
     for record in records:
         key = record["shape"], record["tokens"]
-        if record["variant"] == BASELINE and record["status"] == "ok":
+        if record["variant"] == BASELINE and (record["status"] == "ok" or not _ran(found.get(key, {}))):
             found[key] = {r["variant"]: r for r in records if _place(r) == (*key, record["invocation"])}
     return found
+
+
+def _ran(cell: dict[str, Record], variant: str = BASELINE) -> bool:
+    return cell.get(variant, {}).get("status") == "ok"
 
 
 def _place(record: Record) -> tuple[str, int, str]:
@@ -52,10 +56,9 @@ def _place(record: Record) -> tuple[str, int, str]:
 
 def ratio(cell: dict[str, Record], ours: str, other: str, key: str) -> float | None:
     """``ours / other``, None where either was not measured."""
-    pair = [cell.get(name, {}) for name in (ours, other)]
-    if any(r.get("status") != "ok" for r in pair):
+    if not (_ran(cell, ours) and _ran(cell, other)):
         return None
-    return pair[0][key] / pair[1][key]
+    return cell[ours][key] / cell[other][key]
 
 
 def _cell_targets(cell: dict[str, Record], tokens: int, ours: str) -> Iterator[tuple[Any, ...]]:
@@ -82,8 +85,7 @@ def _cell_targets(cell: dict[str, Record], tokens: int, ours: str) -> Iterator[t
         for name, key in (("fwd", forward), ("fwd+bwd", step)):
             yield f"{name} against {peer}", against(peer, key), 1.0, "x", note
     mine = cell[ours]
-    extra = (mine["step_peak_bytes"] - cell[BASELINE]["step_peak_bytes"]) / MIB
-    yield "peak beyond bf16's", extra, 64, "MiB", "then 0"
+    yield "peak beyond bf16's", _extra_peak(cell, ours), 64, "MiB", "then 0"
     yield "host synchronisations", mine["synchronisations"], 0, "", ""
     if any(name.startswith("step_graph") for name in mine):
         failed = 0 if "step_graph_ms" in mine else 1
@@ -155,10 +157,10 @@ def table(records: list[Record]) -> str:
             if r["status"] != "ok":
                 lines.append(f"{head} {r['status']} | | | | | | | |")
                 continue
-            times = [
-                f"{r[key]:.3f} | {ratio(cell, name, BASELINE, key) or 0:.2f}"
-                for key in ("forward_ms", "step_ms")
-            ]
+            times = []
+            for key in ("forward_ms", "step_ms"):
+                relative = ratio(cell, name, BASELINE, key)
+                times.append(f"{r[key]:.3f} | {'' if relative is None else f'{relative:.2f}'}")
             lines.append(
                 f"{head} {' | '.join(times)} | {r['step_peak_bytes'] / MIB:,.0f} | {r['synchronisations']} | "
                 f"{r['error']['output']:.1e} | {r['error_ratio']['output']:.2f} |"
@@ -191,7 +193,7 @@ def plot(records: list[Record], path: Path) -> bool:
     figure, axes = pyplot.subplots(
         len(shapes), len(panels), figsize=(15, 4 * len(shapes)), squeeze=False, layout="constrained"
     )
-    names = list(dict.fromkeys(n for c in found.values() for n, r in c.items() if r["status"] == "ok"))
+    names = list(dict.fromkeys(n for c in found.values() for n in c if _ran(c, n)))
     colours = pyplot.get_cmap("tab20")
     for row, shape in zip(axes, shapes, strict=True):
         here = {tokens: cell for (s, tokens), cell in sorted(found.items()) if s == shape}
@@ -217,6 +219,6 @@ def plot(records: list[Record], path: Path) -> bool:
 
 
 def _extra_peak(cell: dict[str, Record], name: str) -> float | None:
-    if cell.get(name, {}).get("status") != "ok":
+    if not (_ran(cell, name) and _ran(cell)):
         return None
     return (cell[name]["step_peak_bytes"] - cell[BASELINE]["step_peak_bytes"]) / MIB

@@ -331,6 +331,17 @@ def test_ratios_stay_within_an_invocation() -> None:
     assert values["fwd+bwd against the starting system"] is None
 
 
+def test_without_a_baseline_nothing_is_compared_and_all_is_shown() -> None:
+    ours = "fourfold-nf4:default"
+    earlier = [record("bf16", 1.0), record(ours, 0.4)]
+    later = [record("bf16", 0, status="out of memory", invocation="b"), record(ours, 0.3, invocation="b")]
+    found = {t.what: t.met for t in layer_report.targets(later)}
+    assert found["fwd+bwd against bf16"] is found["peak beyond bf16's"] is None
+    assert f"| 8,192 | {ours} | 1.000 |  | 0.300 |  | 100 |" in layer_report.table(later)
+    assert "| 8,192 | bf16 | out of memory |" in layer_report.table(later)
+    assert layer_report.targets(earlier + later) == layer_report.targets(earlier)
+
+
 @pytest.fixture
 def documented_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the two packages document about their arguments, in plain torch."""
