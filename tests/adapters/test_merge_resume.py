@@ -22,6 +22,7 @@ from transformers.core_model_loading import Concatenate, Interleave, MergeModule
 import fourfold
 import tiny
 from fourfold.adapters import merge as merging
+from fourfold.cli import main
 
 WEIGHTS = "adapter_model.safetensors"
 KILLED = """
@@ -144,7 +145,16 @@ def test_other_weights_and_a_touched_base(killed: Path, work: Path) -> None:
     assert_whole(killed, work)
 
 
-@pytest.mark.parametrize("what", ["truncated", "changed", "no note", "broken note"])
+def test_the_command_says_what_was_kept(killed: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(killed / "base"), str(work / "adapter"), str(work / "out")]
+    (work / "out").mkdir()
+    assert main(["merge", *arguments]) == 2  # (it exists, and nothing is lost by asking)
+    (work / "out").rmdir()
+    assert main(["merge", *arguments]) == 0
+    assert "kept of a run that was killed: 2 file(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["truncated", "changed", "no note", "broken note", "a note of old"])
 def test_a_finished_file_that_is_not_as_it_was_is_written_again(killed: Path, work: Path, what: str) -> None:
     first, second = sorted((work / ".out.merging").glob("*.safetensors"))
     data = first.read_bytes()
@@ -157,6 +167,9 @@ def test_a_finished_file_that_is_not_as_it_was_is_written_again(killed: Path, wo
         first.write_bytes(data[:-1] + b"\0")
     elif what == "broken note":
         note.write_text('{"file": [1')
+    elif what == "a note of old":
+        stat = first.stat()
+        note.write_text(json.dumps({"file": [stat.st_size, stat.st_mtime_ns], "record": {"written": []}}))
     assert fourfold.merge(killed / "base", work / "adapter", work / "out").resumed == [second.name]
     assert_whole(killed, work)
 

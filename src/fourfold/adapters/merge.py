@@ -86,6 +86,7 @@ def merge(
             writer.write(file, folder / file.path.name)
         writer.check_counts()
         copied, left_out = copy_other_files(plan, folder)
+    plan.adapter.file.close()
     roles = {role: sums.figures() for role, sums in writer.all.sums.items()}
     return MergedCheckpoint(
         folder=str(target),
@@ -127,14 +128,14 @@ class _Writer:
 
     def write(self, file: RawFile, path: Path) -> None:
         """Write one file, unless a run that was killed has."""
-        record = finished(path)
-        if record is None:
+        found = Tally.read(finished(path))
+        if found is None:
             self.tally = Tally()
             part = path.with_name(f"{path.name}.part")
             self._write(file, part)
             finish(part, path, self.tally.to_dict())
         else:
-            self.tally = Tally.from_dict(record)
+            self.tally = found
             self.resumed.append(path.name)
             self.done += len(file.tensors)
         self.all.add(self.tally)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -130,12 +129,16 @@ class Tally:
         return {"written": sorted(self.written), "applied": self.applied, "sums": sums}
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Tally:
-        """What `to_dict` gave."""
-        sums = {
-            role: Sums(**(of | {"parameters": set(of["parameters"])})) for role, of in stored["sums"].items()
-        }
-        return cls(set(stored["written"]), dict(stored["applied"]), sums)
+    def read(cls, stored: Any) -> Tally | None:
+        """What `to_dict` gave; None of anything else (another release may have written it)."""
+        try:
+            sums = {
+                role: Sums(**(of | {"parameters": set(of["parameters"])}))
+                for role, of in stored["sums"].items()
+            }
+            return cls(set(stored["written"]), dict(stored["applied"]), sums)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return None
 
 
 def find_warnings(roles: dict[str, RoleFigures], base_weights: str) -> list[str]:

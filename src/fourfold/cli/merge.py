@@ -58,6 +58,8 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
         f"parameters ({merged.keys} tensors in {len(merged.files)} file(s)), {merged.base_weights} base "
         f"weights; {len(merged.copied)} other files copied; {merged.seconds:.1f} s",
     )
+    if merged.resumed:
+        say(console, f"kept of a run that was killed: {len(merged.resumed)} file(s)")
     if merged.left_out:
         say(console, f"left out, for they hold weights without the adapter: {', '.join(merged.left_out)}")
     warn(merged.warnings)
