@@ -16,6 +16,7 @@ import tiny
 from fourfold.adapters import factor_file
 from fourfold.adapters.export_write import write_streams
 from fourfold.adapters.factor_file import AdapterFile, Stream
+from fourfold.errors import AdapterError
 
 
 def test_the_bytes_of_save_file(tmp_path: Path) -> None:
@@ -68,6 +69,21 @@ def test_a_few_experts_and_rows_at_a_time_give_the_same_bytes(
         assert files[0] == files[1]
     fused = [t for key, t in adapters.read(tmp_path / "adapter")[0].items() if "experts" in key]
     assert max(reads) <= max(t.nbytes for t in fused) / 4  # (of four experts, or more)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("shape", [(24,), (24, 8, 8)])
+def test_factors_that_are_no_matrices(tmp_path: Path, fused: bool, shape: tuple[int, ...]) -> None:
+    adapters.make(tiny.qwen3_moe(), tmp_path)
+    folder, layout = tmp_path / "adapter", "per-expert"
+    if not fused:
+        fourfold.export(folder, tmp_path / "listed")
+        folder, layout = tmp_path / "listed", "fused"
+    tensors, _ = adapters.read(folder)
+    key = next(key for key in tensors if "experts" in key and "lora_B" in key)
+    adapters.rewrite(folder, tensors | {key: torch.ones(shape)})
+    with pytest.raises(AdapterError, match=r"matrix|not those of|differ in shape"):
+        fourfold.export(folder, tmp_path / "out", layout)
 
 
 PEAK = """

@@ -96,7 +96,13 @@ class Source:
             rank = self.adapter.rank(f"{name}.{parameter}")
             experts = None if targets is None else targets[parameter].experts
             rows = module.a.shape[0]
-            if rows != module.b.shape[1] or rows % rank or experts not in (None, rows // rank):
+            flat_both = len(module.a.shape) == len(module.b.shape) == 2
+            if (
+                not flat_both
+                or rows != module.b.shape[1]
+                or rows % rank
+                or experts not in (None, rows // rank)
+            ):
                 raise AdapterError(
                     f"{name}.{parameter}: factors {list(module.a.shape)} and {list(module.b.shape)} are "
                     f"not those of {experts or 'some'} experts at rank {rank}; adapter_config.json is "
