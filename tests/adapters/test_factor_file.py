@@ -121,6 +121,22 @@ def test_a_merge_reads_slices_and_no_fused_factor(tmp_path: Path, small: list[tu
     assert max(sizes) <= max(factor_file.CHUNK_BYTES, row_of_b, one_a) < min(fused_a, fused_b) / 4
 
 
+def test_a_merge_asks_for_experts_in_the_order_of_its_files(
+    tmp_path: Path, small: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0, 1, 10, 11, ...: B is read once for each four experts, which the order of numbers would exceed."""
+    model = tiny.save(tiny.qwen3_moe(num_experts=24, num_hidden_layers=1), tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=[], target_parameters=fourfold.expert_targets(model))
+    get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    one_b, a_up, a_down = 64 * 4 * 4, 24 * 4 * 64 * 4, 24 * 4 * 32 * 4  # gate and up, and down: 64 rows
+    monkeypatch.setattr(factor_file, "HELD_BYTES", 4 * one_b)
+    fourfold.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    sizes = [size for name, size in small if name == "adapter_model.safetensors"]
+    both_b = 2 * 24 * one_b
+    checked, of_b = a_up + a_down + both_b, 6 * both_b
+    assert sum(sizes) == checked + of_b + 2 * a_up + a_down  # (A for gate and for up)
+
+
 # DeepSeek-V3: gate_up and down of 256 experts, at r=128, in bf16.
 HIDDEN, INTERMEDIATE, EXPERTS, RANK = 7168, 2048, 256, 128
 MEASURE = """
