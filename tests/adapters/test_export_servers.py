@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
 import adapters
 import fourfold
@@ -23,21 +25,30 @@ MATRICES = {
     "mixtral": ("w1", "w2", "w3"),
     "qwen3_moe": ("gate_proj", "down_proj", "up_proj"),
     "nemotron_h": ("up_proj", "down_proj"),
+    "glm4_moe": ("gate_proj", "down_proj", "up_proj"),
+    "deepseek_v3": ("gate_proj", "down_proj", "up_proj"),
 }
+KINDS = {**tiny.KINDS, "glm4_moe": tiny.glm4_moe, "deepseek_v3": tiny.deepseek_v3}
 # vLLM renames these prefixes of checkpoints itself (`hf_to_vllm_mapper` of the model)
 PREFIXES = {"nemotron_h": ("backbone.", "model.")}
 # (SGLang raises KeyError on a q_proj without a v_proj)
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# vLLM and SGLang join the first and the third, and look for these names in the file.
+LATENT = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 KEY = re.compile(
     r"base_model\.model\.(model|backbone)\.layers\.\d+\.(mlp|block_sparse_moe|mixer)\.experts\.(\d+)\."
     r"(gate_proj|up_proj|down_proj|w1|w2|w3)\.lora_[AB]\.weight"
 )
 
 
+def attention(kind: str) -> list[str]:
+    return LATENT if kind == "deepseek_v3" else ATTENTION
+
+
 def export(kind: str, tmp_path: Path) -> dict[str, torch.Tensor]:
     """An adapter of uneven scalings and ranks, exported; what it adds, by PEFT."""
-    lora = {"use_rslora": True, "alpha_pattern": {"down_proj": 32}, "rank_pattern": {"q_proj": 2}}
-    model = adapters.make(tiny.KINDS[kind](), tmp_path, target_modules=ATTENTION, **lora)
+    lora = {"use_rslora": True, "alpha_pattern": {"down_proj": 32}, "rank_pattern": {"o_proj": 2}}
+    model = adapters.make(KINDS[kind](), tmp_path, target_modules=attention(kind), **lora)
     fourfold.export(tmp_path / "adapter", tmp_path / "out")
     return adapters.deltas(model)
 
@@ -57,8 +68,37 @@ def test_key_lists(kind: str, tmp_path: Path) -> None:
     assert {t.shape[0] if "lora_A" in k else t.shape[1] for k, t in tensors.items()} == {config["r"]}
     leaves = {key.split(".")[-3] for key in tensors}
     assert leaves == set(config["target_modules"])
+    assert leaves == set(attention(kind)) | set(MATRICES[kind])
     assert config["target_parameters"] is None
     assert not any(config[name] for name in ("use_dora", "lora_bias", "modules_to_save"))
+
+
+@pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3"])
+def test_names_of_checkpoints_and_back(kind: str, tmp_path: Path) -> None:
+    """Every key but LoRA's ending is one of the checkpoint; experts of the dense layer are none."""
+    modules = [*attention(kind), "shared_experts.down_proj"]
+    model = adapters.make(KINDS[kind](), tmp_path, target_modules=modules)
+    theirs = adapters.deltas(model)
+    tiny.save(KINDS[kind](), tmp_path / "base")
+    stored = {key.removesuffix(".weight") for key in load_file(tmp_path / "base" / "model.safetensors")}
+    fourfold.export(tmp_path / "adapter", tmp_path / "out")
+    tensors, _ = adapters.read(tmp_path / "out")
+    named = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
+    assert named <= stored
+    routed = {name for name in named if ".mlp.experts." in name}
+    assert routed == {name for name in stored if ".mlp.experts." in name}
+    assert {name.split(".")[2] for name in routed} == {"1"}
+    ours = adapters.per_expert_deltas(tmp_path / "out")
+    for e in range(len(routed) // 3):
+        parts = [ours[f"model.layers.1.mlp.experts.{e}.{n}"] for n in ("gate_proj", "up_proj", "down_proj")]
+        up, down = (theirs[f"model.layers.1.mlp.experts.{n}"][e] for n in ("gate_up_proj", "down_proj"))
+        assert (torch.cat(parts[:2]) - up).abs().max() <= 1e-6
+        assert (parts[2] - down).abs().max() <= 1e-6
+    fourfold.export(tmp_path / "out", tmp_path / "back", layout="fused")
+    before, after = tmp_path / "adapter", tmp_path / "back"
+    assert (before / adapters.WEIGHTS).read_bytes() == (after / adapters.WEIGHTS).read_bytes()
+    loaded = PeftModel.from_pretrained(tiny.build(KINDS[kind]()), str(after))
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
 
 
 @pytest.fixture
@@ -82,7 +122,7 @@ def test_vllm(kind: str, folder: Path, tmp_path: Path) -> None:
 
         helper = PEFTHelper.from_local_dir(str(tmp_path / "out"), None)
         helper.validate_legal(SimpleNamespace(max_lora_rank=16))
-        expected = {f"experts.{e}.{n}" for e in range(count) for n in names} | set(ATTENTION)
+        expected = {f"experts.{e}.{n}" for e in range(count) for n in names} | set(attention(kind))
         old, new = PREFIXES.get(kind, ("", ""))
         mapper = SimpleNamespace(_map_name=lambda name: name.replace(old, new, 1) if old else name)
         loaded = LoRAModel.from_local_checkpoint(
@@ -109,7 +149,7 @@ def test_vllm(kind: str, folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.servers
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3"])
 def test_sglang(kind: str, folder: Path, tmp_path: Path) -> None:
     theirs = export(kind, tmp_path)
     with servers.installed("sglang", folder):
@@ -123,7 +163,9 @@ def test_sglang(kind: str, folder: Path, tmp_path: Path) -> None:
         adapter = LoRAAdapter("a", config, SimpleNamespace(num_hidden_layers=2), None, None)
         adapter.initialize_weights_from_tensors(adapters.read(tmp_path / "out")[0])
         r = config.r
-        for layer in range(2):
+        sparse = [i for i in range(2) if f"model.layers.{i}.mlp.experts.down_proj" in theirs]
+        assert sparse == ([1] if kind in ("glm4_moe", "deepseek_v3") else [0, 1])
+        for layer in sparse:
             weights = adapter.layers[layer].weights
             stacked = [k for k in weights if "gate_up_proj.lora_A" in k]
             count = theirs[f"model.layers.{layer}.mlp.experts.down_proj"].shape[0]

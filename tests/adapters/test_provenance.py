@@ -193,6 +193,34 @@ def test_another_base_is_an_error(original: Path, tmp_path: Path, load, other: s
         assert load_adapter(model, out, any_base=True)
 
 
+@pytest.mark.parametrize("load", [load_adapter, PeftModel.from_pretrained])
+@pytest.mark.parametrize(
+    "skips", [["lm_head", "k_proj"], ["layers.0.mlp.experts"], ["layers.0.self_attn.q_proj"]]
+)
+def test_other_modules_left_alone(original: Path, tmp_path: Path, load, skips: list[str]) -> None:
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    wrapped = with_lora(tiny.load(original, **four, llm_int8_skip_modules=["layers.1.mlp.experts"]))
+    wrapped.save_pretrained(str(tmp_path / "adapter"))
+    again = tiny.load(original, **four, llm_int8_skip_modules=["layers.1.mlp.experts"])
+    load(again, str(tmp_path / "adapter"))
+    packed = [] if "layers.0.mlp.experts" in skips else ["layers.1.mlp.experts"]
+    model = tiny.load(original, **four, llm_int8_skip_modules=[*packed, *skips])
+    with pytest.raises(AdapterError, match=r"in high precision.*llm_int8_skip_modules"):
+        load(model, str(tmp_path / "adapter"))
+
+
+def test_what_is_left_is_the_same_with_any_adapter_on_it(original: Path) -> None:
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["k_proj"]}
+    bare = provenance.describe(tiny.load(original, **four))["left"]
+    assert bare == ["lm_head"] + [f"model.layers.{i}.self_attn.k_proj" for i in range(2)]
+    lora = {"target_modules": ["k_proj", "q_proj"], "modules_to_save": ["lm_head"]}
+    model = tiny.load(original, **four)
+    targets = fourfold.expert_targets(model)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_parameters=targets, **lora))
+    assert provenance.describe(wrapped)["left"] == bare
+    assert provenance.describe(tiny.load(original, **NF4))["left"] == []  # no Linear is quantized
+
+
 def test_a_second_adapter_is_checked_too(original: Path, tmp_path: Path) -> None:
     wrong = adapter(original, tmp_path / "wrong", experts_quant_type="fp4")
     model = with_lora(tiny.load(original, **NF4))

@@ -81,7 +81,7 @@ def test_a_failed_replacement_keeps_the_old(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_write, "save_file", full)
+    monkeypatch.setattr(export_write, "write_streams", full)
     assert main(["export", str(adapter), str(out), "--force", "--layout", "fused"]) == 3
     assert (out / adapters.WEIGHTS).read_bytes() == before
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

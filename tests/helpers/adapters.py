@@ -73,3 +73,26 @@ def per_expert_deltas(folder: Path) -> dict[str, torch.Tensor]:
         for key, a in tensors.items()
         if key.endswith(".lora_A.weight")
     }
+
+
+def exchange(folder: Path) -> None:
+    """As PEFT 0.17 to 0.19.0 wrote the same update: A ``[E*r, N]`` and B ``[K, r*E]``."""
+    tensors, config = read(folder)
+    r = config["r"]
+    for key in [k for k in tensors if "experts" in k and "lora_A" in k]:
+        other = key.replace("lora_A", "lora_B")
+        a, b = tensors[key], tensors[other]
+        a_ErK = a.view(-1, r, a.shape[1])
+        b_NrE = b.view(b.shape[0], r, -1)
+        tensors[key] = b_NrE.permute(2, 1, 0).reshape(-1, b.shape[0])
+        tensors[other] = a_ErK.permute(2, 1, 0).reshape(a.shape[1], -1)
+    rewrite(folder, tensors, peft_version="0.18.1")
+
+
+def group(folder: Path) -> None:
+    """As Unsloth wrote it before September 2026: B's expert the slowest."""
+    tensors, config = read(folder)
+    for key in [k for k in tensors if "experts" in k and "lora_B" in k]:
+        b = tensors[key]
+        tensors[key] = b.view(b.shape[0], config["r"], -1).transpose(1, 2).reshape(b.shape[0], -1)
+    rewrite(folder, tensors, base_model_name_or_path="unsloth/nowhere")

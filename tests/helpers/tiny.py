@@ -68,6 +68,40 @@ def nemotron_h(**changes: object) -> PretrainedConfig:
     return transformers.NemotronHConfig(**(common | sizes | changes))
 
 
+# Of both, the first layer is dense, and a shared expert stands beside the routed ones.
+_DENSE_FIRST = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+
+
+def glm4_moe(**changes: object) -> PretrainedConfig:
+    """GLM-4.5 to 4.7."""
+    sizes = _DENSE_FIRST | {"n_routed_experts": 6, "n_group": 1, "topk_group": 1}
+    return transformers.Glm4MoeConfig(**(COMMON | sizes | changes))
+
+
+def deepseek_v3(**changes: object) -> PretrainedConfig:
+    """Latent attention."""
+    sizes = _DENSE_FIRST | {
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "num_key_value_heads": 4,
+    }
+    common = {k: v for k, v in COMMON.items() if k != "head_dim"}
+    return transformers.DeepseekV3Config(**(common | sizes | changes))
+
+
 def dense(**changes: object) -> PretrainedConfig:
     return transformers.LlamaConfig(**(COMMON | {"hidden_size": 64, "intermediate_size": 128} | changes))
 

@@ -108,6 +108,8 @@ def export(
     tensors, config = plan.per_expert() if layout == "per-expert" else plan.fused()
     write_folder(target, source, tensors, config, force)
     rank = max(int(config["r"]), *(int(r) for r in config["rank_pattern"].values()), 0)
+    if read.file is not None:
+        read.file.close()
     return Exported(
         folder=target,
         layout=layout,

@@ -9,7 +9,7 @@ the base but its configuration.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,9 +59,7 @@ class Base:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._experts = {found.name: found for found in find_experts(model)}
-        self.targets: dict[str, dict[str, Target]] = {
-            name: dict(_targets(found)) for name, found in self._experts.items()
-        }
+        self.targets: dict[str, dict[str, Target]] = targets_of(self._experts.values())
 
     def is_module(self, name: str) -> bool:
         """Whether the base has a module of that name."""
@@ -118,6 +116,11 @@ class Base:
         for name, module in self._model.named_modules():
             if isinstance(getattr(module, "weight", None), torch.nn.Parameter):
                 yield name
+
+
+def targets_of(experts: Iterable[FoundExperts]) -> dict[str, dict[str, Target]]:
+    """Experts module -> its fused parameters in the order of registration."""
+    return {found.name: dict(_targets(found)) for found in experts}
 
 
 def _targets(found: FoundExperts) -> Iterator[tuple[str, Target]]:

@@ -1,8 +1,9 @@
 """LoRA factors of experts, whichever way a file packs them, and the ways between.
 
-Everything is read into one form, for each fused parameter A ``[E, r, K]`` and B ``[E, N, r]`` with the update
-``scaling * B_e A_e`` of the out-by-in matrix of expert e, and written from it. Nothing is computed on the way
-but copies, so converting there and back gives the same bytes.
+Everything is read into one form, for each fused parameter A ``[E, r, K]`` and B ``[E, N, r]`` with the
+update ``scaling * B_e A_e`` of the out-by-in matrix of expert e, and written from it; one expert's are in
+memory at a time. Nothing is computed on the way but copies, so converting there and back gives the same
+bytes.
 
 - PEFT: A ``[E*r, K]`` (expert slowest), B ``[N, r*E]`` (expert fastest).
 - Unsloth before 2026-09-17: B ``[N, E*r]`` (expert slowest), of the very same shape.
@@ -15,74 +16,95 @@ E experts, r rank, K in, N out of the fused parameter, I rows of gate or up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from fourfold.adapters import factor_file
+from fourfold.adapters.factor_file import FlatFactors, Lazy, Stream
 from fourfold.errors import AdapterError
 
 
 @dataclass(frozen=True)
 class Factors:
-    """LoRA of one fused parameter: A ``[E, r, K]``, B ``[E, N, r]``, any float dtype."""
+    """LoRA of one fused parameter, one expert at a time.
 
-    a_ERK: torch.Tensor
-    b_ENR: torch.Tensor
+    Attributes:
+        experts: E.
+        rank: r.
+        columns: K, what goes in.
+        rows: N, what comes out.
+        dtype: of both factors, any float dtype.
+        a: expert -> A ``[r, K]``.
+        b: expert -> B ``[N, r]``.
+    """
 
-    @property
-    def experts(self) -> int:
-        return self.a_ERK.shape[0]
-
-    @property
-    def rank(self) -> int:
-        return self.a_ERK.shape[1]
-
-    @property
-    def columns(self) -> int:
-        """K, what goes in."""
-        return self.a_ERK.shape[2]
-
-    @property
-    def rows(self) -> int:
-        """N, what comes out."""
-        return self.b_ENR.shape[1]
+    experts: int
+    rank: int
+    columns: int
+    rows: int
+    dtype: torch.dtype
+    a: Callable[[int], torch.Tensor]
+    b: Callable[[int], torch.Tensor]
 
     @property
     def adds_nothing(self) -> bool:
         """Whether both factors are zero throughout, which training never leaves behind (A starts random)."""
-        return not bool(self.a_ERK.any()) and not bool(self.b_ENR.any())
+        return not any(bool(self.a(e).any()) or bool(self.b(e).any()) for e in range(self.experts))
+
+    def of(self, expert: int) -> tuple[Lazy, Lazy]:
+        """A and B of one expert, to be read when they are needed."""
+        return (
+            Lazy((self.rank, self.columns), self.dtype, lambda: self.a(expert)),
+            Lazy((self.rows, self.rank), self.dtype, lambda: self.b(expert)),
+        )
 
 
-def from_peft(a: torch.Tensor, b: torch.Tensor, rank: int, *, grouped: bool, swapped: bool) -> Factors:
-    """Read the flat factors of a fused parameter.
+def from_peft(flat: FlatFactors, *, swapped: bool) -> Factors:
+    """The factors of a fused parameter in an adapter's file.
 
     Args:
-        a: ``[E*r, columns]``.
-        b: ``[rows, r*E]``.
-        rank: r.
-        grouped: B's expert is the slowest of its two axes (Unsloth's older files).
+        flat: as they lie there.
         swapped: in and out are exchanged.
+
+    Raises:
+        AdapterError: A and B have different dtypes.
     """
-    a_ErC = a.view(-1, rank, a.shape[1])
-    experts = a_ErC.shape[0]
-    if grouped:
-        b_ERr = b.view(b.shape[0], experts, rank).permute(1, 0, 2)
-    else:
-        b_ERr = b.view(b.shape[0], rank, experts).permute(2, 0, 1)
+    (_, C), (N, _) = flat.file.shapes[flat.a_key], flat.file.shapes[flat.b_key]
+    dtype = _one_dtype((flat.file.dtypes[flat.a_key], flat.file.dtypes[flat.b_key]), flat.a_key)
     if swapped:
-        return Factors(b_ERr.transpose(1, 2), a_ErC.transpose(1, 2))
-    return Factors(a_ErC, b_ERr)
+        return Factors(flat.matrices, flat.rank, N, C, dtype, lambda e: flat.b(e).T, lambda e: flat.a(e).T)
+    return Factors(flat.matrices, flat.rank, C, N, dtype, flat.a, flat.b)
 
 
-def to_peft(factors: Factors, *, swapped: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `from_peft`, in PEFT's own order (B's expert fastest); contiguous."""
-    a_ERK, b_ENR = factors.a_ERK, factors.b_ENR
+def _one_dtype(dtypes: Sequence[torch.dtype], where: str) -> torch.dtype:
+    if len(set(dtypes)) != 1:
+        raise AdapterError(f"{where}: factors that belong together differ in dtype ({dtypes})")
+    return dtypes[0]
+
+
+def to_peft(factors: Factors, *, swapped: bool) -> tuple[Stream, Stream]:
+    """The inverse of `from_peft`, in PEFT's own order (B's expert fastest)."""
+    E, r = factors.experts, factors.rank
+    columns, rows, a, b = factors.columns, factors.rows, factors.a, factors.b
     if swapped:
-        a_ERK, b_ENR = b_ENR.transpose(1, 2), a_ERK.transpose(1, 2)
-    a = a_ERK.contiguous().flatten(0, 1)
-    b = b_ENR.permute(1, 2, 0).contiguous().flatten(1, 2)
-    return a, b
+        columns, rows = rows, columns
+        a, b = (lambda e: factors.b(e).T), (lambda e: factors.a(e).T)
+
+    def rows_of_b() -> Iterator[torch.Tensor]:
+        """As many rows at a time as go into `factor_file.HELD_BYTES`; each needs every expert."""
+        step = max(1, factor_file.HELD_BYTES // max(1, r * E * factors.dtype.itemsize))
+        for start in range(0, rows, step):
+            b_NrE = torch.empty(min(step, rows - start), r, E, dtype=factors.dtype)
+            for e in range(E):
+                b_NrE[:, :, e] = b(e)[start : start + step]
+            yield b_NrE
+
+    return (
+        Stream((E * r, columns), factors.dtype, lambda: (a(e) for e in range(E))),
+        Stream((rows, r * E), factors.dtype, rows_of_b),
+    )
 
 
 def split(factors: Factors, *, interleaved: bool) -> tuple[Factors, Factors]:
@@ -93,9 +115,14 @@ def split(factors: Factors, *, interleaved: bool) -> tuple[Factors, Factors]:
     """
     if factors.rows % 2:
         raise AdapterError(f"a fused gate_up of {factors.rows} rows cannot be split into gate and up")
-    b_ENR, half = factors.b_ENR, factors.rows // 2
-    gate, up = (b_ENR[:, ::2], b_ENR[:, 1::2]) if interleaved else (b_ENR[:, :half], b_ENR[:, half:])
-    return Factors(factors.a_ERK, gate), Factors(factors.a_ERK, up)
+    half = factors.rows // 2
+    first, second = (
+        (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(half), slice(half, None))
+    )
+    return (
+        replace(factors, rows=half, b=lambda e: factors.b(e)[first]),
+        replace(factors, rows=half, b=lambda e: factors.b(e)[second]),
+    )
 
 
 def join(gate: Factors, up: Factors, *, interleaved: bool, double_rank: bool, where: str) -> Factors:
@@ -109,45 +136,51 @@ def join(gate: Factors, up: Factors, *, interleaved: bool, double_rank: bool, wh
     Raises:
         AdapterError: A differs and ``double_rank`` is not set, or the shapes do not fit.
     """
-    if gate.a_ERK.shape[2] != up.a_ERK.shape[2] or gate.rows != up.rows or gate.experts != up.experts:
+    if (gate.columns, gate.rows, gate.experts) != (up.columns, up.rows, up.experts):
         raise AdapterError(
-            f"{where}: gate and up have different shapes ({list(gate.a_ERK.shape)} and "
-            f"{list(up.a_ERK.shape)})"
+            f"{where}: gate and up have different shapes ({gate.experts} experts, {gate.columns} in, "
+            f"{gate.rows} out, and {up.experts}, {up.columns}, {up.rows})"
         )
-    shared = gate.a_ERK.shape == up.a_ERK.shape and torch.equal(gate.a_ERK, up.a_ERK)
-    if shared and not double_rank:
-        a_ERK, parts = gate.a_ERK, (gate.b_ENR, up.b_ENR)
-    elif not double_rank:
+    dtype = _one_dtype((gate.dtype, up.dtype), where)
+    shared = gate.rank == up.rank and all(torch.equal(gate.a(e), up.a(e)) for e in range(gate.experts))
+    if not shared and not double_rank:
         raise AdapterError(
             f"{where}: gate and up were trained with an A of their own each, which one fused parameter of "
             "this rank cannot hold; pass --double-rank (double_rank=True) to write both at twice the rank"
         )
-    else:
-        a_ERK = torch.cat((gate.a_ERK, up.a_ERK), dim=1)
-        parts = (
-            torch.nn.functional.pad(gate.b_ENR, (0, up.rank)),
-            torch.nn.functional.pad(up.b_ENR, (gate.rank, 0)),
-        )
-    if interleaved:
-        return Factors(a_ERK, torch.stack(parts, dim=2).flatten(1, 2))
-    return Factors(a_ERK, torch.cat(parts, dim=1))
+    rank = gate.rank + up.rank if double_rank else gate.rank
+
+    def a(e: int) -> torch.Tensor:
+        return torch.cat((gate.a(e), up.a(e))) if double_rank else gate.a(e)
+
+    def b(e: int) -> torch.Tensor:
+        parts = (gate.b(e), up.b(e))
+        if double_rank:
+            pad = torch.nn.functional.pad
+            parts = (pad(parts[0], (0, up.rank)), pad(parts[1], (gate.rank, 0)))
+        return torch.stack(parts, dim=1).flatten(0, 1) if interleaved else torch.cat(parts)
+
+    return Factors(gate.experts, rank, gate.columns, 2 * gate.rows, dtype, a, b)
 
 
 def zeros(experts: int, rank: int, columns: int, rows: int, dtype: torch.dtype) -> Factors:
     """Factors of a projection that was not trained."""
-    return Factors(
-        torch.zeros(experts, rank, columns, dtype=dtype), torch.zeros(experts, rows, rank, dtype=dtype)
-    )
+    a, b = torch.zeros(rank, columns, dtype=dtype), torch.zeros(rows, rank, dtype=dtype)
+    return Factors(experts, rank, columns, rows, dtype, lambda _: a, lambda _: b)
 
 
-def at_rank(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def at_rank(a: Lazy, b: Lazy, rank: int) -> tuple[Lazy, Lazy]:
     """A ``[r, K]`` and B ``[N, r]`` with zeros up to ``rank``; the product stays what it was."""
     missing = rank - a.shape[0]
     if not missing:
         return a, b
-    if a.ndim != 2 or b.ndim != 2:
+    if len(a.shape) != 2 or len(b.shape) != 2:
         raise AdapterError(f"factors of shape {list(a.shape)} cannot be filled up to rank {rank}")
-    return torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
+    pad = torch.nn.functional.pad
+    return (
+        Lazy((rank, a.shape[1]), a.dtype, lambda: pad(a.read(), (0, 0, 0, missing))),
+        Lazy((b.shape[0], rank), b.dtype, lambda: pad(b.read(), (0, missing))),
+    )
 
 
 def scaled(b: torch.Tensor, ratio: float) -> tuple[torch.Tensor, bool]:
@@ -159,13 +192,19 @@ def scaled(b: torch.Tensor, ratio: float) -> tuple[torch.Tensor, bool]:
     return rounded, bool(torch.equal(rounded.double(), product))
 
 
-def stack(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], where: str) -> Factors:
+def stack(parts: Sequence[tuple[Lazy, Lazy]], where: str) -> Factors:
     """Per-expert factors, in the experts' order, as one.
 
     Raises:
-        AdapterError: they differ in shape.
+        AdapterError: they differ in shape or dtype, or are no matrices of one rank.
     """
-    shapes = {(tuple(a.shape), tuple(b.shape)) for a, b in parts}
+    shapes = {(a.shape, b.shape) for a, b in parts}
     if len(shapes) != 1:
         raise AdapterError(f"{where}: the experts' factors differ in shape ({sorted(shapes)[:2]})")
-    return Factors(torch.stack([a for a, _ in parts]), torch.stack([b for _, b in parts]))
+    a, b = next(iter(shapes))
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+        raise AdapterError(f"{where}: {list(a)} and {list(b)} are no factors of one rank")
+    dtype = _one_dtype([lazy.dtype for part in parts for lazy in part], where)
+    return Factors(
+        len(parts), a[0], a[1], b[0], dtype, lambda e: parts[e][0].read(), lambda e: parts[e][1].read()
+    )

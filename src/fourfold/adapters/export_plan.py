@@ -1,4 +1,7 @@
-"""The tensors and the configuration that an export writes, found before anything is written."""
+"""The tensors and the configuration that an export writes, found before anything is written.
+
+Shapes and names are found here; numbers are read while they are written.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from fourfold.adapters import export_factors as maths
 from fourfold.adapters.export_factors import Factors
 from fourfold.adapters.export_read import Module
 from fourfold.adapters.export_source import WRAPPED, Experts, Source
+from fourfold.adapters.factor_file import Lazy, Stream
 from fourfold.errors import AdapterError
 from fourfold.experts.layout import name_suffix
 
@@ -23,7 +27,7 @@ class Plan:
     """What will be written.
 
     Attributes:
-        exact: every number is that of the source.
+        exact: every number that was written so far is that of the source.
         zero_filled: parameters written as zeros.
     """
 
@@ -32,7 +36,7 @@ class Plan:
         self.exact = True
         self.zero_filled: list[str] = []
 
-    def per_expert(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def per_expert(self) -> tuple[dict[str, Stream], dict[str, Any]]:
         """Tensors and configuration, one rank and one scaling throughout."""
         modules: list[tuple[str, Module, float]] = []
         for name, module in self.source.plain.items():
@@ -41,20 +45,28 @@ class Plan:
             modules.extend(self._pieces(name, experts))
         rank = max(module.a.shape[0] for _, module, _ in modules)
         scaling = next(iter(next(iter(self.source.experts.values())).scaling.values()))
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Stream] = {}
         for name, module, own in modules:
             a, b = maths.at_rank(module.a, module.b, rank)
-            b, exact = maths.scaled(b, own / scaling)
-            self.exact &= exact
+            b = self._scaled(b, own / scaling)
             kind = ("lora_embedding_A", "lora_embedding_B")
             if not module.embedding:
                 kind = ("lora_A.weight", "lora_B.weight")
-            tensors[f"{_PREFIX}{name}.{kind[0]}"], tensors[f"{_PREFIX}{name}.{kind[1]}"] = a, b
+            tensors[f"{_PREFIX}{name}.{kind[0]}"] = a.stream()
+            tensors[f"{_PREFIX}{name}.{kind[1]}"] = b.stream()
         leaves = sorted({name.rpartition(".")[2] for name, _, _ in modules})
         targets = self._listed_targets()
         targets += [leaf for leaf in leaves if not any(leaf == t.rpartition(".")[2] for t in targets)]
         config = self._config(rank, scaling * rank, targets, None)
         return tensors, config | {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+
+    def _scaled(self, b: Lazy, ratio: float) -> Lazy:
+        def read() -> torch.Tensor:
+            made, exact = maths.scaled(b.read(), ratio)
+            self.exact &= exact
+            return made
+
+        return Lazy(b.shape, b.dtype, read)
 
     def _pieces(self, name: str, experts: Experts) -> Iterator[tuple[str, Module, float]]:
         """Every expert's matrices under the names of the base's checkpoint."""
@@ -71,9 +83,9 @@ class Plan:
                 own = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else (parameter,)
                 module = self._checkpoint_name(name)
                 names = [[f"{module}.{e}.{part}" for e in range(factors.experts)] for part in own]
-            for half, numbered in zip(halves, names, strict=True):
-                for e, full in enumerate(numbered):
-                    yield full, Module(half.a_ERK[e], half.b_ENR[e]), scaling
+            for e in range(factors.experts):  # (in the order in which B is read)
+                for half, numbered in zip(halves, names, strict=True):
+                    yield numbered[e], Module(*half.of(e)), scaling
 
     def _fill(self, name: str, experts: Experts, fused: dict[str, Factors]) -> list[str]:
         """Zeros where one of the two parameters was not trained."""
@@ -87,7 +99,7 @@ class Plan:
                 )
             return []
         there = next(iter(fused.values()))
-        dtype, parts = there.a_ERK.dtype, 2 if experts.gated else 1
+        dtype, parts = there.dtype, 2 if experts.gated else 1
         if wanted == ["down_proj"]:
             columns, rows = there.rows // parts, there.columns
         else:
@@ -101,9 +113,9 @@ class Plan:
             return name
         return self.source.base.linear_name(name)
 
-    def fused(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def fused(self) -> tuple[dict[str, Stream], dict[str, Any]]:
         """Tensors and configuration as PEFT writes them."""
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Stream] = {}
         ranks, alphas = (
             dict(self.source.adapter.config.get("rank_pattern") or {}),
             dict(self.source.adapter.config.get("alpha_pattern") or {}),
@@ -115,7 +127,8 @@ class Plan:
                 if module.embedding
                 else ("lora_A.weight", "lora_B.weight")
             )
-            tensors[f"{_PREFIX}{name}.{kind[0]}"], tensors[f"{_PREFIX}{name}.{kind[1]}"] = module.a, module.b
+            tensors[f"{_PREFIX}{name}.{kind[0]}"] = module.a.stream()
+            tensors[f"{_PREFIX}{name}.{kind[1]}"] = module.b.stream()
         for name, experts in self.source.experts.items():
             for depth, (parameter, factors) in enumerate(reversed(experts.fused.items())):
                 a, b = maths.to_peft(factors, swapped=experts.swapped)

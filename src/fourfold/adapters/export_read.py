@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from packaging.version import InvalidVersion, Version
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from fourfold.adapters.export_base import Target
+from fourfold.adapters.factor_file import AdapterFile, Lazy
 from fourfold.errors import AdapterError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,8 +50,8 @@ _HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "lora_ga", "mica")
 class Module:
     """LoRA factors of one module as the file holds them, A and B, and whether they are an embedding's."""
 
-    a: torch.Tensor
-    b: torch.Tensor
+    a: Lazy
+    b: Lazy
     embedding: bool = False
 
 
@@ -65,11 +63,13 @@ class Adapter:
         folder: where.
         config: adapter_config.json.
         modules: name in the file, without PEFT's prefix -> factors.
+        file: that holds them.
     """
 
     folder: Path
     config: dict[str, Any]
     modules: dict[str, Module]
+    file: AdapterFile | None = None
 
     def rank(self, name: str) -> int:
         """r of a module or parameter, as `rank_pattern` says."""
@@ -127,11 +127,8 @@ def read_adapter(folder: str | Path) -> Adapter:
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise AdapterError(f"{folder} holds no {WEIGHTS}; other formats are not read")
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{weights} is truncated or damaged ({error}); copy it again") from error
-    return Adapter(folder, config, _modules(tensors, weights))
+    file = AdapterFile(weights)
+    return Adapter(folder, config, _modules({key: file.lazy(key) for key in file.shapes}, weights), file)
 
 
 def _refuse(config: Mapping[str, Any], path: Path) -> None:
@@ -152,8 +149,8 @@ def _refuse(config: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _modules(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Module]:
-    halves: dict[str, dict[str, torch.Tensor]] = {}
+def _modules(tensors: Mapping[str, Lazy], path: Path) -> dict[str, Module]:
+    halves: dict[str, dict[str, Lazy]] = {}
     embeddings = set()
     for key, tensor in tensors.items():
         match = _FACTOR.fullmatch(key.removeprefix(_PREFIX))
@@ -162,6 +159,8 @@ def _modules(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Modul
             if key.endswith(".base_layer.weight"):
                 advice = "save it with save_embedding_layers=False, if the vocabulary is the base's own"
             raise AdapterError(f"{path}: {key} is no LoRA factor; {advice}")
+        if len(tensor.shape) < 2:
+            raise AdapterError(f"{path}: {key} is {list(tensor.shape)}, and a LoRA factor is a matrix")
         halves.setdefault(match["module"], {})[match["linear"] or match["embedding"]] = tensor
         if match["embedding"]:
             embeddings.add(match["module"])

@@ -14,6 +14,7 @@ from fourfold.adapters import export_factors as maths
 from fourfold.adapters.export_base import DOWN_NAMES, EXPERT, GATE_NAMES, UP_NAMES, Base, Target
 from fourfold.adapters.export_factors import Factors
 from fourfold.adapters.export_read import Adapter, Module, packing_of, swapped
+from fourfold.adapters.factor_file import FlatFactors
 from fourfold.errors import AdapterError
 
 GATE_UP = ("concatenated", "interleaved")
@@ -95,7 +96,13 @@ class Source:
             rank = self.adapter.rank(f"{name}.{parameter}")
             experts = None if targets is None else targets[parameter].experts
             rows = module.a.shape[0]
-            if rows != module.b.shape[1] or rows % rank or experts not in (None, rows // rank):
+            flat_both = len(module.a.shape) == len(module.b.shape) == 2
+            if (
+                not flat_both
+                or rows != module.b.shape[1]
+                or rows % rank
+                or experts not in (None, rows // rank)
+            ):
                 raise AdapterError(
                     f"{name}.{parameter}: factors {list(module.a.shape)} and {list(module.b.shape)} are "
                     f"not those of {experts or 'some'} experts at rank {rank}; adapter_config.json is "
@@ -103,16 +110,13 @@ class Source:
                 )
         packing = packing_of(self.adapter, source_layout)
         exchanged = swapped(packing, flat, targets, name)
-        fused = {
-            parameter: maths.from_peft(
-                module.a,
-                module.b,
-                self.adapter.rank(f"{name}.{parameter}"),
-                grouped=packing.grouped,
-                swapped=exchanged,
-            )
-            for parameter, module in flat.items()
-        }
+        file = self.adapter.file
+        assert file is not None
+        fused: dict[str, Factors] = {}
+        for parameter, module in flat.items():
+            experts = module.a.shape[0] // self.adapter.rank(f"{name}.{parameter}")
+            factors = FlatFactors(file, module.a.key, module.b.key, experts, grouped=packing.grouped)
+            fused[parameter] = maths.from_peft(factors, swapped=exchanged)
         scaling = {p: self.adapter.scaling(f"{name}.{p}") for p in fused}
         return self._experts_of(name, fused, scaling)
 

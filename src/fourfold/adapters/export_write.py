@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from fourfold.adapters.export_read import CONFIG, WEIGHTS
+from fourfold.adapters.factor_file import DTYPES, Stream
 from fourfold.errors import AdapterError
 
 # What lies beside an adapter and stays true of it.
@@ -40,14 +40,14 @@ def check_target(target: Path, source: Path, force: bool) -> None:
 
 
 def write_folder(
-    target: Path, source: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], force: bool
+    target: Path, source: Path, tensors: Mapping[str, Stream], config: Mapping[str, Any], force: bool
 ) -> None:
     """Write beside ``target`` and rename: what lies there is the old or the new adapter, never a part of one.
 
     Args:
         target: checked by `check_target`.
         source: the adapter's own folder, for its companions.
-        tensors: key -> tensor; those that share memory are written twice.
+        tensors: key -> tensor, in the order in which they are best read.
         config: adapter_config.json.
         force: replace what lies at ``target``.
 
@@ -60,8 +60,7 @@ def write_folder(
     except OSError as error:
         raise AdapterError(f"{target} cannot be written ({error.strerror}); name another folder") from error
     try:
-        copies = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
-        save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
+        write_streams(folder / WEIGHTS, tensors)
         for name in _COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
@@ -73,6 +72,41 @@ def write_folder(
         _put_in_place(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_streams(path: Path, tensors: Mapping[str, Stream]) -> None:
+    """The bytes that `safetensors.torch.save_file` writes, with a piece of a tensor in memory at a time.
+
+    Tensors lie in its order, widest dtype first, then by name; they are read in the order of ``tensors``.
+    """
+    widths = list(DTYPES)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    order = sorted(tensors, key=lambda key: (widths.index(names[tensors[key].dtype]), key))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
+    end = 0
+    for key in order:
+        stream = tensors[key]
+        begins[key], end = end, end + torch.Size(stream.shape).numel() * stream.dtype.itemsize
+        header[key] = {
+            "dtype": names[stream.dtype],
+            "shape": list(stream.shape),
+            "data_offsets": [begins[key], end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        start = file.tell()
+        file.truncate(start + end)
+        for key, stream in tensors.items():
+            file.seek(start + begins[key])
+            for piece in stream.pieces():
+                if piece.dtype != stream.dtype:
+                    raise AssertionError(f"{key}: a piece in {piece.dtype}, not {stream.dtype}")
+                file.write(memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy()))
+            if file.tell() - start != header[key]["data_offsets"][1]:
+                raise AssertionError(f"{key}: wrote to {file.tell() - start}, not its end")
 
 
 def _put_in_place(folder: Path, target: Path) -> None:

@@ -12,8 +12,6 @@ the base loads the result. What the adapter does not touch is copied as bytes.
 from __future__ import annotations
 
 import functools
-import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,22 +19,21 @@ from typing import BinaryIO
 
 import torch
 
+from fourfold.adapters.merge_files import copy_other_files, inputs_of
 from fourfold.adapters.merge_plan import DTYPES, Block, MergePlan, Replacement, blocks_of, make_plan
-from fourfold.adapters.merge_report import MergedCheckpoint, Sums, find_warnings
+from fourfold.adapters.merge_report import MergedCheckpoint, Sums, Tally, find_warnings
 from fourfold.adapters.updates import Factors
 from fourfold.errors import CheckpointError
 from fourfold.experts.layout import name_suffix
 from fourfold.loading.places import Conversion, Stored
 from fourfold.loading.raw import RawFile, RawTensor, read_numbers
-from fourfold.loading.workplace import check_target, workplace
+from fourfold.loading.workplace import check_target, finish, finished, workplace
 
 Progress = Callable[[int, int, str], None]
 # Weights that are added to at a time: 1 MiB in fp32. With 16 MiB every temporary is fresh memory from the
 # system, and most of the time goes into that (the sum alone 122 ms for 4 million weights).
 _CHUNK_ELEMENTS = 2**18
 _COPY_BYTES = 2**23
-_INDEXES = (".safetensors.index.json", ".bin.index.json")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def merge(
@@ -46,10 +43,14 @@ def merge(
     base_weights: str = "original",
     *,
     any_base: bool = False,
+    source_layout: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> MergedCheckpoint:
     """Merge a LoRA adapter into its base, streaming, on the CPU.
+
+    A run that was killed is gone on with by one of the same base, adapter and settings: files that were
+    finished are kept.
 
     Args:
         base: local folder or hub id of the checkpoint that the adapter was trained on, in high precision.
@@ -58,6 +59,8 @@ def merge(
         base_weights: ``original`` adds to the base as it is; ``dequantized`` to what is left of it after
             packing as ``fourfold.json`` says, in every packed parameter.
         any_base: do not compare ``base`` with the one that ``fourfold.json`` names.
+        source_layout: how the adapter packs fused experts, where its marks do not say: ``peft``,
+            ``peft-0.18`` (0.17 to 0.19.0) or ``unsloth`` (before September 2026).
         force: replace the checkpoint that lies at ``out``.
         progress: is called with tensors done, their total, and the key of the next one.
 
@@ -75,14 +78,16 @@ def merge(
     source = Path(base).expanduser()
     check_target(target, source, force)
     check_target(target, Path(adapter).expanduser(), force)
-    plan = make_plan(base, adapter, base_weights, any_base=any_base)
-    with workplace(target, plan.base, force, "merging") as folder:
+    plan = make_plan(base, adapter, base_weights, any_base=any_base, source_layout=source_layout)
+    inputs = inputs_of(plan)
+    with workplace(target, plan.base, force, "merging", inputs) as folder:
         writer = _Writer(plan, progress or (lambda *_: None))
         for file in plan.files:
             writer.write(file, folder / file.path.name)
         writer.check_counts()
-        copied, left_out = _copy_other_files(plan, folder)
-    roles = {role: sums.figures() for role, sums in writer.sums.items()}
+        copied, left_out = copy_other_files(plan, folder)
+    plan.adapter.file.close()
+    roles = {role: sums.figures() for role, sums in writer.all.sums.items()}
     return MergedCheckpoint(
         folder=str(target),
         base=plan.origin.to_dict(),
@@ -90,9 +95,10 @@ def merge(
         files=[file.path.name for file in plan.files],
         adapter_tensors=len(plan.adapter.shapes),
         planned=len(plan.parameters()),
-        keys=len(writer.written),
+        keys=len(writer.all.written),
         copied=copied,
         left_out=left_out,
+        resumed=writer.resumed,
         roles=roles,
         warnings=find_warnings(roles, base_weights),
         seconds=time.perf_counter() - started,
@@ -113,14 +119,30 @@ class _Writer:
         self.conversions = {t.key: c for c in plan.places.conversions for t in c.tensors}
         self.total = sum(len(file.tensors) for file in plan.files)
         self.done = 0
-        self.written: set[str] = set()
-        self.applied: dict[str, int] = {}  # parameter -> weights that were written
-        self.sums: dict[str, Sums] = {}
-        # (files hold a parameter's keys close to each other; the factors of one or two are kept)
-        self._factors = functools.lru_cache(maxsize=2)(self._read_factors)
+        self.all, self.tally = Tally(), Tally()  # of all files so far, and of the one that is being written
+        self.resumed: list[str] = []
+        self.counts = True  # whether what is added now is counted
+        self._factors = functools.lru_cache(maxsize=4)(self._find_factors)
+        self.orders = plan.orders()
         self._converted = functools.lru_cache(maxsize=1)(self._convert)
 
     def write(self, file: RawFile, path: Path) -> None:
+        """Write one file, unless a run that was killed has."""
+        found = Tally.read(finished(path))
+        if found is None:
+            self.tally = Tally()
+            part = path.with_name(f"{path.name}.part")
+            self._write(file, part)
+            finish(part, path, self.tally.to_dict())
+        else:
+            self.tally = found
+            self.resumed.append(path.name)
+            self.done += len(file.tensors)
+        self.all.add(self.tally)
+        self.tally = Tally()
+        self.progress(self.done, self.total, "")
+
+    def _write(self, file: RawFile, path: Path) -> None:
         with file.path.open("rb") as source, path.open("wb") as target:
             _copy(source, target, file.data_begin, file)
             for tensor in file.tensors:
@@ -129,43 +151,42 @@ class _Writer:
                 if tensor.key in self.stored:
                     for values in self._sum(self.stored[tensor.key], source):
                         target.write(_bytes(values))
-                    self.written.add(tensor.key)
+                    self.tally.written.add(tensor.key)
                 elif tensor.key in self.plan.replaced:
                     for values in self._replace(tensor, self.plan.replaced[tensor.key]):
                         target.write(_bytes(values))
-                    self.written.add(tensor.key)
+                    self.tally.written.add(tensor.key)
                 elif tensor.key in self.conversions:
                     target.write(_bytes(self._converted(self.conversions[tensor.key])[tensor.key]))
-                    self.written.add(tensor.key)
+                    self.tally.written.add(tensor.key)
                 else:
                     _copy(source, target, tensor.size, file)
                 if target.tell() != tensor.begin + tensor.size:
                     raise AssertionError(f"{tensor.key}: wrote to {target.tell()}, not its end")
                 self.done += 1
-        self.progress(self.done, self.total, "")
 
     def check_counts(self) -> None:
         """Everything that was planned was done, to every weight, or nothing is kept."""
-        missing = self.plan.keys() ^ self.written
+        missing, applied = self.plan.keys() ^ self.all.written, self.all.applied
         sizes = {name: torch.Size(shape).numel() for name, shape in self.plan.parameters().items()}
-        wrong = [name for name, size in sizes.items() if self.applied.get(name) != size]
-        if missing or wrong or self.applied.keys() - sizes.keys():
-            first = (sorted(missing) or wrong or sorted(self.applied.keys() - sizes.keys()))[0]
+        wrong = [name for name, size in sizes.items() if applied.get(name) != size]
+        if missing or wrong or applied.keys() - sizes.keys():
+            first = (sorted(missing) or wrong or sorted(applied.keys() - sizes.keys()))[0]
             raise CheckpointError(
                 f"{len(missing)} keys and {len(wrong)} parameters were not merged as planned ({first}); "
                 "nothing was kept"
             )
 
-    def _read_factors(self, parameter: str) -> Factors | None:
+    def _find_factors(self, parameter: str) -> Factors | None:
         update = self.plan.updates.get(parameter)
-        return update.factors(self.plan.adapter) if update else None
+        return update.factors(self.plan.adapter, self.orders.get(parameter, ())) if update else None
 
     def _replace(self, tensor: RawTensor, replacement: Replacement) -> Iterator[torch.Tensor]:
         """The adapter's own rows, in the dtype that the file has."""
         columns = torch.Size(tensor.shape[1:]).numel()
         step = max(1, _CHUNK_ELEMENTS // max(1, columns))
         for start in range(0, tensor.shape[0], step):
-            rows = self.plan.adapter.rows(replacement.key, start, start + step)
+            rows = self.plan.adapter.file.rows(replacement.key, start, start + step)
             yield self._add(replacement.parameter, tensor.key, rows, None, DTYPES[tensor.dtype])
 
     def _sum(self, stored: Stored, source: BinaryIO) -> Iterator[torch.Tensor]:
@@ -222,7 +243,9 @@ class _Writer:
         low, high = torch.aminmax(out)  # (NaN where one is; ten times as fast as asking each number)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise CheckpointError(f"{key}: base plus adapter is NaN or infinite in {dtype}; nothing was kept")
-        self.applied[parameter] = self.applied.get(parameter, 0) + w.numel()
+        if not self.counts:
+            return out
+        self.tally.applied[parameter] = self.tally.applied.get(parameter, 0) + w.numel()
         if delta is not None:
             sums = self._sums_of(parameter)
             sums.update += _square(delta)
@@ -232,7 +255,7 @@ class _Writer:
         return out
 
     def _sums_of(self, parameter: str) -> Sums:
-        sums = self.sums.setdefault(name_suffix(parameter), Sums())
+        sums = self.tally.sums.setdefault(name_suffix(parameter), Sums())
         sums.parameters.add(parameter)
         return sums
 
@@ -262,10 +285,14 @@ class _Writer:
                 "so the sum cannot be written in the base's layout"
             )
         del back
+        # (done again where its keys lie in several files, or far from each other)
+        done = self.all.applied.keys() | self.tally.applied.keys()
+        self.counts = not done.intersection(conversion.parameters)
         (dtype,) = dtypes if len(dtypes) == 1 else (torch.float32,)
         for name in conversion.parameters:
             if self.plan.is_touched(name):
                 tensors[name] = self._add_converted(name, tensors[name], dtype)
+        self.counts = True
         made = conversion.to_files(tensors)
         return {key: value.to(stored[key].dtype).contiguous() for key, value in made.items()}
 
@@ -305,35 +332,6 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int, file: RawFile) -> None:
             raise CheckpointError(f"{file.path} became shorter while it was read")
         target.write(chunk)
         size -= len(chunk)
-
-
-def _is_index_of_others(path: Path, files: set[str]) -> bool:
-    """Whether it is an index (of pickled files, of a second copy of the weights) of what is left out."""
-    if not path.name.endswith(_INDEXES):
-        return False
-    try:
-        return not files.issuperset(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return True
-
-
-def _copy_other_files(plan: MergePlan, folder: Path) -> tuple[list[str], list[str]]:
-    """Everything of the base that is no weights, config.json last; what is hidden stays behind."""
-    copied: list[str] = []
-    left_out: list[str] = []
-    files = {file.path.name for file in plan.files}
-    found = sorted(path for path in plan.base.rglob("*") if path.is_file())
-    for path in sorted(found, key=lambda path: path == plan.base / "config.json"):
-        name = path.relative_to(plan.base)
-        if any(part.startswith(".") for part in name.parts) or str(name) in files:
-            continue
-        if path.suffix in _WEIGHTS or _is_index_of_others(path, files):
-            left_out.append(str(name))
-            continue
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / name)
-        copied.append(str(name))
-    return copied, left_out
 
 
 __all__ = ["MergedCheckpoint", "merge"]

@@ -16,16 +16,14 @@ import torch
 from torch import nn
 
 from fourfold.adapters import provenance
+from fourfold.adapters.merge_base import check_base, check_packing, local_folder, refuse_quantized
 from fourfold.adapters.updates import Adapter, Found, Update, find_updates
 from fourfold.errors import AdapterError, CheckpointError, ConfigurationError, FourfoldError
 from fourfold.experts import PackedExperts, find_experts
 from fourfold.formats import PackFormat
 from fourfold.formats.roundtrip import round_trip
-from fourfold.loading.config import QUANT_METHOD
 from fourfold.loading.headers import checkpoint_files
 from fourfold.loading.origin import Origin, origin_of_files
-from fourfold.loading.patch import stored_method
-from fourfold.loading.paths import hub_snapshot
 from fourfold.loading.places import Conversion, Places, Stored, find_places
 from fourfold.loading.raw import RawFile, read_numbers, read_raw
 from fourfold.loading.skeleton import build_skeleton, read_config
@@ -70,8 +68,9 @@ class Packing:
         flip = turned == self.out_by_in
         w_NK = w_RC.T.contiguous() if flip else w_RC
         parts = w_NK.chunk(self.parts // keys)
-        made = [round_trip(part, self.fmt, name=name, flat=self.linear) for part in parts]
-        out_NK = made[0] if len(made) == 1 else torch.cat(made)
+        out_NK = torch.empty(w_NK.shape, dtype=torch.float32)
+        for part, place in zip(parts, out_NK.chunk(len(parts)), strict=True):
+            round_trip(part, self.fmt, name=name, flat=self.linear, out_NK=place)
         return out_NK.T if flip else out_NK
 
 
@@ -120,24 +119,31 @@ class MergePlan:
         whole = {tensor.key for conversion in self.places.conversions for tensor in conversion.tensors}
         return {stored.tensor.key for stored in self.places.stored} | whole | self.replaced.keys()
 
+    def orders(self) -> dict[str, list[int]]:
+        """Parameter -> its matrices in the order in which the files hold them."""
+        found: dict[str, dict[int, None]] = {}
+        stored = {stored.tensor.key: stored for stored in self.places.stored}
+        for key in (tensor.key for file in self.files for tensor in file.tensors):
+            if key in stored:
+                parameter = stored[key].parameter
+                for block in blocks_of(stored[key], self.packings.get(parameter)):
+                    found.setdefault(parameter, {})[block.matrix] = None
+        return {parameter: list(matrices) for parameter, matrices in found.items()}
+
     def is_touched(self, parameter: str) -> bool:
         if any(replacement.parameter == parameter for replacement in self.replaced.values()):
             return True
         return parameter in self.updates or (self.dequantized and parameter in self.packings)
 
 
-def local_folder(base: str | Path, stored: Mapping[str, Any] | None) -> Path:
-    """The base's folder; downloaded, at the revision that the adapter names, where it is an id on the hub."""
-    if Path(base).expanduser().is_dir():
-        return Path(base).expanduser()
-    read_config(base)  # says what is wrong with a name that is neither
-    origin = Origin.from_dict(stored["base"], provenance.FILE) if stored else None
-    revision = origin.revision if origin and origin.name == str(base) else None
-    patterns = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
-    return hub_snapshot(str(base), revision, ignore_patterns=patterns)
-
-
-def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_base: bool) -> MergePlan:
+def make_plan(
+    base: str | Path,
+    adapter: str | Path,
+    base_weights: str,
+    *,
+    any_base: bool,
+    source_layout: str | None = None,
+) -> MergePlan:
     """Find the place of everything.
 
     Raises:
@@ -155,18 +161,21 @@ def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_b
             "original weights"
         )
     folder = local_folder(base, stored)
-    _refuse_quantized(read_config(folder), base)
+    base_config = read_config(folder)
+    refuse_quantized(base_config, base)
     paths = checkpoint_files(folder)
     files = [read_raw(path) for path in paths]
     origin = origin_of_files(str(base), paths)
     if stored is not None and not any_base:
-        _check_base(stored, origin, loaded)
-    config, found = _fit(folder, loaded)
+        check_base(stored, origin, loaded, base_config)
+    config, found = _fit(folder, loaded, source_layout)
     updates = {update.parameter: update for update in found.updates}
     if not updates and not found.replaced:
         raise AdapterError(f"{adapter} adds nothing to any parameter")
-    packings = _packings(config, stored) if stored is not None else {}
     dequantized = base_weights == "dequantized"
+    packings = {}
+    if stored is not None:
+        packings = _packings(config, stored, loaded, dequantized, any_base)
     taken = updates.keys() | found.replaced.keys()
     wanted = [*updates, *(name for name in packings if dequantized and name not in taken)]
     tensors = [tensor for file in files for tensor in file.tensors]
@@ -180,41 +189,7 @@ def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_b
     return plan
 
 
-def _refuse_quantized(config: Any, base: str | Path) -> None:
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return
-    settings = stored if isinstance(stored, dict) else stored.to_dict()
-    method = stored_method(settings)
-    if method == QUANT_METHOD:
-        origin = Origin.from_dict(settings.get("base"), f"{base}/config.json")
-        original = f"it was made of {origin}" if origin else "name the checkpoint it was made of"
-        raise CheckpointError(
-            f"{base} is packed, and a sum with packed weights would have to be quantized again; merge into "
-            f"the original: {original}. (--base-weights dequantized gives its numbers)"
-        )
-    raise CheckpointError(
-        f"{base} is quantized ({method}); name the checkpoint in high precision "
-        "(with --any-base, if the adapter was trained on this one)"
-    )
-
-
-def _check_base(stored: Mapping[str, Any], origin: Origin, adapter: Adapter) -> None:
-    trained = Origin.from_dict(stored["base"], provenance.FILE)
-    if trained is None or trained.is_same(origin):
-        return
-    what = (
-        f"its weights are others (fingerprint {origin.fingerprint}, not {trained.fingerprint})"
-        if trained.fingerprint and origin.fingerprint
-        else f"{adapter.folder / provenance.FILE} names another"
-    )
-    raise AdapterError(
-        f"{adapter.folder} was trained on {trained}, and {origin} is not that base: {what}. Name that base, "
-        "or pass --any-base (any_base=True) to merge all the same"
-    )
-
-
-def _fit(folder: Path, adapter: Adapter) -> tuple[Any, Found]:
+def _fit(folder: Path, adapter: Adapter, source_layout: str | None) -> tuple[Any, Found]:
     """The configuration of the model that the adapter is of, and what it adds there.
 
     A checkpoint with images beside its text holds two models: the whole one, and its text alone, which is
@@ -222,20 +197,24 @@ def _fit(folder: Path, adapter: Adapter) -> tuple[Any, Found]:
     """
     config = read_config(folder)
     try:
-        return config, find_updates(build_skeleton(config), adapter)
+        return config, find_updates(build_skeleton(config), adapter, source_layout)
     except AdapterError:
         text = config.get_text_config()
         if text is config:
             raise
         with contextlib.suppress(FourfoldError):
-            return text, find_updates(build_skeleton(text), adapter)
+            return text, find_updates(build_skeleton(text), adapter, source_layout)
         raise
 
 
-def _packings(config: Any, stored: Mapping[str, Any]) -> dict[str, Packing]:
+def _packings(
+    config: Any, stored: Mapping[str, Any], adapter: Adapter, dequantized: bool, any_base: bool
+) -> dict[str, Packing]:
     """How each packed parameter was packed, from the skeleton that loading would have filled."""
     settings, dtype = provenance.settings_for(stored), provenance.dtype_of(stored)
     model = build_skeleton(config, settings)
+    if not any_base:
+        check_packing(stored, model, adapter, dequantized)
     found: dict[str, Packing] = {}
     for experts in find_experts(model):
         if not isinstance(experts.module, PackedExperts):
@@ -280,7 +259,7 @@ def _check_copies(adapter: Adapter, copies: Mapping[str, str], places: Places) -
             for begin in range(0, rows, step):
                 count = min(step, rows - begin) * columns
                 ours = read_numbers(file, count, DTYPES[tensor.dtype])
-                theirs = adapter.rows(key, begin, begin + step).reshape(-1)
+                theirs = adapter.file.rows(key, begin, begin + step).reshape(-1)
                 if not torch.equal(ours.to(theirs.dtype), theirs):
                     raise AdapterError(
                         f"{adapter.folder} holds {key} with other numbers than the base's {tensor.key}: it "

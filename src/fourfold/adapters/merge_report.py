@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 # |W - dq(W)| over |BA| beyond which a warning is given, and the share of weights that the sum leaves as they
@@ -45,6 +45,7 @@ class MergedCheckpoint:
         keys: stored tensors that were rewritten; all others are the base's bytes.
         copied: other files, the base's bytes too.
         left_out: files with weights that the base's index does not name; they would hold the unmerged ones.
+        resumed: of ``files``, those that a killed run had written already.
         roles: figures by role.
         warnings: what to look at.
         seconds: how long it took.
@@ -59,6 +60,7 @@ class MergedCheckpoint:
     keys: int
     copied: list[str]
     left_out: list[str]
+    resumed: list[str]
     roles: dict[str, RoleFigures]
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -88,6 +90,55 @@ class Sums:
             unchanged=self.unchanged / self.moved if self.moved else 0.0,
             quantization=(self.sampled_quantization / self.sampled_update) ** 0.5 if sampled else None,
         )
+
+    def add(self, other: Sums) -> None:
+        """Add the sums of other tensors."""
+        self.parameters |= other.parameters
+        for name in _NUMBERS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+_NUMBERS = tuple(f.name for f in fields(Sums) if f.name != "parameters")
+
+
+@dataclass
+class Tally:
+    """What was done while one file was written.
+
+    Attributes:
+        written: keys that were rewritten.
+        applied: parameter -> weights of it that were written.
+        sums: by role.
+    """
+
+    written: set[str] = field(default_factory=set)
+    applied: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, Sums] = field(default_factory=dict)
+
+    def add(self, other: Tally) -> None:
+        """Add what was done for another file."""
+        self.written |= other.written
+        for name, weights in other.applied.items():
+            self.applied[name] = self.applied.get(name, 0) + weights
+        for role, sums in other.sums.items():
+            self.sums.setdefault(role, Sums()).add(sums)
+
+    def to_dict(self) -> dict[str, Any]:
+        """In JSON's types."""
+        sums = {role: asdict(of) | {"parameters": sorted(of.parameters)} for role, of in self.sums.items()}
+        return {"written": sorted(self.written), "applied": self.applied, "sums": sums}
+
+    @classmethod
+    def read(cls, stored: Any) -> Tally | None:
+        """What `to_dict` gave; None of anything else (another release may have written it)."""
+        try:
+            sums = {
+                role: Sums(**(of | {"parameters": set(of["parameters"])}))
+                for role, of in stored["sums"].items()
+            }
+            return cls(set(stored["written"]), dict(stored["applied"]), sums)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return None
 
 
 def find_warnings(roles: dict[str, RoleFigures], base_weights: str) -> list[str]:

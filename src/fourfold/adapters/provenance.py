@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fourfold.errors import AdapterError
 from fourfold.experts import PackedExperts, find_experts
-from fourfold.experts.layout import name_suffix
+from fourfold.experts.layout import clean_name, name_suffix
 from fourfold.formats import PackFormat
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.origin import Origin
@@ -55,8 +56,9 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
     Returns:
         ``dtype`` (of the model), ``experts`` (format), ``linears`` (settings of Linears), ``skips``,
-        ``shapes`` (role of each packed parameter -> how many of them, and experts, rows, columns), ``base``
-        (`Origin`, or None).
+        ``left`` (modules that are in high precision although others of their kind are packed), ``shapes``
+        (role of each packed parameter -> how many of them, and experts, rows, columns), ``base`` (`Origin`,
+        or None).
     """
     config = settings_of(model)
     if config is None:
@@ -65,13 +67,6 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     assert fmt is not None
     base = getattr(model, "get_base_model", lambda: model)()
     four = config.load_in_4bit
-    shapes: dict[str, list[int]] = {}
-    for found in find_experts(base):
-        if not isinstance(found.module, PackedExperts):
-            continue
-        for p in found.module.fourfold_layout.projections:
-            role = name_suffix(f"{found.name}.{p.name}")
-            shapes.setdefault(role, [0, p.shape.experts, p.shape.rows, p.shape.columns])[0] += 1
     return {
         "version": VERSION,
         "fourfold_version": __version__,
@@ -85,8 +80,46 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
             "double_quant": config.bnb_4bit_use_double_quant if four else False,
         },
         "skips": config.llm_int8_skip_modules,
-        "shapes": shapes,
+        "left": left_unpacked(base, linears=config.is_linear_quantized),
+        "shapes": shapes_of(base),
     }
+
+
+def shapes_of(model: nn.Module) -> dict[str, list[int]]:
+    """Role of each packed parameter of ``model`` -> how many of them, and experts, rows, columns."""
+    shapes: dict[str, list[int]] = {}
+    for found in find_experts(model):
+        if not isinstance(found.module, PackedExperts):
+            continue
+        for p in found.module.fourfold_layout.projections:
+            role = name_suffix(f"{found.name}.{p.name}")
+            shapes.setdefault(role, [0, p.shape.experts, p.shape.rows, p.shape.columns])[0] += 1
+    return shapes
+
+
+def left_unpacked(model: nn.Module, *, linears: bool) -> list[str]:
+    """Names of experts modules, and of Linears where others are quantized, that were left in high precision.
+
+    Which those are follows from the skips, from what transformers leaves by itself (heads, tied weights), and
+    from shapes (routers); the names of it all say what was packed, whichever release decided.
+
+    Args:
+        model: packed, or its skeleton, with or without adapters.
+        linears: Linears are quantized.
+    """
+    experts = {found.name: isinstance(found.module, PackedExperts) for found in find_experts(model)}
+    left = [name for name, packed in experts.items() if not packed]
+    for name, module in model.named_modules() if linears else ():
+        # (bitsandbytes' Linears are subclasses; an adapter's factors are Linears, too)
+        if type(module) in (nn.Linear, Conv1D) and not _is_adapters(name):
+            cleaned = clean_name(name).removesuffix(".original_module")
+            if not any(cleaned.startswith(f"{found}.") for found in experts):
+                left.append(cleaned)
+    return sorted(left)
+
+
+def _is_adapters(name: str) -> bool:
+    return any(part.startswith("lora_") or part == "modules_to_save" for part in name.split("."))
 
 
 def _dtype_name(model: nn.Module) -> str | None:
@@ -116,6 +149,9 @@ def _parse(path: Path) -> dict[str, Any]:
         for key in ("linears", "shapes"):
             if not isinstance(stored[key], dict):
                 raise TypeError(f"{key} is {stored[key]!r}")
+        left = stored.get("left")  # (not written by the first releases)
+        if left is not None and not (isinstance(left, list) and all(isinstance(n, str) for n in left)):
+            raise TypeError(f"left is {left!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(
             f"{path} cannot be understood ({error}); copy the adapter again, or install a newer fourfold"
@@ -219,4 +255,22 @@ def difference(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None
         return f"experts packed as {format_of(stored)}, and these are {format_of(ours)}"
     if stored["linears"] != ours["linears"]:
         return f"Linears held as {stored['linears']}, and these are {ours['linears']}"
-    return None
+    return difference_of_left(stored.get("left"), ours.get("left"))
+
+
+def difference_of_left(trained: list[str] | None, here: list[str] | None) -> str | None:
+    """Modules that one side packed and the other did not, in words; None where there are none, or nothing is
+    known."""
+    if trained is None or here is None or trained == here:
+        return None
+    only, others = sorted(set(trained) - set(here)), sorted(set(here) - set(trained))
+    said = []
+    if only:
+        said.append(f"{_few(only)} in high precision, packed here")
+    if others:
+        said.append(f"{_few(others)} packed, in high precision here")
+    return f"a model with {'; and with '.join(said)} (llm_int8_skip_modules)"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -2,7 +2,8 @@
 
 PEFT is asked to put the adapter on the model's skeleton (on the meta device, without a number): which
 parameter each factor belongs to, nested wrappers, patterns of rank and alpha, rsLoRA and the roles of in and
-out are then its own answers. The factors are read from the file when they are needed.
+out are then its own answers. (But not in and out of what older releases saved: `export_read` reads those, for
+`export` and for this.) The factors are read from the file when they are needed, a matrix at a time.
 
 R rank, M matrices of a parameter (experts), N rows, K columns as the model stores them.
 """
@@ -10,10 +11,9 @@ R rank, M matrices of a parameter (experts), N rows, K columns as the model stor
 from __future__ import annotations
 
 import json
-import re
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,21 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fourfold.adapters import export_read
+from fourfold.adapters.export_base import Target, targets_of
+from fourfold.adapters.factor_file import AdapterFile, FlatFactors
 from fourfold.adapters.patch import install
-from fourfold.adapters.provenance import FILE
 from fourfold.errors import AdapterError
+from fourfold.experts import find_experts
 from fourfold.experts.layout import clean_name
 
 install()
 
 WEIGHTS = "adapter_model.safetensors"
-# PEFT up to then had in and out swapped for parameters that are not transposed.
-_ROLES_SINCE = (0, 19, 1)
-# What `lora_B_layout` may say: expert fastest, as PEFT has it, or slowest (Unsloth's older adapters).
-_B_LAYOUTS = ("rank_major", "grouped_by_expert")
 
 
 class Adapter:
@@ -49,6 +47,8 @@ class Adapter:
 
     Attributes:
         config: PEFT's.
+        settings: adapter_config.json.
+        file: its tensors.
         shapes: key -> shape of every tensor.
 
     Raises:
@@ -72,53 +72,14 @@ class Adapter:
             if isinstance(error, AdapterError):
                 raise
             raise AdapterError(f"{path} cannot be understood ({error})") from error
-        self.is_grouped = self._is_grouped(path)
         self.config.inference_mode = True
         self.config.init_lora_weights = True  # (numbers are read, not made)
-        try:
-            self._reader = safe_open(self.folder / WEIGHTS, framework="pt")
-        except SafetensorError as error:
-            raise AdapterError(f"{self.folder / WEIGHTS} is truncated or damaged ({error})") from error
-        keys = self._reader.keys()
-        self.shapes = {key: tuple(self._reader.get_slice(key).get_shape()) for key in keys}
+        self.file = AdapterFile(self.folder / WEIGHTS)
+        self.shapes = self.file.shapes
 
-    def _is_grouped(self, path: Path) -> bool:
-        """Whether B of experts has the expert as its slowest axis; both orders have the same shape."""
-        mark = self.settings.get("lora_B_layout")
-        if mark not in (None, *_B_LAYOUTS):
-            raise AdapterError(f"{path}: lora_B_layout={mark!r}; known are {', '.join(_B_LAYOUTS)}")
-        if mark is None and self.settings.get("target_parameters") and self._may_be_unsloths():
-            raise AdapterError(
-                f"{path}: Unsloth may have written it, and lora_B_layout is missing; both orders of lora_B "
-                "fit its shapes, and the wrong one gives every expert another's update. Write "
-                '"lora_B_layout": "grouped_by_expert" into that file if it was trained with an Unsloth of '
-                'before September 2026, else "rank_major"'
-            )
-        return mark == "grouped_by_expert"
-
-    def _may_be_unsloths(self) -> bool:
-        """What Fourfold trained has its own file beside it."""
-        if (self.folder / FILE).is_file():
-            return False
-        marked = (self.settings.get("auto_mapping") or {}).get("unsloth_fixed", False)
-        base = str(self.settings.get("base_model_name_or_path"))
-        return bool(marked or re.search(r"(^|/)(models--)?unsloth(/|--)", base))
-
-    def read(self, key: str) -> torch.Tensor:
-        """One tensor in fp32.
-
-        Raises:
-            AdapterError: a number in it is NaN or infinite.
-        """
-        tensor = self._reader.get_tensor(key).float()
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(f"{self.folder / WEIGHTS}: {key} holds NaN or infinite numbers")
-        return tensor
-
-    def rows(self, key: str, begin: int, end: int) -> torch.Tensor:
-        """Rows of one tensor in its own dtype."""
-        found: torch.Tensor = self._reader.get_slice(key)[begin:end]
-        return found
+    def to_read(self) -> export_read.Adapter:
+        """Its configuration, for those who read both kinds."""
+        return export_read.Adapter(self.folder, self.settings, {})
 
 
 def _refuse_what_cannot_be_merged(settings: dict[str, Any], path: Path) -> None:
@@ -145,14 +106,6 @@ def _refuse_what_cannot_be_merged(settings: dict[str, Any], path: Path) -> None:
             f"{path}: init_lora_weights={init!r} changed the base's own weights; save the adapter with "
             "path_initial_model_for_weight_conversion, which makes an ordinary one of it"
         )
-    if settings.get("target_parameters"):
-        version = str(settings.get("peft_version") or "")
-        numbers = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:3])
-        if version and numbers < _ROLES_SINCE:
-            raise AdapterError(
-                f"{path}: saved by PEFT {version}, which had in and out of expert parameters swapped (up to "
-                "0.19.0); convert the adapter to today's layout first"
-            )
 
 
 @dataclass(frozen=True)
@@ -163,10 +116,12 @@ class Update:
         parameter: full name in the model.
         shape: of the parameter.
         a_key: of A, ``[M*R, in]``, expert slowest.
-        b_key: of B, ``[out, R*M]``, expert fastest (slowest where the adapter is grouped).
+        b_key: of B, ``[out, R*M]``, expert fastest.
         scaling: alpha over rank, or what rsLoRA makes of them.
         matrices: M.
-        out_by_in: the model stores out-by-in matrices.
+        out_by_in: A has the columns of the matrices that the model stores, and B their rows; else the other
+            way round.
+        grouped: B's expert is the slowest of its two axes.
     """
 
     parameter: str
@@ -176,30 +131,27 @@ class Update:
     scaling: float
     matrices: int
     out_by_in: bool
+    grouped: bool = False
 
-    def factors(self, adapter: Adapter) -> Factors:
-        """Read them."""
-        a_MRK = adapter.read(self.a_key)
-        b_NRM = adapter.read(self.b_key)
-        a_MRK = a_MRK.view(self.matrices, -1, a_MRK.shape[1])
-        N, M, R = b_NRM.shape[0], self.matrices, a_MRK.shape[1]
-        if adapter.is_grouped and M > 1:
-            b_NRM = b_NRM.view(N, M, R).transpose(1, 2)
-        return Factors(a_MRK, b_NRM.reshape(N, R, M), self.scaling, self.out_by_in)
+    def factors(self, adapter: Adapter, order: Sequence[int] = ()) -> Factors:
+        """To be read, matrix by matrix; fastest in ``order``."""
+        flat = FlatFactors(
+            adapter.file, self.a_key, self.b_key, self.matrices, grouped=self.grouped, order=order
+        )
+        return Factors(flat, self.scaling, self.out_by_in)
 
 
 @dataclass(frozen=True)
 class Factors:
     """The numbers of an `Update`."""
 
-    a_MRK: torch.Tensor
-    b_NRM: torch.Tensor
+    flat: FlatFactors
     scaling: float
     out_by_in: bool
 
     def of(self, matrix: int, *, turned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """L ``[rows, R]`` (scaled) and R ``[R, columns]`` of one matrix; of its transpose if ``turned``."""
-        left_NR, right_RK = self.b_NRM[:, :, matrix] * self.scaling, self.a_MRK[matrix]
+        left_NR, right_RK = self.flat.b(matrix).float() * self.scaling, self.flat.a(matrix).float()
         if self.out_by_in != turned:
             return left_NR, right_RK
         return right_RK.T, left_NR.T
@@ -221,17 +173,21 @@ class Found:
     replaced: dict[str, str]
 
 
-def find_updates(model: PreTrainedModel, adapter: Adapter) -> Found:
+def find_updates(model: PreTrainedModel, adapter: Adapter, source_layout: str | None = None) -> Found:
     """What ``adapter`` adds to which parameters of ``model``; wraps the model.
 
     Args:
         model: in high precision, on the meta device.
         adapter: to be merged.
+        source_layout: how it packs fused experts, where its marks do not say (`export_read`).
 
     Raises:
         AdapterError: a tensor of the adapter finds no place, has another shape than its place, or a place
-            finds no tensor; or a wrapped module is none that can be merged.
+            finds no tensor; a wrapped module is none that can be merged; or the adapter can be read in more
+            than one way.
     """
+    targets = targets_of(find_experts(model))
+    _refuse_another_vocabulary(model, adapter)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -248,11 +204,71 @@ def find_updates(model: PreTrainedModel, adapter: Adapter) -> Found:
         for key, shape in adapter.shapes.items()
         if key not in state and base.get(clean_name(key)) == shape
     }
-    _compare(adapter, {key: tuple(tensor.shape) for key, tensor in state.items()}, set(copies.values()))
     names = {id(module): name for name, module in wrapped.named_modules()}
     updates = [_update(names[id(layer)], layer) for layer in _layers(wrapped)]
-    _refuse_ambiguous_roles(adapter, updates)
-    return Found(updates, copies, replaced)
+    places = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    _compare(adapter, places, set(copies.values()), [u for u in updates if u.matrices > 1])
+    return Found(_as_written(adapter, updates, targets, source_layout), copies, replaced)
+
+
+def _refuse_another_vocabulary(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Where an adapter holds (LoRA of) an embedding or a head of another number of tokens."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = getattr(module, "weight", None)
+        if weight is None or id(module) not in names:
+            continue
+        tokens, width = weight.shape
+        for key, shape in adapter.shapes.items():
+            name, _, leaf = clean_name(key.replace(".original_module", "")).partition(f"{names[id(module)]}.")
+            axis = {"weight": 0, "lora_B.weight": 0, "lora_embedding_A": 1}.get(leaf)
+            if name or axis is None or len(shape) != 2 or shape[axis] == tokens:
+                continue
+            if leaf == "weight" and shape[1] != width:
+                continue  # (another model altogether)
+            if leaf == "lora_B.weight" and isinstance(module, nn.Embedding):
+                continue
+            raise AdapterError(
+                f"{adapter.folder / WEIGHTS}: {key} is {list(shape)}: the vocabulary was resized to "
+                f"{shape[axis]} tokens before the adapter was trained, and the base has {tokens}. Merge into "
+                "the resized base that training began with (loaded, resize_token_embeddings"
+                f"({shape[axis]}), save_pretrained; what the new rows hold is part of it), with --any-base "
+                "(any_base=True)"
+            )
+
+
+def _as_written(
+    adapter: Adapter,
+    updates: list[Update],
+    targets: Mapping[str, dict[str, Target]],
+    source_layout: str | None,
+) -> list[Update]:
+    """Updates of experts as the adapter's writer packed them."""
+    modules: dict[str, dict[str, Update]] = {}
+    for update in updates:
+        if update.matrices > 1:
+            module, _, parameter = update.parameter.rpartition(".")
+            modules.setdefault(module, {})[parameter] = update
+    if not modules:
+        return updates
+    packing = export_read.packing_of(adapter.to_read(), source_layout)
+    changed: dict[str, Update] = {}
+    for name, listed in modules.items():
+        where = targets.get(name, {})
+        if listed.keys() - where.keys():
+            raise AdapterError(
+                f"{name}.{next(iter(listed.keys() - where.keys()))}: which axis of it is in and which is out "
+                "cannot be read off the model, so LoRA on it is not merged"
+            )
+        lazy = {
+            parameter: export_read.Module(adapter.file.lazy(u.a_key), adapter.file.lazy(u.b_key))
+            for parameter, u in listed.items()
+        }
+        exchanged = export_read.swapped(packing, lazy, where, name)
+        for parameter, update in listed.items():
+            straight = exchanged == where[parameter].stored_transposed
+            changed[update.parameter] = replace(update, out_by_in=straight, grouped=packing.grouped)
+    return [changed.get(update.parameter, update) for update in updates]
 
 
 def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, str]:
@@ -272,23 +288,23 @@ def _replaced(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     return found
 
 
-def _refuse_ambiguous_roles(adapter: Adapter, updates: list[Update]) -> None:
-    """PEFT before 0.18 had in and out swapped and wrote no version: shapes tell, unless all are square."""
-    experts = [update for update in updates if update.matrices > 1]
-    square = [update for update in experts if update.shape[-1] == update.shape[-2]]
-    if experts and square == experts and not adapter.settings.get("peft_version"):
-        raise AdapterError(
-            f"{adapter.folder / 'adapter_config.json'} has no peft_version, and {experts[0].parameter} is "
-            f"{list(experts[0].shape)}: in and out, which PEFT up to 0.19.0 had swapped, cannot be told "
-            "apart. Write the release that saved it into that file"
-        )
-
-
 def _layers(model: nn.Module) -> Iterable[Any]:
     return (module for module in model.modules() if isinstance(module, LoraLayer))
 
 
-def _compare(adapter: Adapter, places: dict[str, tuple[int, ...]], copies: set[str]) -> None:
+def _compare(
+    adapter: Adapter, places: dict[str, tuple[int, ...]], copies: set[str], experts: list[Update]
+) -> None:
+    # (older releases of PEFT exchanged in and out of experts)
+    exchanged: dict[str, tuple[int, ...]] = {}
+    for update in experts:
+        a, b = places[update.a_key], places[update.b_key]
+        if (adapter.shapes.get(update.a_key), adapter.shapes.get(update.b_key)) == (
+            (a[0], b[0]),
+            (a[1], b[1]),
+        ):
+            exchanged |= {update.a_key: (a[0], b[0]), update.b_key: (a[1], b[1])}
+    places = places | exchanged
     where = adapter.folder / WEIGHTS
     for keys, what in (
         (adapter.shapes.keys() - places.keys() - copies, "finds no place in the model"),

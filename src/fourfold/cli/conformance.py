@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fourfold.cli.outcome import DONE, SAYS_NO, Outcome
+from fourfold.cli.show import say
 from fourfold.errors import ConfigurationError
 
 
@@ -62,11 +63,11 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     if kept and not args.model_type:
         names = ", ".join(row.model_type for row in kept)
         said = f"kept as they were, for this transformers has no such type: {names}"
-        console.print(said, soft_wrap=True, markup=False, highlight=False)
+        say(console, said)
     if not before and not args.model_type:
         got_worse.append("there is no such file to compare with")
     for line in got_worse:
-        console.print(f"worse than in {args.out}: {line}", soft_wrap=True, markup=False, highlight=False)
+        say(console, f"worse than in {args.out}: {line}")
     written = not args.model_type and (args.accept or not got_worse)
     if written:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,6 @@ def _print(console: Console, row: object) -> None:
     noise = ", ".join(f"{name} {row.noise[name]:.2g}" for name in FORMATS if name in row.noise)
     others = ", ".join(f"{check} {cell}" for check, cell in row.cells.items() if cell != OK)
     text = f"{row.model_type:<32} {row.kind}{f' ({noise})' if noise else ''}{f': {others}' if others else ''}"
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
+    say(console, text)
     for problem in row.problems:
-        console.print(f"    {problem}", soft_wrap=True, markup=False, highlight=False)
+        say(console, f"    {problem}")

@@ -7,6 +7,7 @@ import argparse
 from rich.console import Console
 
 from fourfold.cli.outcome import Outcome
+from fourfold.cli.show import few, say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -69,9 +70,8 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
             "them; where the base's checkpoint has other names, servers refuse the adapter: pass --base"
         )
     if written.zero_filled:
-        lines.append(f"Not trained, written as zeros: {', '.join(written.zero_filled[:2])}, ...")
+        lines.append(f"Not trained, written as zeros: {few(written.zero_filled, 2)}")
     if not written.exact:
         lines.append("Modules differ in alpha / r: what differs went into lora_B, rounded once to its dtype")
-    for line in lines:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    say(console, *lines)
     return Outcome(data=written.to_dict())

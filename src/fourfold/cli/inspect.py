@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fourfold.cli.outcome import Outcome
+from fourfold.cli.show import say
 from fourfold.errors import ConfigurationError
 
 
@@ -50,15 +51,11 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
 
     found = inspect_model(args.model)
     share = found.expert_params / found.total_params
-    console.print(
-        f"{found.architecture}: {found.total_params:,} parameters, {share:.0%} of them in experts",
-        soft_wrap=True,
-        highlight=False,
-    )
+    say(console, f"{found.architecture}: {found.total_params:,} parameters, {share:.0%} of them in experts")
     if found.groups:
         console.print(table(found))
         targets = ", ".join(found.targets) or "none"
-        console.print(f"lora_target_parameters: {targets}", soft_wrap=True, markup=False, highlight=False)
+        say(console, f"lora_target_parameters: {targets}")
     else:
         console.print("no experts: a dense model")
     return Outcome(data=found.to_dict())

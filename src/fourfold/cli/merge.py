@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fourfold.cli.outcome import Outcome
+from fourfold.cli.show import progress, say, warn
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +24,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--any-base", action="store_true", help="merge into BASE whatever the adapter was trained on"
     )
+    parser.add_argument(
+        "--source-layout",
+        choices=("peft", "peft-0.18", "unsloth"),
+        help="how the adapter packs experts, where its marks do not say: peft-0.18 of 0.17 to 0.19.0, "
+        "unsloth of before September 2026",
+    )
     parser.add_argument("--force", action="store_true", help="replace the checkpoint that lies at OUT")
 
 
@@ -36,37 +41,26 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
 
     from fourfold.adapters.merge import merge
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("planning", total=None)
-
-        def show(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=name or "writing")
-
+    with progress(console, "planning") as show:
         merged = merge(
             args.base,
             args.adapter,
             args.out,
             args.base_weights,
             any_base=args.any_base,
+            source_layout=args.source_layout,
             force=args.force,
             progress=show,
         )
-    console.print(
+    say(
+        console,
         f"{merged.folder}: {merged.adapter_tensors} tensors of the adapter merged into {merged.planned} "
         f"parameters ({merged.keys} tensors in {len(merged.files)} file(s)), {merged.base_weights} base "
         f"weights; {len(merged.copied)} other files copied; {merged.seconds:.1f} s",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
     )
+    if merged.resumed:
+        say(console, f"kept of a run that was killed: {len(merged.resumed)} file(s)")
     if merged.left_out:
-        console.print(
-            f"left out, for they hold weights without the adapter: {', '.join(merged.left_out)}",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
-        )
-    for warning in merged.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(console, f"left out, for they hold weights without the adapter: {', '.join(merged.left_out)}")
+    warn(merged.warnings)
     return Outcome(data=merged.to_dict())

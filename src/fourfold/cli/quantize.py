@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fourfold.cli.outcome import Outcome
+from fourfold.cli.show import few, progress, say
 from fourfold.errors import ConfigurationError, StoredFormatError
 
 
@@ -56,13 +56,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     from fourfold.planning.units import format_bytes
 
     config = MoeBitsAndBytesConfig(**settings(args))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("reading", total=None)
-
-        def show(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=name or "writing")
-
+    with progress(console, "reading") as show:
         try:
             written = quantize_checkpoint(
                 args.model,
@@ -78,21 +72,17 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     experts = f"{written.packed_experts} experts modules packed" if written.packed_experts else "no experts"
     if written.left_on_request:
         experts += f", {len(written.left_on_request)} left in high precision on request"
-    console.print(
+    say(
+        console,
         f"{written.folder}: {written.tensors} tensors, {format_bytes(written.bytes)} in "
         f"{len(written.files)} file(s), {experts}; quant_method {written.quant_method}; "
         f"{written.seconds:.1f} s",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
     )
     if written.ignored_keys:
-        console.print(
+        say(
+            console,
             f"{len(written.ignored_keys)} tensors of the source belong to nothing in the model and were left "
-            f"out: {', '.join(written.ignored_keys[:3])}, ...",
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
+            f"out: {few(written.ignored_keys, 3)}",
         )
     return Outcome(data=written.to_dict())
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fourfold.cli.outcome import DONE, SAYS_NO, Outcome
+from fourfold.cli.show import say
 from fourfold.errors import CheckpointError, ConfigurationError, UnquantizedExpertsError
 from fourfold.loading.paths import is_meant_as_path
 
@@ -59,7 +60,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     if not report["experts"]:
         message = "no experts: a dense model"
     console.print(packed_table(report))
-    console.print(message, soft_wrap=True, markup=False, highlight=False)
+    say(console, message)
     return Outcome(
         status, {"ok": status == DONE, "message": message, "unquantized": unpacked, "report": report}
     )

@@ -20,7 +20,14 @@ from fourfold.formats.quantize import FP16_MAX, pack_absmax_
 _CHUNK = 2**21  # weights
 
 
-def round_trip(w_NK: torch.Tensor, fmt: PackFormat, *, name: str, flat: bool = False) -> torch.Tensor:
+def round_trip(
+    w_NK: torch.Tensor,
+    fmt: PackFormat,
+    *,
+    name: str,
+    flat: bool = False,
+    out_NK: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Quantize and decode one matrix.
 
     Args:
@@ -29,9 +36,11 @@ def round_trip(w_NK: torch.Tensor, fmt: PackFormat, *, name: str, flat: bool = F
         fmt: how it is packed.
         name: for messages.
         flat: blocks straddle rows, as bitsandbytes has them in Linears (experts: every row begins a block).
+        out_NK: fp32, where the result is to be written; for a part of a matrix, which then takes no memory
+            of its own.
 
     Returns:
-        fp32 ``[N, K]``, before any rounding to the model's dtype.
+        fp32 ``[N, K]``, before any rounding to the model's dtype; ``out_NK``, if that was given.
 
     Raises:
         CheckpointError: a weight is not finite, or (INT8) beyond the range of fp16.
@@ -40,22 +49,28 @@ def round_trip(w_NK: torch.Tensor, fmt: PackFormat, *, name: str, flat: bool = F
     low, high = torch.aminmax(w_NK)
     if not (float(low) >= -limit and float(high) <= limit):
         raise CheckpointError(f"{name}: weights are NaN, infinite or beyond what {fmt} can hold")
+    if out_NK is None:
+        out_NK = torch.empty(w_NK.shape, dtype=torch.float32)
     if not fmt.is_4bit:
-        return _int8(w_NK)
+        return _int8(w_NK, out_NK)
     N, K = w_NK.shape
+    if K % fmt.blocksize == 0:  # no block straddles rows, and nothing is padded
+        shape = (-1, fmt.blocksize) if flat else (N, K)
+        _four_bit(w_NK.reshape(shape), fmt, out_NK.view(shape))
+        return out_NK
     if flat:
         padding = -w_NK.numel() % fmt.blocksize
         rows_RK = torch.nn.functional.pad(w_NK.reshape(-1), (0, padding)).view(-1, fmt.blocksize)
     else:
-        rows_RK = torch.nn.functional.pad(w_NK, (0, -K % fmt.blocksize)) if K % fmt.blocksize else w_NK
-    out_RK = _four_bit(rows_RK, fmt)
-    return out_RK.view(-1)[: N * K].view(N, K) if flat else out_RK[:, :K]
+        rows_RK = torch.nn.functional.pad(w_NK, (0, -K % fmt.blocksize))
+    out_RK = _four_bit(rows_RK, fmt, torch.empty(rows_RK.shape))
+    out_NK.copy_(out_RK.view(-1)[: N * K].view(N, K) if flat else out_RK[:, :K])
+    return out_NK
 
 
-def _int8(w_NK: torch.Tensor) -> torch.Tensor:
+def _int8(w_NK: torch.Tensor, out_NK: torch.Tensor) -> torch.Tensor:
     import bitsandbytes  # noqa: F401  (registers the operators)
 
-    out_NK = torch.empty(w_NK.shape, dtype=torch.float32)
     step = max(1, _CHUNK // w_NK.shape[1])
     for start in range(0, len(w_NK), step):
         half = w_NK[start : start + step].to(torch.float16).contiguous()
@@ -64,7 +79,7 @@ def _int8(w_NK: torch.Tensor) -> torch.Tensor:
     return out_NK
 
 
-def _four_bit(w_NK: torch.Tensor, fmt: PackFormat) -> torch.Tensor:
+def _four_bit(w_NK: torch.Tensor, fmt: PackFormat, out_NK: torch.Tensor) -> torch.Tensor:
     import bitsandbytes  # noqa: F401  (registers the operators)
 
     N, K = w_NK.shape
@@ -82,7 +97,6 @@ def _four_bit(w_NK: torch.Tensor, fmt: PackFormat) -> torch.Tensor:
         pack_absmax_(stack, 0, absmax_NB.view(1, -1))
         absmax_NB = decode_absmax(stack)[0]
     pairs = byte_pairs(fmt.quant_type, stack.data.device)
-    out_NK = torch.empty(N, K)
     for start in range(0, N, step):
         codes = stack.data[0, start : start + step]
         values = torch.index_select(pairs, 0, codes.reshape(-1).int()).view(torch.float32)

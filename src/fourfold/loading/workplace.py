@@ -1,16 +1,25 @@
-"""The folder in which a checkpoint is written before it takes its name, for every verb that writes one."""
+"""The folder in which a checkpoint is written before it takes its name, for every verb that writes one.
+
+A run that says what its result is made of (``inputs``) can be gone on with: what a killed one left is kept if
+it was made of the same, and files that it had finished (`finish`) need not be written again (`finished`).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fourfold.errors import ConfigurationError
 
+# Holds what a run leaves to the one that goes on with it; gone before the folder takes its name.
+_RECORDS = ".fourfold-run"
+_INPUTS = "made-of"
 # What file systems without locks answer (NFS mounted without, and some of clusters).
 _NO_LOCKS = (errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -38,17 +47,21 @@ def check_target(target: Path, source: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def workplace(target: Path, source: Path, force: bool, doing: str) -> Iterator[Path]:
+def workplace(
+    target: Path, source: Path, force: bool, doing: str, inputs: str | None = None
+) -> Iterator[Path]:
     """A folder beside ``target`` that takes its name when all is done, and is removed when anything fails.
 
-    What a killed run has left is removed first; another run that is still at it is an error. Nothing loads
-    from the folder of a killed run, whatever it holds: config.json is written last of all.
+    What a killed run has left is removed first, unless it was made of the same ``inputs``; another run that
+    is still at it is an error. Nothing loads from the folder of a killed run, whatever it holds: config.json
+    is written last of all.
 
     Args:
         target: the wanted folder.
         source: the model that is read; never written to.
         force: replace the checkpoint that lies at ``target``.
         doing: what is done, e.g. ``quantizing``; part of the folder's name.
+        inputs: what decides every byte of the result, as a digest; None where a run is never gone on with.
 
     Raises:
         ConfigurationError: ``target`` exists, cannot be written, or another run is writing it.
@@ -63,13 +76,17 @@ def workplace(target: Path, source: Path, force: bool, doing: str) -> Iterator[P
             f"{target} cannot be written ({error.strerror}); name another folder"
         ) from error
     try:
-        if handle is not None:  # whoever made it is gone
+        left = handle is not None and _is_made_of(folder, inputs)
+        if handle is not None and not left:  # whoever made it is gone
             shutil.rmtree(folder, ignore_errors=True)
-        _make(folder, target)
+        if not left:
+            _make(folder, target, inputs)
+        (folder / "config.json").unlink(missing_ok=True)
         try:
             _recover(target)
             check_target(target, source, force)
             yield folder
+            shutil.rmtree(folder / _RECORDS, ignore_errors=True)
             _put_in_place(folder, target, force)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -80,7 +97,57 @@ def workplace(target: Path, source: Path, force: bool, doing: str) -> Iterator[P
             os.close(handle)
 
 
-def _make(folder: Path, target: Path) -> None:
+def _is_made_of(folder: Path, inputs: str | None) -> bool:
+    try:
+        return inputs is not None and (folder / _RECORDS / _INPUTS).read_text(encoding="utf-8") == inputs
+    except (OSError, ValueError):
+        return False
+
+
+def finish(part: Path, path: Path, record: Mapping[str, Any]) -> None:
+    """Give a finished file its name, and note it for a run that goes on with this one.
+
+    The file is on the disk before the note is: a machine that loses power loses the note first.
+
+    Args:
+        part: the file, under another name in the same folder.
+        path: its name in the folder of `workplace`.
+        record: what `finished` gives back, in JSON's types.
+    """
+    _sync(part)
+    part.rename(path)
+    note = _note(path)
+    note.parent.mkdir(exist_ok=True)
+    draft = note.with_suffix(".part")
+    draft.write_text(json.dumps({"file": _identity(path), "record": record}), encoding="utf-8")
+    _sync(draft)
+    draft.rename(note)
+
+
+def finished(path: Path) -> Any:
+    """What `finish` noted of a file that is still as it was then; None of any other."""
+    try:
+        stored = json.loads(_note(path).read_text(encoding="utf-8"))
+        return stored["record"] if stored["file"] == _identity(path) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _note(path: Path) -> Path:
+    return path.parent / _RECORDS / f"{path.name}.json"
+
+
+def _identity(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _make(folder: Path, target: Path, inputs: str | None) -> None:
     try:
         folder.mkdir()
     except FileExistsError:  # only where nothing can be locked
@@ -88,6 +155,9 @@ def _make(folder: Path, target: Path) -> None:
             f"{folder} exists, and there are no locks on this file system that would tell why: another run "
             f"is writing {target} at this moment, or one was killed. If none is running, remove that folder"
         ) from None
+    if inputs is not None:
+        (folder / _RECORDS).mkdir()
+        (folder / _RECORDS / _INPUTS).write_text(inputs, encoding="utf-8")
 
 
 def _lock(path: Path, target: Path) -> int | None:
