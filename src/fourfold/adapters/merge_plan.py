@@ -27,10 +27,9 @@ from fourfold.loading.origin import Origin, origin_of_files
 from fourfold.loading.patch import stored_method
 from fourfold.loading.paths import hub_snapshot
 from fourfold.loading.places import Conversion, Places, Stored, find_places
-from fourfold.loading.raw import RawFile, read_numbers, read_raw
+from fourfold.loading.raw import DTYPES, RawFile, read_numbers, read_raw
 from fourfold.loading.skeleton import build_skeleton, read_config
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 BASE_WEIGHTS = ("original", "dequantized")
 _COMPARED = 2**22  # numbers at a time
 _LINEARS_BLOCKSIZE = 64  # bitsandbytes' own
@@ -153,6 +152,12 @@ def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_b
         raise AdapterError(
             f"{adapter} has no {provenance.FILE}, so how its base was packed is not known; merge into the "
             "original weights"
+        )
+    if base_weights == "original":
+        provenance.refuse_on_original(
+            loaded.folder,
+            stored,
+            "merge into what it was trained on: --base-weights dequantized (base_weights='dequantized')",
         )
     folder = local_folder(base, stored)
     _refuse_quantized(read_config(folder), base)

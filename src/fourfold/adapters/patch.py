@@ -82,7 +82,7 @@ def install_provenance() -> None:
     save, load, make = PeftModel.save_pretrained, PeftModel.load_adapter, PeftModel.from_pretrained
     if getattr(save, _MARK, False):
         return
-    save_signature = inspect.signature(save)
+    save_signature, load_signature = inspect.signature(save), inspect.signature(load)
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,15 +98,19 @@ def install_provenance() -> None:
         if bound.arguments["is_main_process"]:
             for name in names:
                 folder = Path(bound.arguments["save_directory"])
-                provenance.write(self, folder if name == "default" else folder / name)
+                provenance.write(self, folder if name == "default" else folder / name, name)
         return result
 
     @functools.wraps(load)
     def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         from fourfold.adapters import provenance
 
-        provenance.check(self, model_id, **kwargs)
-        return load(self, model_id, *args, **kwargs)
+        init = provenance.check(self, model_id, **kwargs)
+        result = load(self, model_id, *args, **kwargs)
+        provenance.set_init(
+            self, load_signature.bind(self, model_id, *args, **kwargs).arguments["adapter_name"], init
+        )
+        return result
 
     @functools.wraps(make.__func__)
     def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +131,7 @@ def _install_in_the_mixin() -> None:
     from transformers import PreTrainedModel
 
     save, load = PreTrainedModel.save_pretrained, PreTrainedModel.load_adapter
-    save_signature = inspect.signature(save)
+    save_signature, load_signature = inspect.signature(save), inspect.signature(load)
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,16 +145,20 @@ def _install_in_the_mixin() -> None:
         bound = save_signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         if bound.arguments["is_main_process"]:
-            provenance.write(self, bound.arguments["save_directory"])
+            provenance.write(self, bound.arguments["save_directory"], self.active_adapters()[0])
         return result
 
     @functools.wraps(load)
     def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         from fourfold.adapters import provenance
 
+        init = None
         if peft_model_id is not None:
-            provenance.check(self, peft_model_id, **{**(kwargs.get("adapter_kwargs") or {}), **kwargs})
-        return load(self, peft_model_id, *args, **kwargs)
+            init = provenance.check(self, peft_model_id, **{**(kwargs.get("adapter_kwargs") or {}), **kwargs})
+        result = load(self, peft_model_id, *args, **kwargs)
+        name = load_signature.bind(self, peft_model_id, *args, **kwargs).arguments.get("adapter_name")
+        provenance.set_init(self, name or "default", init)
+        return result
 
     PreTrainedModel.save_pretrained = save_pretrained
     PreTrainedModel.load_adapter = load_adapter
