@@ -81,6 +81,13 @@ def _register_with_peft_models(_: Any) -> None:
     install_provenance()
 
 
+@wrapt.when_imported("peft.utils.hotswap")
+def _register_with_hotswap(_: Any) -> None:
+    from fourfold.adapters.patch import install_hotswap
+
+    install_hotswap()
+
+
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(

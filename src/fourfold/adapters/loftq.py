@@ -148,8 +148,8 @@ def _layers(model: nn.Module, adapter_name: str) -> list[ParamWrapper]:
     known = list(getattr(model, "peft_config", None) or {})
     if adapter_name not in known:
         raise AdapterError(
-            f"the model has no adapter {adapter_name!r}; it has {', '.join(known) or 'none'}. Call loftq_init "
-            "after get_peft_model, with the adapter's name"
+            f"the model has no adapter {adapter_name!r}; it has {', '.join(known) or 'none'}. Call "
+            "loftq_init after get_peft_model, with the adapter's name"
         )
     layers = [layer for layer in wrappers if adapter_name in layer.lora_A]
     if not layers:
@@ -164,8 +164,8 @@ def _layers(model: nn.Module, adapter_name: str) -> list[ParamWrapper]:
         held = [*tensors.values(), a_weight, b_weight]
         if any(tensor.is_meta or hasattr(tensor, "placements") for tensor in held):
             raise AdapterError(
-                f"{name} is offloaded or sharded, so its matrices cannot be read here; call loftq_init before "
-                "the model is distributed, with all of it on devices"
+                f"{name} is offloaded or sharded, so its matrices cannot be read here; call loftq_init "
+                "before the model is distributed, with all of it on devices"
             )
         if bool(b_weight.any()):
             raise AdapterError(
@@ -191,7 +191,8 @@ def _find_base(model: nn.Module, base: str | Path | None, any_base: bool) -> tup
     if base is None:
         if packed_from is None:
             raise AdapterError(
-                "the model does not say which checkpoint it was packed from; pass base= (a folder or a hub id)"
+                "the model does not say which checkpoint it was packed from; pass base= (a folder or a hub "
+                "id)"
             )
         base = packed_from.name
     folder = local_folder(base, described)

@@ -30,7 +30,6 @@ from fourfold.loading.places import Conversion, Places, Stored, find_places
 from fourfold.loading.raw import DTYPES, RawFile, read_numbers, read_raw
 from fourfold.loading.skeleton import build_skeleton, read_config
 
-BASE_WEIGHTS = ("original", "dequantized")
 _COMPARED = 2**22  # numbers at a time
 _LINEARS_BLOCKSIZE = 64  # bitsandbytes' own
 
@@ -144,8 +143,9 @@ def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_b
         CheckpointError: the base is packed, quantized, damaged or lacks a tensor.
         ConfigurationError: ``base_weights`` is none of the two.
     """
-    if base_weights not in BASE_WEIGHTS:
-        raise ConfigurationError(f"base_weights={base_weights!r}; valid are {', '.join(BASE_WEIGHTS)}")
+    if base_weights not in provenance.BASE_WEIGHTS:
+        valid = ", ".join(provenance.BASE_WEIGHTS)
+        raise ConfigurationError(f"base_weights={base_weights!r}; valid are {valid}")
     loaded = Adapter(adapter)
     stored = provenance.read(loaded.folder)
     if stored is None and base_weights == "dequantized":
@@ -156,7 +156,6 @@ def make_plan(base: str | Path, adapter: str | Path, base_weights: str, *, any_b
     if base_weights == "original":
         provenance.refuse_on_original(
             loaded.folder,
-            stored,
             "merge into what it was trained on: --base-weights dequantized (base_weights='dequantized')",
         )
     folder = local_folder(base, stored)

@@ -27,6 +27,7 @@ from fourfold.version import __version__
 
 FILE = "fourfold.json"
 VERSION = 1
+BASE_WEIGHTS = ("original", "dequantized")  # what an adapter is put on elsewhere
 LOFTQ = "loftq"  # how an adapter began: with an approximation of what packing lost; else None
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _checked: ContextVar[bool] = ContextVar("fourfold_checks_the_base", default=True)
@@ -169,13 +170,31 @@ def init_of(model: nn.Module, adapter_name: str) -> str | None:
     return next((init for init in found if init is not None), None)
 
 
-def refuse_on_original(folder: str | Path, stored: Mapping[str, Any] | None, way_out: str) -> None:
+def stored_init(folder: str | Path) -> str | None:
+    """How an adapter began, as its ``fourfold.json`` says, whatever else that does not say.
+
+    Raises:
+        AdapterError: the file is no JSON object, or names a way of beginning that is not known.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        init = dict(json.loads(path.read_text(encoding="utf-8"))).get("init")
+        if init not in (None, LOFTQ):
+            raise ValueError(f"init {init!r}; this release knows {LOFTQ}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be understood ({error}); copy the adapter again") from error
+    return None if init is None else LOFTQ
+
+
+def refuse_on_original(folder: str | Path, way_out: str) -> None:
     """For whatever puts an adapter on the original weights.
 
     Raises:
         AdapterError: it began with what packing lost, which those weights still have.
     """
-    if stored is not None and stored["init"] == LOFTQ:
+    if stored_init(folder) == LOFTQ:
         raise AdapterError(
             f"{folder} began with what packing had taken from the weights (init: loftq), so on the original "
             f"ones that would be there twice; {way_out}"
@@ -242,7 +261,7 @@ def _check_unpacked(model: nn.Module, folder: Path) -> None:
     stored = _parse(folder / FILE)
     origin = Origin.from_dict(stored["base"], FILE)
     if origin is not None and origin.name == getattr(base, "name_or_path", None):
-        refuse_on_original(folder, stored, "load the model packed, or call `fourfold.dequantize` on it")
+        refuse_on_original(folder, "load the model packed, or call `fourfold.dequantize` on it")
 
 
 def _find(folder: str | Path, **hub: Any) -> Path | None:
