@@ -184,9 +184,7 @@ def rounded(kind: str, folder: Path, way: str) -> Rounded:
 def stock_reads(model: torch.nn.Module) -> Iterator[None]:
     """Stock's own sums, also where a parent reads the parameters (stock has no answer to that: dbrx)."""
     stock = [m for m in model.modules() if type(m) is StockParamWrapper]
-    read = [
-        m for m in stock if type(m.get_base_layer()).__name__ == "DbrxExpertGLU" and not m.disable_adapters
-    ]
+    read = [m for m in stock if type(m.get_base_layer()).__name__ == "DbrxExpertGLU"]
     with contextlib.ExitStack() as stack:
         if read:
             plain = torch.nn.Module.__getattr__
