@@ -18,6 +18,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.helpers import rescale_adapter_scale
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from transformers import PretrainedConfig, PreTrainedModel
 
 import fourfold
@@ -229,6 +230,46 @@ def test_transformers_mixin_loads_every_way(low_memory: bool, trainable: bool, t
     assert not any(p.is_meta for p in model.parameters())
     assert {p.requires_grad for n, p in model.named_parameters() if "lora_" in n} == {trainable}
     assert torch.equal(logits(model), logits(PeftModel.from_pretrained(both.packed(), adapter)))
+
+
+SWAPPED: list[dict[str, Any]] = [
+    {"r": 2},
+    {"r": 9},
+    {"use_rslora": True, "r": 3},
+    {"rank_pattern": {"model.layers.0.mlp.experts.gate_up_proj": 3}, "r": 5},
+    {"rank_pattern": {"model.layers.0.mlp.experts.gate_up_proj": 8}, "r": 5},
+    {"alpha_pattern": {"model.layers.1.mlp.experts.down_proj": 19}, "r": 3},
+    {"target_modules": ["q_proj"]},
+]
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "prepared"])
+@pytest.mark.parametrize("changes", SWAPPED, ids=str)
+def test_hotswapping_another_rank_or_scaling(changes: dict[str, Any], packed: bool, tmp_path: Path) -> None:
+    """PEFT alone mixes up experts where the rank falls, and takes the wrong scaling with patterns."""
+    both = Both("qwen3_moe", tmp_path / "model")
+    same = {key: value for key, value in changes.items() if key in ("use_rslora", "alpha_pattern")}
+    first = both.saved(tmp_path / "a", 1, **same)  # (PEFT refuses to change these)
+    second = both.saved(tmp_path / "b", 2, **changes)
+
+    def fresh() -> PreTrainedModel:
+        return both.packed() if packed else fourfold.prepare(both.plain(), gradient_checkpointing=False)
+
+    wanted = logits(PeftModel.from_pretrained(fresh(), second))
+    model = PeftModel.from_pretrained(fresh(), first)
+    hotswap_adapter(model, second, adapter_name="default", torch_device="cpu")
+    assert relative(logits(model), wanted) < 1e-6
+    hotswap_adapter(model, first, adapter_name="default", torch_device="cpu")  # and back
+    assert relative(logits(model), logits(PeftModel.from_pretrained(fresh(), first))) < 1e-6
+
+
+def test_preparing_for_compiled_hotswaps_is_refused_by_peft(tmp_path: Path) -> None:
+    """As on stock's: it asks every layer for a `weight`."""
+    both = Both("qwen3_moe", tmp_path / "model")
+    for model in (both.packed(), both.plain()):
+        wrapped = get_peft_model(model, both.config(model, target_modules=None))
+        with pytest.raises(AttributeError, match="weight"):
+            prepare_model_for_compiled_hotswap(wrapped, target_rank=8)
 
 
 def test_transformers_mixin_hotswaps(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ TRL, a loop of one's own) calls the first of them directly. Stock's arguments an
 `from_pretrained` is asked as well as `load_adapter`, which it calls, because by then it has put its wrappers
 into the model.
 
-`peft.utils.hotswap` reads an adapter's folder by itself, so it is asked as well.
+`peft.utils.hotswap` reads an adapter's folder by itself, so it is asked as well; and what it does to flat factors of
+another rank is made right there (`adapters.hotswap`).
 
 No issue of PEFT asks for a registry of wrappers yet (up to 0.21); with one, the first piece ends, and the
 second can become a method of what is registered.
@@ -150,7 +151,8 @@ _SWAPPED_IN: ContextVar[tuple[Any, dict[str, Any]] | None] = ContextVar("_SWAPPE
 
 
 def install_hotswap() -> None:
-    """``fourfold.json`` of an adapter whose numbers are put into the place of another's; once.
+    """``fourfold.json`` of an adapter whose numbers are put into the place of another's, and ranks and
+    scalings of experts (`adapters.hotswap`); once.
 
     The two functions that `hotswap_adapter` is made of, and not itself: a program may have imported that
     before.
@@ -171,14 +173,18 @@ def install_hotswap() -> None:
     @functools.wraps(swap)
     def hotswap_adapter_from_state_dict(*args: Any, **kwargs: Any) -> Any:
         from fourfold.adapters import provenance
+        from fourfold.adapters.hotswap import set_scaling, widened
 
         source, init = _SWAPPED_IN.get(), None
         _SWAPPED_IN.set(None)
         given = signature.bind(*args, **kwargs).arguments
+        model, name = given["model"], given["adapter_name"]
         if source is not None:
-            init = provenance.check(given["model"], source[0], **source[1])
-        result = swap(*args, **kwargs)
-        provenance.set_init(given["model"], given["adapter_name"], init)
+            init = provenance.check(model, source[0], **source[1])
+        given["state_dict"] = widened(model, given["state_dict"], name)
+        result = swap(**given)
+        set_scaling(model, name, given["config"])
+        provenance.set_init(model, name, init)
         return result
 
     setattr(hotswap_adapter_from_state_dict, _MARK, True)
