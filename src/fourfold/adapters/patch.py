@@ -15,8 +15,8 @@ TRL, a loop of one's own) calls the first of them directly. Stock's arguments an
 `from_pretrained` is asked as well as `load_adapter`, which it calls, because by then it has put its wrappers
 into the model.
 
-`peft.utils.hotswap` reads an adapter's folder by itself, so it is asked as well; and what it does to flat factors of
-another rank is made right there (`adapters.hotswap`).
+`peft.utils.hotswap` reads an adapter's folder by itself, so it is asked as well; and what it does to flat
+factors of another rank is made right there (`adapters.hotswap`).
 
 No issue of PEFT asks for a registry of wrappers yet (up to 0.21); with one, the first piece ends, and the
 second can become a method of what is registered.
