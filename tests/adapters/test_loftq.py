@@ -15,9 +15,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import fourfold
 import tiny
+from fourfold.adapters import loftq
 from fourfold.adapters.low_rank_fit import EXACT, fit, fit_stacked
 from fourfold.errors import AdapterError, CheckpointError
 from fourfold.experts import find_experts
+from fourfold.kernels.decode import decode
+from fourfold.loading import matrices
+from fourfold.loading.raw import read_numbers
 from parity import lora
 from tiny import logits
 
@@ -107,6 +111,27 @@ def test_reads_every_layout_of_files(kind: str, layout: str, tmp_path: Path) -> 
         fourfold.loftq_init(model)
         found.append(deltas(model))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "dbrx"])
+@pytest.mark.parametrize("original", [True, False])
+def test_one_matrix_is_read_at_a_time(
+    kind: str, original: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.save(KINDS[kind](), tmp_path, save_original_format=original)
+    model, read, decoded = begun(tmp_path), [], []
+    layout = find_layout(model)
+    monkeypatch.setattr(matrices, "read_numbers", lambda *args: read.append(args[1]) or read_numbers(*args))
+    monkeypatch.setattr(
+        loftq, "decode", lambda stack, dtype: decoded.append(stack.shape.experts) or decode(stack, dtype)
+    )
+    fourfold.loftq_init(model)
+    assert max(read) <= max(p.shape.rows * p.shape.columns for p in layout.projections)
+    assert set(decoded) == {1}
+
+
+def find_layout(model: PeftModel) -> Any:
+    return next(find_experts(model)).layout
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
