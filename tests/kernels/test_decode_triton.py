@@ -36,4 +36,11 @@ def test_equals_the_torch_decoder(fmt: PackFormat, columns: int, dtype: torch.dt
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stack = PackedStack.empty(fmt, StackShape(3, 40, columns, parts=2), device)
     pack_stack(stack, torch.randn(3, 40, columns, device=device), "w")
-    assert torch.equal(decode_triton(stack, dtype), rounded(decode_stack(stack, torch.float32), dtype))
+    wanted = rounded(decode_stack(stack, torch.float32), dtype)
+    for extra_rows, extra_columns in ((0, 0), (8, 0), (0, 70)):
+        row = -(-columns // fmt.blocksize) * fmt.blocksize if fmt.is_4bit else columns
+        out_ENs = torch.full((3, 40 + extra_rows, row + extra_columns), 7.0, dtype=dtype, device=device)
+        decode_triton(stack, out_ENs)
+        assert torch.equal(out_ENs[:, :40, :columns], wanted)
+        assert bool((out_ENs[:, 40:] == 7).all())
+        assert bool((out_ENs[..., row:] == 7).all())

@@ -19,7 +19,8 @@ import torch
 
 from fourfold.errors import UnsupportedExpertsError
 from fourfold.experts.shapes import ExpertsLayout, Projection
-from fourfold.kernels import LowRank, Routing, combine, dispatch, packed_linear, route
+from fourfold.formats import PackedStack
+from fourfold.kernels import LowRank, Routing, combine, dispatch, layer, packed_linear, route
 
 if TYPE_CHECKING:
     from fourfold.experts.packed import PackedExperts
@@ -34,6 +35,35 @@ def compute_dtype(module: PackedExperts | PlainExperts, hidden_states: torch.Ten
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return module.fourfold_dtype
+
+
+def is_plain_silu(module: PackedExperts | PlainExperts, layout: ExpertsLayout) -> bool:
+    """Whether the experts are ``down(silu(gate(x)) * up(x))``, nothing added: what `kernels.layer` computes.
+
+    The gate is the module's own, so it is tried: on numbers of every size (some models clamp them) it must
+    give what that formula gives.
+    """
+    if (
+        not (layout.has_gate and layout.is_concatenated)
+        or layout.has_post_expert_norm
+        or layout.up.bias is not None
+        or layout.down.bias is not None
+    ):
+        return False
+    parts = (module.act_fn, type(module)._apply_gate)
+    tried, answer = module._fourfold_gate_tried
+    if tried is None or any(a is not b for a, b in zip(tried, parts, strict=True)):
+        sizes = torch.logspace(-4, 4, 33, device="cpu")
+        gate, up = torch.cartesian_prod(torch.cat([-sizes, sizes]), torch.cat([-sizes, sizes])).unbind(1)
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                found = module._apply_gate(torch.stack([gate, gate, up, up], dim=1))
+                wanted = (torch.nn.functional.silu(gate) * up).unsqueeze(1).expand(-1, 2)
+                answer = torch.allclose(found, wanted, rtol=1e-5, atol=1e-20)
+        except Exception:  # a gate that wants something else
+            answer = False
+        module._fourfold_gate_tried = (parts, answer)
+    return answer
 
 
 def _project(
@@ -72,6 +102,24 @@ def routed_forward(
         return torch.zeros_like(hidden_states)
     dtype = compute_dtype(module, hidden_states)
     routing = route(top_k_index, layout.num_experts)
+    up, down = module.stack(layout.up), module.stack(layout.down)
+    if (
+        isinstance(up, PackedStack)
+        and isinstance(down, PackedStack)
+        and layer.runs_on(hidden_states.device, dtype)
+        and is_plain_silu(module, layout)
+    ):
+        return layer.silu_experts(
+            hidden_states,
+            top_k_weights,
+            routing,
+            up,
+            down,
+            low_rank.get(layout.up.name),
+            low_rank.get(layout.down.name),
+            compute_dtype=dtype,
+            workspace_bytes=module.workspace_bytes,
+        )
     x_SH = dispatch(hidden_states.to(dtype), routing)
     up_SN = _project(module, layout.up, x_SH, routing, low_rank.get(layout.up.name))
     act_SI = module._apply_gate(up_SN) if layout.has_gate else module.act_fn(up_SN)

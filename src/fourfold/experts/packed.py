@@ -122,6 +122,7 @@ def prepare_module_(
     assert isinstance(module, PackedExperts)
     module.fourfold_name, module.fourfold_layout, module.fourfold_format = name, layout, fmt
     module.fourfold_dtype, module.compute_dtype, module.workspace_bytes = dtype, compute_dtype, None
+    module._fourfold_gate_tried = (None, False)  # see `experts.forward.is_plain_silu`
     # transformers initialises what a checkpoint lacks, with normal numbers; on packed bytes that is an error
     # from the inside of torch. The loader's own check names what is missing.
     module._is_hf_initialized = True
@@ -200,6 +201,7 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
     for attribute in (
         "fourfold_name",
         "fourfold_layout",
+        "_fourfold_gate_tried",
         "fourfold_format",
         "fourfold_dtype",
         "compute_dtype",

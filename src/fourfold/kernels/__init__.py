@@ -4,6 +4,7 @@
 - `decode`: a packed stack into a workspace (Triton on CUDA, plain torch elsewhere).
 - `grouped`: grouped matrix products on decoded weights.
 - `linear`: the product over packed weights with its low-rank addition, forward and backward.
+- `layer`: a whole layer of the common kind in one differentiable step, on CUDA.
 - `reference`: the same in a plain loop over experts, as oracle.
 """
 

@@ -30,8 +30,12 @@ def _decode_4bit_kernel(
     map_ptr,
     out_ptr,
     n_blocks,
+    blocks_per_row,
     blocks_per_part,
     groups_per_part,
+    rows,
+    extra_rows,
+    stride,
     DOUBLE_QUANT: tl.constexpr,
     GROUP: tl.constexpr,
     HALF: tl.constexpr,
@@ -51,40 +55,58 @@ def _decode_4bit_kernel(
     packed = tl.load(data_ptr + byte, mask=live[:, None], other=0).to(tl.int32)
     first = tl.load(codes_ptr + (packed >> 4)) * absmax[:, None]
     second = tl.load(codes_ptr + (packed & 15)) * absmax[:, None]
-    element = block[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    row = block // blocks_per_row
+    first_element = (row + row // rows * extra_rows) * stride + (block - row * blocks_per_row) * (2 * HALF)
+    element = first_element[:, None] + tl.arange(0, 2 * HALF)[None, :]
     tl.store(out_ptr + element, tl.interleave(first, second).to(out_ptr.dtype.element_ty), mask=live[:, None])
 
 
 @triton.jit
-def _decode_int8_kernel(data_ptr, absmax_ptr, out_ptr, columns, STEP: tl.constexpr, TILE: tl.constexpr):
+def _decode_int8_kernel(
+    data_ptr,
+    absmax_ptr,
+    out_ptr,
+    columns,
+    rows,
+    extra_rows,
+    stride,
+    STEP: tl.constexpr,
+    TILE: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     live = column < columns
     code = tl.load(data_ptr + row * columns + column, mask=live, other=0).to(tl.float32)
     value = code * tl.load(absmax_ptr + row) * STEP
-    tl.store(out_ptr + row * columns + column, value.to(out_ptr.dtype.element_ty), mask=live)
+    out = out_ptr + (row + row // rows * extra_rows) * stride
+    tl.store(out + column, value.to(out_ptr.dtype.element_ty), mask=live)
 
 
-def decode_triton(stack: PackedStack, dtype: torch.dtype) -> torch.Tensor:
-    """As `fourfold.formats.decode_stack`, in one kernel."""
+def decode_triton(stack: PackedStack, out_ENs: torch.Tensor) -> None:
+    """Decode into ``out_ENs`` ``[E, N or more, s]``, contiguous; s: at least the columns in whole blocks.
+
+    The columns past K (a row's padding) and the rows past N are left undefined.
+    """
     fmt, shape, device = stack.fmt, stack.shape, stack.data.device
     E, N, K = shape.experts, shape.rows, shape.columns
+    extra_rows, stride = out_ENs.shape[1] - N, out_ENs.shape[2]
     if not fmt.is_4bit:
-        out_ENK = torch.empty(E, N, K, dtype=dtype, device=device)
         tile = min(2048, triton.next_power_of_2(K))
         with torch.cuda.device_of(stack.data):  # Triton launches on the current device
             _decode_int8_kernel[(E * N, triton.cdiv(K, tile))](
                 stack.data,
                 stack.absmax.view(torch.float32),
-                out_ENK,
+                out_ENs,
                 K,
+                N,
+                extra_rows,
+                stride,
                 STEP=INT8_STEP,
                 TILE=tile,
                 enable_fp_fusion=False,
             )
-        return out_ENK
+        return
     B = shape.blocks(fmt)
-    out_ENKp = torch.empty(E, N, B * fmt.blocksize, dtype=dtype, device=device)
     n_blocks = E * N * B
     half = fmt.blocksize // 2
     tile = max(1, 2048 // half)
@@ -106,14 +128,17 @@ def decode_triton(stack: PackedStack, dtype: torch.dtype) -> torch.Tensor:
             offset,
             codes,
             code_map,
-            out_ENKp,
+            out_ENs,
             n_blocks,
+            B,
             N // shape.parts * B,
             groups,
+            N,
+            extra_rows,
+            stride,
             DOUBLE_QUANT=fmt.double_quant,
             GROUP=ABSMAX_GROUP,
             HALF=half,
             TILE=tile,
             enable_fp_fusion=False,
         )
-    return out_ENKp[..., :K]

@@ -58,6 +58,17 @@ def grouped_rows(x_SK: torch.Tensor, w_EKN: torch.Tensor, offsets_E: torch.Tenso
     return y_SN
 
 
+def add_grouped_rows_(
+    y_SN: torch.Tensor, x_SK: torch.Tensor, w_EKN: torch.Tensor, offsets_E: torch.Tensor
+) -> torch.Tensor:
+    """``y[s] += x[s] @ w[e(s)]`` in place; in the loop the product is not rounded before it is added."""
+    if uses_native(x_SK, w_EKN):
+        return y_SN.add_(_native_grouped_mm(x_SK, w_EKN, offsets_E))
+    for expert, start, stop in _groups(offsets_E):
+        y_SN[start:stop].addmm_(x_SK[start:stop], w_EKN[expert])
+    return y_SN
+
+
 def grouped_outer(x_SM: torch.Tensor, y_SN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
     """``out[e] = x[rows of e].T @ y[rows of e]``, ``[E, M, N]``; zero for a group without rows."""
     if uses_native(x_SM, y_SN):

@@ -10,6 +10,11 @@ gradient), ``x A^T`` and the factors.
 
     dx = dy W + (dy B) A        dA = (dy B)^T x        dB = dy^T (x A^T)        per expert
 
+The two terms of y, and of dx, are one product: ``[x, x A^T] [W, B]^T`` and ``[dy, dy B] [W; A]``. W is
+decoded into a workspace with room for the factors, the rows have room for their low-rank columns. So the sum
+is taken in the product's fp32 accumulators and rounded once, and no pass over ``[S, N]`` is made for it.
+(Unquantized weights lie where they are; there the terms are added.)
+
 Workspace: by default one projection of the whole layer on CUDA, one launch and no host synchronisation; on a
 CPU one expert at a time. A smaller ``workspace_bytes`` on CUDA works through the experts in chunks and reads
 the offsets on the host (one synchronisation a product).
@@ -27,8 +32,8 @@ import torch
 
 from fourfold.formats import PackedStack
 from fourfold.formats.plain import PlainStack
-from fourfold.kernels.decode import decode
-from fourfold.kernels.grouped import RANK_MULTIPLE, grouped_outer, grouped_rows
+from fourfold.kernels.decode import ROW_MULTIPLE, decode, decode_wide
+from fourfold.kernels.grouped import RANK_MULTIPLE, add_grouped_rows_, grouped_outer, grouped_rows
 
 
 @dataclass(frozen=True)
@@ -71,29 +76,97 @@ def _chunks(
             yield _Chunk(start, stop, slice(ends[start], ends[stop]))
 
 
-def _base_product(
+def empty_rows(like: torch.Tensor, rows: int, columns: int, extra: int) -> torch.Tensor:
+    """Uninitialised rows with room for ``extra`` columns behind ``columns``."""
+    return like.new_empty(rows, columns + extra + -(columns + extra) % ROW_MULTIPLE)
+
+
+def _matrices(
+    stack: PackedStack | PlainStack,
+    dtype: torch.dtype,
+    factor: torch.Tensor | None,
+    *,
+    transposed: bool,
+) -> torch.Tensor:
+    """What rows are multiplied with: ``[E, K (+ R), N]``, or transposed ``[E, N (+ R), K]``."""
+    if factor is None or isinstance(stack, PlainStack):
+        w_ENK = decode(stack, dtype)
+        return w_ENK if transposed else w_ENK.transpose(1, 2)
+    N, K = stack.shape.rows, stack.shape.columns
+    if transposed:
+        w_EnK = decode_wide(stack, dtype, extra_rows=factor.shape[1])[..., :K]
+        w_EnK[:, N:] = factor
+        return w_EnK
+    R = factor.shape[2]
+    w_ENk = decode_wide(stack, dtype, extra_columns=R)[..., : K + R]
+    w_ENk[..., K:] = factor
+    return w_ENk.transpose(1, 2)
+
+
+def product(
     x_SK: torch.Tensor,
+    stack: PackedStack | PlainStack,
+    offsets_E: torch.Tensor,
+    limit: int | None,
+    factor: torch.Tensor | None = None,
+    *,
+    transposed: bool,
+) -> torch.Tensor:
+    """``x W^T`` (forward) or, transposed, ``dy W`` (gradient of the input).
+
+    With a factor (B ``[E, N, R]``; transposed, A ``[E, R, K]``) the rows hold R low-rank columns as well.
+    """
+    out: torch.Tensor | None = None
+    for chunk in _chunks(stack, x_SK.dtype, offsets_E, limit):
+        if chunk.rows is None:
+            return grouped_rows(x_SK, _matrices(stack, x_SK.dtype, factor, transposed=transposed), offsets_E)
+        experts = slice(chunk.start, chunk.stop)
+        w = _matrices(
+            stack.experts(chunk.start, chunk.stop),
+            x_SK.dtype,
+            None if factor is None else factor[experts],
+            transposed=transposed,
+        )
+        if out is None:
+            out = x_SK.new_empty(x_SK.shape[0], w.shape[2])
+        out[chunk.rows] = grouped_rows(x_SK[chunk.rows], w, offsets_E[experts] - chunk.rows.start)
+        del w  # else two chunks would be decoded at a time
+    if out is None:  # no rows at all
+        width = stack.shape.columns if transposed else stack.shape.rows
+        return x_SK.new_empty(x_SK.shape[0], width)
+    return out
+
+
+def _with_low_rank(
+    x_SK: torch.Tensor,
+    inner: torch.Tensor,
+    outer: torch.Tensor,
     stack: PackedStack | PlainStack,
     offsets_E: torch.Tensor,
     limit: int | None,
     *,
     transposed: bool,
-) -> torch.Tensor:
-    """``x W^T`` (forward) or, transposed, ``dy W`` (gradient of the input)."""
-    out: torch.Tensor | None = None
-    for chunk in _chunks(stack, x_SK.dtype, offsets_E, limit):
-        w_ENK = decode(stack.experts(chunk.start, chunk.stop) if chunk.rows else stack, x_SK.dtype)
-        w = w_ENK if transposed else w_ENK.transpose(1, 2)
-        if chunk.rows is None:
-            return grouped_rows(x_SK, w, offsets_E)
-        if out is None:
-            out = x_SK.new_empty(x_SK.shape[0], w.shape[2])
-        ends = offsets_E[chunk.start : chunk.stop] - chunk.rows.start
-        out[chunk.rows] = grouped_rows(x_SK[chunk.rows], w, ends)
-    if out is None:  # no rows at all
-        width = stack.shape.columns if transposed else stack.shape.rows
-        return x_SK.new_empty(x_SK.shape[0], width)
-    return out
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``x W^T + (x A^T) B^T``, or transposed ``dy W + (dy B) A``.
+
+    Args:
+        inner: what ``x_SK`` is multiplied with first, ``[E, K, R]``.
+        outer: the factor that leads to the result.
+
+    Returns:
+        The sum, ``x inner`` ``[S, R]``, and the rows again (where they lie now).
+    """
+    K, R = x_SK.shape[1], inner.shape[2]
+    h_SR = grouped_rows(x_SK, inner, offsets_E)
+    if isinstance(stack, PlainStack):
+        y = product(x_SK, stack, offsets_E, limit, transposed=transposed)
+        outer_ERN = outer if transposed else outer.transpose(1, 2)
+        return add_grouped_rows_(y, h_SR, outer_ERN, offsets_E), h_SR, x_SK
+    wide_Ss = empty_rows(x_SK, len(x_SK), K, R)
+    wide_Ss[:, :K] = x_SK
+    wide_Ss[:, K : K + R] = h_SR
+    y = product(wide_Ss[:, : K + R], stack, offsets_E, limit, outer, transposed=transposed)
+    return y, h_SR, wide_Ss[:, :K]
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -108,12 +181,15 @@ class _PackedLinear(torch.autograd.Function):
         limit: int | None,
     ) -> torch.Tensor:
         ctx.stack, ctx.limit = stack, limit
+        h_SR = None
         with torch.autocast(x_SK.device.type, enabled=False):
-            y_SN = _base_product(x_SK, stack, offsets_E, limit, transposed=False)
-            h_SR = None
-            if a_ERK is not None and b_ENR is not None:
-                h_SR = grouped_rows(x_SK, a_ERK.transpose(1, 2), offsets_E)
-                y_SN.add_(grouped_rows(h_SR, b_ENR.transpose(1, 2), offsets_E))
+            if a_ERK is None or b_ENR is None:
+                y_SN = product(x_SK, stack, offsets_E, limit, transposed=False)
+            else:
+                inner_EKR = a_ERK.transpose(1, 2)
+                y_SN, h_SR, x_SK = _with_low_rank(
+                    x_SK, inner_EKR, b_ENR, stack, offsets_E, limit, transposed=False
+                )
         keep_x = ctx.needs_input_grad[1]
         keep_h = ctx.needs_input_grad[2]
         ctx.save_for_backward(x_SK if keep_x else None, h_SR if keep_h else None, a_ERK, b_ENR, offsets_E)
@@ -126,17 +202,33 @@ class _PackedLinear(torch.autograd.Function):
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
         grad_x = grad_a = grad_b = grad_h_SR = None
         with torch.autocast(grad_SN.device.type, enabled=False):
-            if b_ENR is not None and (needs_x or needs_a):
+            if needs_x and b_ENR is not None:
+                grad_x, grad_h_SR, _ = _with_low_rank(
+                    grad_SN, b_ENR, a_ERK, ctx.stack, offsets_E, ctx.limit, transposed=True
+                )
+            elif needs_x:
+                grad_x = product(grad_SN, ctx.stack, offsets_E, ctx.limit, transposed=True)
+            elif needs_a:
                 grad_h_SR = grouped_rows(grad_SN, b_ENR, offsets_E)
-            if needs_x:
-                grad_x = _base_product(grad_SN, ctx.stack, offsets_E, ctx.limit, transposed=True)
-                if grad_h_SR is not None:
-                    grad_x.add_(grouped_rows(grad_h_SR, a_ERK, offsets_E))
             if needs_a:
                 grad_a = grouped_outer(grad_h_SR, x_SK, offsets_E)
             if needs_b:
                 grad_b = grouped_outer(grad_SN, h_SR, offsets_E)
         return grad_x, grad_a, grad_b, None, None, None
+
+
+def padded_factors(
+    low_rank: LowRank | None, like: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Both factors in the dtype of ``like``, of a rank that products take on its device (zeros added)."""
+    if low_rank is None:
+        return None, None
+    a_ERK, b_ENR = low_rank.a_ERK.to(like.dtype), low_rank.b_ENR.to(like.dtype)
+    padding = -a_ERK.shape[1] % RANK_MULTIPLE if like.is_cuda else 0
+    if padding:
+        a_ERK = torch.nn.functional.pad(a_ERK, (0, 0, 0, padding))
+        b_ENR = torch.nn.functional.pad(b_ENR, (0, padding))
+    return a_ERK.contiguous(), b_ENR.contiguous()
 
 
 def packed_linear(
@@ -159,12 +251,5 @@ def packed_linear(
     Returns:
         ``[S, N]`` in the dtype of ``x_SK``.
     """
-    a_ERK = b_ENR = None
-    if low_rank is not None:
-        a_ERK, b_ENR = low_rank.a_ERK.to(x_SK.dtype), low_rank.b_ENR.to(x_SK.dtype)
-        padding = -a_ERK.shape[1] % RANK_MULTIPLE if x_SK.is_cuda else 0
-        if padding:
-            a_ERK = torch.nn.functional.pad(a_ERK, (0, 0, 0, padding))
-            b_ENR = torch.nn.functional.pad(b_ENR, (0, padding))
-        a_ERK, b_ENR = a_ERK.contiguous(), b_ENR.contiguous()
+    a_ERK, b_ENR = padded_factors(low_rank, x_SK)
     return _PackedLinear.apply(x_SK, a_ERK, b_ENR, stack, offsets_E, workspace_bytes)

@@ -45,7 +45,7 @@ def route(top_k_index_Tk: torch.Tensor, num_experts: int) -> Routing:
     return Routing(order_S, position_S.view(top_k_index_Tk.shape), expert_S.int(), offsets_E)
 
 
-def _sum_rows(
+def sum_rows(
     rows_SH: torch.Tensor, position_Tk: torch.Tensor, weights_Tk: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """``out[t] = sum_j weights[t, j] * rows[position[t, j]]``, summed in fp32, ``[T, H]`` in ``dtype``."""
@@ -68,7 +68,7 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_SH: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _sum_rows(grad_SH.contiguous(), ctx.routing.position_Tk, None, grad_SH.dtype), None
+        return sum_rows(grad_SH.contiguous(), ctx.routing.position_Tk, None, grad_SH.dtype), None
 
 
 class _Combine(torch.autograd.Function):
@@ -78,7 +78,7 @@ class _Combine(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.routing = routing
         ctx.save_for_backward(rows_SH, weights_Tk)
-        return _sum_rows(rows_SH, routing.position_Tk, weights_Tk, dtype)
+        return sum_rows(rows_SH, routing.position_Tk, weights_Tk, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
