@@ -16,6 +16,7 @@ from fourfold.version import __version__
 
 if TYPE_CHECKING:
     from fourfold.adapters.export import export
+    from fourfold.adapters.loftq import loftq_init
     from fourfold.adapters.merge import merge
     from fourfold.adapters.merge_report import MergedCheckpoint
     from fourfold.experts.layout import expert_targets
@@ -35,6 +36,7 @@ __all__ = [
     "errors",
     "expert_targets",
     "export",
+    "loftq_init",
     "merge",
     "prepare",
     "verify",
@@ -49,6 +51,7 @@ _WHERE = {
     "enable": "fourfold.loading.enable",
     "expert_targets": "fourfold.experts.layout",
     "export": "fourfold.adapters.export",
+    "loftq_init": "fourfold.adapters.loftq",
     "merge": "fourfold.adapters.merge",
     "prepare": "fourfold.loading.prepare",
     "verify": "fourfold.planning.report",
@@ -76,6 +79,13 @@ def _register_with_peft_models(_: Any) -> None:
     from fourfold.adapters.patch import install_provenance
 
     install_provenance()
+
+
+@wrapt.when_imported("peft.utils.hotswap")
+def _register_with_hotswap(_: Any) -> None:
+    from fourfold.adapters.patch import install_hotswap
+
+    install_hotswap()
 
 
 def __getattr__(name: str) -> Any:

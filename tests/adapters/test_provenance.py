@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
@@ -242,3 +243,15 @@ def test_stock_peft_reads_what_lies_beside(original: Path, tmp_path: Path) -> No
     (bare / "fourfold.json").unlink()
     answers = [tiny.logits(PeftModel.from_pretrained(tiny.load(original), str(f))) for f in (out, bare)]
     assert torch.equal(*answers)
+
+
+def test_hotswapping_compares_the_base_as_well(original: Path, tmp_path: Path) -> None:
+    model = with_lora(tiny.load(original, **NF4))
+    wrong = adapter(original, tmp_path / "wrong", experts_quant_type="fp4")
+    before = tiny.logits(model)
+    with pytest.raises(AdapterError, match="packed as FP4"):
+        hotswap_adapter(model, str(wrong), adapter_name="default", torch_device="cpu")
+    assert torch.equal(tiny.logits(model), before)
+    right = adapter(original, tmp_path / "right", **NF4)
+    hotswap_adapter(model, str(right), adapter_name="default", torch_device="cpu")
+    assert not torch.equal(tiny.logits(model), before)

@@ -65,6 +65,7 @@ def copied(trained: tuple[RunResult, str], tmp_path: Path, step: int = 4) -> Pat
         ({"base_model": "another"}, "base_model"),
         ({"lora_r": 4}, r"lora_r \(8 there\)"),
         ({"lora_alpha": 8}, r"lora_alpha \(16 there\)"),
+        ({"peft_init_lora_weights": "loftq"}, r"peft_init_lora_weights \(True there\)"),
         ({"optimizer": "sgd"}, r"optimizer \(adamw_torch_fused there\)"),
         ({"learning_rate": 0.01}, r"learning_rate \(0.02 there\)"),
         ({"seed": 1}, r"seed \(42 there\)"),

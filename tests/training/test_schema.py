@@ -51,6 +51,7 @@ EVERY_KEY: dict[str, tuple[str, Any]] = {
     "lora_alpha": ("32", 32),
     "lora_target_modules": ("[q_proj, o_proj]", ["q_proj", "o_proj"]),
     "lora_target_parameters": ("[]", []),
+    "peft_init_lora_weights": ("gaussian", "gaussian"),
     "val_set_size": ("0.1", 0.1),
     "sequence_len": ("99", 99),
     "excess_length_strategy": ("truncate", "truncate"),
@@ -120,6 +121,7 @@ def test_a_null_where_a_value_is_needed(tmp_path: Path) -> None:
         ("save_steps: 2.5", "line 7, save_steps: 2.5 is no number of steps"),
         ("seed: 5000000000", "line 7, seed: 5000000000 should be less than 4294967296"),
         ("excess_length_strategy: cut", "line 7, excess_length_strategy: 'cut' is not one of 'drop'"),
+        ("peft_init_lora_weights: pissa", "line 7, peft_init_lora_weights: 'pissa' is not one of True, 'gau"),
         ("sequence_len: 1", "line 7, sequence_len: 1 should be greater than or equal to 8"),
     ],
 )
@@ -172,6 +174,21 @@ def test_a_wrong_value_is_named_with_line_and_remedy(tmp_path: Path, wrong: str,
             "quantize_moe_experts: true\nbnb_config_kwargs: {experts_quant_type: none}",
             "quantize_moe_experts",
             "contradicts bnb_config_kwargs.experts_quant_type: none",
+        ),
+        (
+            "quantize_moe_experts: false\npeft_init_lora_weights: loftq",
+            "peft_init_lora_weights",
+            "loftq begins with what packing the experts lost, and they are not packed",
+        ),
+        (
+            "adapter: lora\nload_in_4bit: false\npeft_init_lora_weights: loftq",
+            "peft_init_lora_weights",
+            "loftq begins with what packing the experts lost, and they are not packed",
+        ),
+        (
+            "lora_target_parameters: []\npeft_init_lora_weights: loftq",
+            "peft_init_lora_weights",
+            "loftq is of the experts' adapters, and lora_target_parameters is []. Drop one",
         ),
     ],
 )

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fourfold.adapters import provenance
 from fourfold.adapters.export_base import read_base
+from fourfold.adapters.export_initial import ON_ORIGINAL, read_initial, subtract_
 from fourfold.adapters.export_plan import Plan
 from fourfold.adapters.export_read import read_adapter
 from fourfold.adapters.export_source import GATE_UP, Source
@@ -72,6 +74,8 @@ def export(
     source_layout: str | None = None,
     gate_up: str | None = None,
     double_rank: bool = False,
+    base_weights: str = "original",
+    initial: str | Path | None = None,
     force: bool = False,
 ) -> Exported:
     """Write ``adapter`` in another layout.
@@ -86,6 +90,10 @@ def export(
             ``peft-0.18`` (0.17 to 0.19.0) or ``unsloth`` (before September 2026).
         gate_up: ``concatenated`` or ``interleaved``, where the base's configuration is not within reach.
         double_rank: to fused: accept a gate and an up of different A, at twice the rank.
+        base_weights: what the server holds: the ``original`` weights, or the ``dequantized`` ones, on which
+            alone adapters that began with `loftq_init` are right.
+        initial: folder of the same adapter as `loftq_init` left it, saved before training. What it adds is
+            taken off, at twice the rank, and the result belongs on original weights.
         force: replace the adapter at ``out``.
 
     Returns:
@@ -99,17 +107,25 @@ def export(
         raise AdapterError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
     if gate_up not in (None, *GATE_UP):
         raise AdapterError(f"gate_up={gate_up!r} is none of {', '.join(GATE_UP)}")
+    if base_weights not in provenance.BASE_WEIGHTS:
+        raise AdapterError(f"base_weights={base_weights!r} is none of {', '.join(provenance.BASE_WEIGHTS)}")
     source, target = Path(adapter).expanduser(), Path(out).expanduser()
     check_target(target, source, force)
     read = read_adapter(source)
     model = read_base(base, read.config.get("base_model_name_or_path"))
     placed = Source(read, model, source_layout, gate_up, double_rank)
+    began = None if initial is None else read_initial(source, initial, base_weights)
+    if began is not None:
+        subtract_(placed, Source(began, model, source_layout, gate_up, double_rank))
+    elif base_weights == "original":
+        provenance.refuse_on_original(source, ON_ORIGINAL)
     plan = Plan(placed)
     tensors, config = plan.per_expert() if layout == "per-expert" else plan.fused()
-    write_folder(target, source, tensors, config, force)
+    write_folder(target, source, tensors, config, force, ordinary=initial is not None)
     rank = max(int(config["r"]), *(int(r) for r in config["rank_pattern"].values()), 0)
-    if read.file is not None:
-        read.file.close()
+    for one in (read, began):
+        if one is not None and one.file is not None:
+            one.file.close()
     return Exported(
         folder=target,
         layout=layout,

@@ -13,10 +13,11 @@ import torch
 
 from fourfold.adapters.export_read import CONFIG, WEIGHTS
 from fourfold.adapters.factor_file import DTYPES, Stream
+from fourfold.adapters.provenance import FILE
 from fourfold.errors import AdapterError
 
 # What lies beside an adapter and stays true of it.
-_COMPANIONS = ("README.md", "fourfold.json")
+_COMPANIONS = ("README.md", FILE)
 
 
 def check_target(target: Path, source: Path, force: bool) -> None:
@@ -40,7 +41,13 @@ def check_target(target: Path, source: Path, force: bool) -> None:
 
 
 def write_folder(
-    target: Path, source: Path, tensors: Mapping[str, Stream], config: Mapping[str, Any], force: bool
+    target: Path,
+    source: Path,
+    tensors: Mapping[str, Stream],
+    config: Mapping[str, Any],
+    force: bool,
+    *,
+    ordinary: bool = False,
 ) -> None:
     """Write beside ``target`` and rename: what lies there is the old or the new adapter, never a part of one.
 
@@ -50,6 +57,7 @@ def write_folder(
         tensors: key -> tensor, in the order in which they are best read.
         config: adapter_config.json.
         force: replace what lies at ``target``.
+        ordinary: what the adapter began with has been taken off, and ``fourfold.json`` says so.
 
     Raises:
         AdapterError: nothing can be written there.
@@ -64,6 +72,9 @@ def write_folder(
         for name in _COMPANIONS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+        if ordinary:
+            said = json.loads((source / FILE).read_text(encoding="utf-8")) | {"init": None}
+            (folder / FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         # Sorted, as PEFT writes it; last, for without it nothing loads.
         text = json.dumps(dict(config), indent=2, sort_keys=True)
         (folder / CONFIG).write_text(text, encoding="utf-8")

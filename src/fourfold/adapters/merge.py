@@ -20,13 +20,13 @@ from typing import BinaryIO
 import torch
 
 from fourfold.adapters.merge_files import copy_other_files, inputs_of
-from fourfold.adapters.merge_plan import DTYPES, Block, MergePlan, Replacement, blocks_of, make_plan
+from fourfold.adapters.merge_plan import Block, MergePlan, Replacement, blocks_of, make_plan
 from fourfold.adapters.merge_report import MergedCheckpoint, Sums, Tally, find_warnings
 from fourfold.adapters.updates import Factors
 from fourfold.errors import CheckpointError
 from fourfold.experts.layout import name_suffix
 from fourfold.loading.places import Conversion, Stored
-from fourfold.loading.raw import RawFile, RawTensor, read_numbers
+from fourfold.loading.raw import DTYPES, RawFile, RawTensor, read_numbers, read_whole
 from fourfold.loading.workplace import check_target, finish, finished, workplace
 
 Progress = Callable[[int, int, str], None]
@@ -275,7 +275,7 @@ class _Writer:
 
     def _convert(self, conversion: Conversion) -> dict[str, torch.Tensor]:
         """Keys behind a conversion: over to the model's own tensors, the sum there, and back."""
-        stored = {tensor.key: _read_whole(tensor) for tensor in conversion.tensors}
+        stored = {tensor.key: read_whole(tensor) for tensor in conversion.tensors}
         dtypes = {value.dtype for value in stored.values()}
         tensors = conversion.to_model(stored)
         back = conversion.to_files(tensors)
@@ -311,13 +311,6 @@ class _Writer:
                 delta = left[block.first_row : block.first_row + block.rows] @ right
             out.view(rows.shape)[where] = self._add(name, name, w_RC, delta, dtype)
         return out
-
-
-def _read_whole(tensor: RawTensor) -> torch.Tensor:
-    with tensor.file.open("rb") as source:
-        source.seek(tensor.begin)
-        dtype = DTYPES[tensor.dtype]
-        return read_numbers(source, tensor.size // dtype.itemsize, dtype).view(tensor.shape)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

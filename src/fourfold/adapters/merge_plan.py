@@ -25,11 +25,9 @@ from fourfold.formats.roundtrip import round_trip
 from fourfold.loading.headers import checkpoint_files
 from fourfold.loading.origin import Origin, origin_of_files
 from fourfold.loading.places import Conversion, Places, Stored, find_places
-from fourfold.loading.raw import RawFile, read_numbers, read_raw
+from fourfold.loading.raw import DTYPES, RawFile, read_numbers, read_raw
 from fourfold.loading.skeleton import build_skeleton, read_config
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-BASE_WEIGHTS = ("original", "dequantized")
 _COMPARED = 2**22  # numbers at a time
 _LINEARS_BLOCKSIZE = 64  # bitsandbytes' own
 
@@ -151,14 +149,20 @@ def make_plan(
         CheckpointError: the base is packed, quantized, damaged or lacks a tensor.
         ConfigurationError: ``base_weights`` is none of the two.
     """
-    if base_weights not in BASE_WEIGHTS:
-        raise ConfigurationError(f"base_weights={base_weights!r}; valid are {', '.join(BASE_WEIGHTS)}")
+    if base_weights not in provenance.BASE_WEIGHTS:
+        valid = ", ".join(provenance.BASE_WEIGHTS)
+        raise ConfigurationError(f"base_weights={base_weights!r}; valid are {valid}")
     loaded = Adapter(adapter)
     stored = provenance.read(loaded.folder)
     if stored is None and base_weights == "dequantized":
         raise AdapterError(
             f"{adapter} has no {provenance.FILE}, so how its base was packed is not known; merge into the "
             "original weights"
+        )
+    if base_weights == "original":
+        provenance.refuse_on_original(
+            loaded.folder,
+            "merge into what it was trained on: --base-weights dequantized (base_weights='dequantized')",
         )
     folder = local_folder(base, stored)
     base_config = read_config(folder)

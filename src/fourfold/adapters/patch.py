@@ -15,6 +15,9 @@ TRL, a loop of one's own) calls the first of them directly. Stock's arguments an
 `from_pretrained` is asked as well as `load_adapter`, which it calls, because by then it has put its wrappers
 into the model.
 
+`peft.utils.hotswap` reads an adapter's folder by itself, so it is asked as well; and what it does to flat
+factors of another rank is made right there (`adapters.hotswap`).
+
 No issue of PEFT asks for a registry of wrappers yet (up to 0.21); with one, the first piece ends, and the
 second can become a method of what is registered.
 """
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +86,7 @@ def install_provenance() -> None:
     save, load, make = PeftModel.save_pretrained, PeftModel.load_adapter, PeftModel.from_pretrained
     if getattr(save, _MARK, False):
         return
-    save_signature = inspect.signature(save)
+    save_signature, load_signature = inspect.signature(save), inspect.signature(load)
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,6 +95,8 @@ def install_provenance() -> None:
         bound = save_signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         names = bound.arguments["selected_adapters"] or list(self.peft_config)
+        if bound.arguments["path_initial_model_for_weight_conversion"] is not None:
+            _refuse_conversion(self, names)
         for name in names:
             if name in self.peft_config:  # (stock answers for the others)
                 provenance.name_the_original(self, self.peft_config[name])
@@ -98,15 +104,19 @@ def install_provenance() -> None:
         if bound.arguments["is_main_process"]:
             for name in names:
                 folder = Path(bound.arguments["save_directory"])
-                provenance.write(self, folder if name == "default" else folder / name)
+                provenance.write(self, folder if name == "default" else folder / name, name)
         return result
 
     @functools.wraps(load)
     def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         from fourfold.adapters import provenance
 
-        provenance.check(self, model_id, **kwargs)
-        return load(self, model_id, *args, **kwargs)
+        init = provenance.check(self, model_id, **kwargs)
+        result = load(self, model_id, *args, **kwargs)
+        provenance.set_init(
+            self, load_signature.bind(self, model_id, *args, **kwargs).arguments["adapter_name"], init
+        )
+        return result
 
     @functools.wraps(make.__func__)
     def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
@@ -122,12 +132,72 @@ def install_provenance() -> None:
     PeftModel.from_pretrained = classmethod(from_pretrained)
 
 
+def _refuse_conversion(model: Any, names: list[str]) -> None:
+    """PEFT's ``[A, A0]`` is that of one matrix: of flat factors it gives experts each other's rows."""
+    from fourfold.adapters.wrapper import ParamWrapper
+    from fourfold.errors import AdapterError
+
+    for module in model.modules():
+        if isinstance(module, ParamWrapper) and any(name in module.lora_A for name in names):
+            raise AdapterError(
+                "path_initial_model_for_weight_conversion would mix up the experts' factors; save the "
+                "adapter without it, and take off what it began with by `fourfold export ADAPTER OUT "
+                "--layout fused --initial ADAPTER0`"
+            )
+
+
+# The folder that `hotswap_adapter` read last, and how, until its numbers are put into place.
+_SWAPPED_IN: ContextVar[tuple[Any, dict[str, Any]] | None] = ContextVar("_SWAPPED_IN", default=None)
+
+
+def install_hotswap() -> None:
+    """``fourfold.json`` of an adapter whose numbers are put into the place of another's, and ranks and
+    scalings of experts (`adapters.hotswap`); once.
+
+    The two functions that `hotswap_adapter` is made of, and not itself: a program may have imported that
+    before.
+    """
+    from peft.utils import hotswap
+
+    load, swap = hotswap.load_peft_weights, hotswap.hotswap_adapter_from_state_dict
+    if getattr(swap, _MARK, False):
+        return
+    signature = inspect.signature(swap)
+
+    @functools.wraps(load)
+    def load_peft_weights(model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        state = load(model_id, *args, **kwargs)
+        _SWAPPED_IN.set((model_id, kwargs))
+        return state
+
+    @functools.wraps(swap)
+    def hotswap_adapter_from_state_dict(*args: Any, **kwargs: Any) -> Any:
+        from fourfold.adapters import provenance
+        from fourfold.adapters.hotswap import set_scaling, widened
+
+        source, init = _SWAPPED_IN.get(), None
+        _SWAPPED_IN.set(None)
+        given = signature.bind(*args, **kwargs).arguments
+        model, name = given["model"], given["adapter_name"]
+        if source is not None:
+            init = provenance.check(model, source[0], **source[1])
+        given["state_dict"] = widened(model, given["state_dict"], name)
+        result = swap(**given)
+        set_scaling(model, name, given["config"])
+        provenance.set_init(model, name, init)
+        return result
+
+    setattr(hotswap_adapter_from_state_dict, _MARK, True)
+    hotswap.load_peft_weights = load_peft_weights
+    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
+
+
 def _install_in_the_mixin() -> None:
     """The same for adapters that are added to, saved from and loaded into a transformers model itself."""
     from transformers import PreTrainedModel
 
     save, load = PreTrainedModel.save_pretrained, PreTrainedModel.load_adapter
-    save_signature = inspect.signature(save)
+    save_signature, load_signature = inspect.signature(save), inspect.signature(load)
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,16 +211,20 @@ def _install_in_the_mixin() -> None:
         bound = save_signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         if bound.arguments["is_main_process"]:
-            provenance.write(self, bound.arguments["save_directory"])
+            provenance.write(self, bound.arguments["save_directory"], self.active_adapters()[0])
         return result
 
     @functools.wraps(load)
     def load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         from fourfold.adapters import provenance
 
+        init = None
         if peft_model_id is not None:
-            provenance.check(self, peft_model_id, **{**(kwargs.get("adapter_kwargs") or {}), **kwargs})
-        return load(self, peft_model_id, *args, **kwargs)
+            init = provenance.check(self, peft_model_id, **{**(kwargs.get("adapter_kwargs") or {}), **kwargs})
+        result = load(self, peft_model_id, *args, **kwargs)
+        name = load_signature.bind(self, peft_model_id, *args, **kwargs).arguments.get("adapter_name")
+        provenance.set_init(self, name or "default", init)
+        return result
 
     PreTrainedModel.save_pretrained = save_pretrained
     PreTrainedModel.load_adapter = load_adapter

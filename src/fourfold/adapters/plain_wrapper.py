@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from torch import nn
 
 from fourfold.adapters import wrapper
-from fourfold.experts.plain import PlainExperts
+from fourfold.experts.plain import PlainExperts, give_back_
 from fourfold.kernels import LowRank
 
 
@@ -23,6 +23,10 @@ class ParamWrapper(StockParamWrapper):
         if config is not None and isinstance(experts, PlainExperts):
             wrapper.refuse_what_would_be_ignored(config, experts.fourfold_name)
         super().update_layer(*args, **kwargs)
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Called when all adapters are taken off; what is left is the model's own module."""
+        return give_back_(super().unload_and_optionally_merge_module(*args, **kwargs))
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """In low-rank form where the weights are frozen and nothing is merged; else stock's."""

@@ -28,6 +28,8 @@ from fourfold.version import __version__
 
 FILE = "fourfold.json"
 VERSION = 1
+BASE_WEIGHTS = ("original", "dequantized")  # what an adapter is put on elsewhere
+LOFTQ = "loftq"  # how an adapter began: with an approximation of what packing lost; else None
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _checked: ContextVar[bool] = ContextVar("fourfold_checks_the_base", default=True)
 
@@ -146,6 +148,8 @@ def _parse(path: Path) -> dict[str, Any]:
         Origin.from_dict(stored["base"], str(path))
         settings_for(stored)
         dtype_of(stored)
+        if stored.setdefault("init", None) not in (None, LOFTQ):
+            raise ValueError(f"init {stored['init']!r}; this release knows {LOFTQ}")
         for key in ("linears", "shapes"):
             if not isinstance(stored[key], dict):
                 raise TypeError(f"{key} is {stored[key]!r}")
@@ -186,10 +190,58 @@ def settings_for(stored: Mapping[str, Any]) -> MoeBitsAndBytesConfig:
     )
 
 
-def write(model: nn.Module, folder: str | Path) -> None:
+def set_init(model: nn.Module, adapter_name: str, init: str | None) -> None:
+    """Remember on the model how an adapter began (`LOFTQ`, or None), until it is saved."""
+    for module in model.modules():
+        if adapter_name in getattr(module, "lora_A", ()) and hasattr(module, "fourfold_inits"):
+            if init is None:
+                module.fourfold_inits.pop(adapter_name, None)
+            else:
+                module.fourfold_inits[adapter_name] = init
+
+
+def init_of(model: nn.Module, adapter_name: str) -> str | None:
+    """How an adapter on ``model`` began."""
+    found = (getattr(module, "fourfold_inits", {}).get(adapter_name) for module in model.modules())
+    return next((init for init in found if init is not None), None)
+
+
+def stored_init(folder: str | Path) -> str | None:
+    """How an adapter began, as its ``fourfold.json`` says, whatever else that does not say.
+
+    Raises:
+        AdapterError: the file is no JSON object, or names a way of beginning that is not known.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        init = dict(json.loads(path.read_text(encoding="utf-8"))).get("init")
+        if init not in (None, LOFTQ):
+            raise ValueError(f"init {init!r}; this release knows {LOFTQ}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be understood ({error}); copy the adapter again") from error
+    return None if init is None else LOFTQ
+
+
+def refuse_on_original(folder: str | Path, way_out: str) -> None:
+    """For whatever puts an adapter on the original weights.
+
+    Raises:
+        AdapterError: it began with what packing lost, which those weights still have.
+    """
+    if stored_init(folder) == LOFTQ:
+        raise AdapterError(
+            f"{folder} began with what packing had taken from the weights (init: loftq), so on the original "
+            f"ones that would be there twice; {way_out}"
+        )
+
+
+def write(model: nn.Module, folder: str | Path, adapter_name: str = "default") -> None:
     """Write ``fourfold.json`` into an adapter's folder, if experts of ``model`` are packed."""
     described = describe(model)
     if described is not None:
+        described["init"] = init_of(model, adapter_name)
         (Path(folder) / FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
@@ -203,20 +255,52 @@ def name_the_original(model: nn.Module, peft_config: Any) -> None:
         peft_config.base_model_name_or_path = config.base.name
 
 
-def check(model: nn.Module, folder: str | Path, **hub: Any) -> None:
+def check(model: nn.Module, folder: str | Path, **hub: Any) -> str | None:
     """Refuse an adapter that was trained on another base, or on this one packed otherwise.
 
     Args:
-        model: packed, or anything else (nothing is checked then).
+        model: packed, or anything else (nothing is compared then; but an adapter that began with what packing
+            lost is refused on the very checkpoint that was packed).
         folder: of the adapter, or its id on the hub.
         hub: ``subfolder``, ``revision``, ``token`` and the like.
+
+    Returns:
+        How the adapter began; see `set_init`.
 
     Raises:
         AdapterError: naming what differs, and how to use the adapter all the same.
     """
-    ours = describe(model) if _checked.get() else None
+    ours = describe(model)
     if ours is None:
+        _check_unpacked(model, Path(folder) / (hub.get("subfolder") or ""))
+        return None
+    path = _find(folder, **hub)
+    if path is None:
+        return None
+    stored = _parse(path)
+    differs = difference(stored, ours) if _checked.get() else None
+    if differs:
+        raise AdapterError(
+            f"{folder} was trained on {differs}. Load that base as it was; or, to put the adapter on this "
+            f"one all the same, remove {path} (`load_adapter` of fourfold.adapters.peft_lora takes "
+            "any_base=True)"
+        )
+    init: str | None = stored["init"]
+    return init
+
+
+def _check_unpacked(model: nn.Module, folder: Path) -> None:
+    """(Of folders alone: other adapters' loading is left as it is, without a request more.)"""
+    base = getattr(model, "get_base_model", lambda: model)()
+    if not _checked.get() or not (folder / FILE).is_file() or getattr(base, "fourfold_dequantized", False):
         return
+    stored = _parse(folder / FILE)
+    origin = Origin.from_dict(stored["base"], FILE)
+    if origin is not None and origin.name == getattr(base, "name_or_path", None):
+        refuse_on_original(folder, "load the model packed, or call `fourfold.dequantize` on it")
+
+
+def _find(folder: str | Path, **hub: Any) -> Path | None:
     from transformers.utils import cached_file
 
     known = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
@@ -230,16 +314,7 @@ def check(model: nn.Module, folder: str | Path, **hub: Any) -> None:
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
         )
-    if path is None:
-        return
-    stored = _parse(Path(path))
-    differs = difference(stored, ours)
-    if differs:
-        raise AdapterError(
-            f"{folder} was trained on {differs}. Load that base as it was; or, to put the adapter on this "
-            f"one all the same, remove {path} (`load_adapter` of fourfold.adapters.peft_lora takes "
-            "any_base=True)"
-        )
+    return None if path is None else Path(path)
 
 
 def difference(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:

@@ -84,7 +84,13 @@ def refuse_what_would_be_ignored(config: Any, name: str) -> None:
 
 # PEFT finds existing wrappers by comparing class NAMES, so this class must be called ParamWrapper too.
 class ParamWrapper(StockParamWrapper):
-    """Adapts one packed parameter of an experts module."""
+    """Adapts one packed parameter of an experts module.
+
+    Attributes:
+        fourfold_inits: adapter -> how it began, where that has to be known (`provenance.set_init`).
+    """
+
+    fourfold_inits: dict[str, str]
 
     def _experts(self) -> PackedExperts:
         experts = self.get_base_layer()
@@ -189,6 +195,8 @@ class ParamWrapper(StockParamWrapper):
         if config is not None:
             refuse_what_packed_cannot(config)
             refuse_what_would_be_ignored(config, self._experts().fourfold_name)
+        name = args[0] if args else kwargs["adapter_name"]
+        self.__dict__.setdefault("fourfold_inits", {}).pop(name, None)  # (a deleted one may have had it)
         super().update_layer(*args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

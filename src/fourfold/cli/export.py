@@ -37,6 +37,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--double-rank", action="store_true", help="to fused: gate and up of different A, at twice the rank"
     )
+    parser.add_argument(
+        "--base-weights",
+        choices=("original", "dequantized"),
+        default="original",
+        help="what the server holds; adapters that began with loftq_init are right on dequantized ones only",
+    )
+    parser.add_argument(
+        "--initial",
+        metavar="ADAPTER",
+        help="the same adapter as loftq_init left it: what it adds is taken off, at twice the rank, and the "
+        "result belongs on original weights",
+    )
     parser.add_argument("--force", action="store_true", help="replace the adapter that lies at OUT")
 
 
@@ -56,6 +68,8 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
         source_layout=args.source_layout,
         gate_up=args.gate_up,
         double_rank=args.double_rank,
+        base_weights=args.base_weights,
+        initial=args.initial,
         force=args.force,
     )
     lines = [

@@ -92,7 +92,9 @@ def routed_forward(
     """See `PackedExperts.forward`."""
     if getattr(module, "_is_expert_parallel", False):
         raise UnsupportedExpertsError(
-            "expert parallelism over packed experts is not supported; load the model without `ep_plan`"
+            f"{module.fourfold_name}: its experts are spread over processes (expert parallelism), and are "
+            "computed here with all of them in each. Load the model without `enable_expert_parallel` in its "
+            "`distributed_config`, and without an `ep_plan`"
         )
     layout = module.fourfold_layout
     assert isinstance(layout, ExpertsLayout)

@@ -14,7 +14,6 @@ the stack gets a whole projection of the layer.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fourfold.experts.forward import compute_dtype
 from fourfold.experts.packed import PackedExperts, give_class_back_
 from fourfold.experts.shapes import OwnForwardLayout, Projection
+from fourfold.experts.subclass import Dynamic, subclass
 from fourfold.experts.update import Update
 from fourfold.formats import PackedStack
 from fourfold.kernels.decode import decode
@@ -277,7 +277,7 @@ class OwnForwardExperts(PackedExperts):
         return _run([self], own, args, kwargs, updates)
 
 
-class ReadsPackedExperts(nn.Module):
+class ReadsPackedExperts(Dynamic):
     """Mixin of a module that reads the packed parameters of modules inside it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -329,16 +329,11 @@ def _run(
     return tree_map(lambda v: cast(v, given), result) if other else result
 
 
-@functools.cache
-def _reader_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Reading{cls.__name__}", (ReadsPackedExperts, cls), {"__module__": cls.__module__})
-
-
 def prepare_reader_(module: nn.Module) -> None:
     """Let a module read packed parameters inside it (those whose layout says so), in place."""
     if not isinstance(module, ReadsPackedExperts):
         own: Any = type(module)
-        module.__class__ = _reader_class(own)
+        module.__class__ = subclass(own, ReadsPackedExperts, "Reading")
 
 
 def release_readers_(model: nn.Module) -> None:

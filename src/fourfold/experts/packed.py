@@ -10,7 +10,6 @@ sharding and slicing need no hook.
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Mapping
 from typing import Any, cast
@@ -18,15 +17,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fourfold.errors import UnsupportedExpertsError
 from fourfold.experts.forward import routed_forward
 from fourfold.experts.layout import read_layout
 from fourfold.experts.shapes import Layout, Projection
+from fourfold.experts.subclass import Dynamic, subclass
 from fourfold.formats import PackedStack, PackFormat, decode_stack
 from fourfold.formats.quantize import pack_stack
 from fourfold.kernels import LowRank
 
 
-class PackedExperts(nn.Module):
+class PackedExperts(Dynamic):
     """Mixin of packed experts modules.
 
     Attributes:
@@ -79,10 +80,9 @@ class PackedExperts(nn.Module):
         return f"{sizes}, {self.fourfold_format}"
 
 
-@functools.cache
 def packed_class(cls: type[nn.Module], mixin: type[PackedExperts] = PackedExperts) -> type[nn.Module]:
     """The subclass of an experts class that holds packed parameters; one per class."""
-    return type(f"Packed{cls.__name__}", (mixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    return subclass(cls, mixin, "Packed")
 
 
 def _mixin(layout: Layout) -> type[PackedExperts]:
@@ -115,6 +115,7 @@ def prepare_module_(
     own only inside its model).
     """
     layout = layout or _read(module)
+    _refuse_what_is_not_its_own_class(module, name)
     own_class: Any = type(module)
     mixin: Any = _mixin(layout)
     module.__class__ = packed_class(own_class, mixin)
@@ -130,6 +131,22 @@ def prepare_module_(
             if suffix or packed_on_disk:
                 module._parameters[projection.name + suffix] = _frozen(tensor)
     return module
+
+
+def _refuse_what_is_not_its_own_class(module: nn.Module, name: str) -> None:
+    from fourfold.experts.plain import PlainExperts  # it is built on this file
+
+    kind = type(module).__name__
+    if isinstance(module, PackedExperts):
+        raise UnsupportedExpertsError(
+            f"{name} ({kind}) is packed already; quantizing twice would round twice. Call "
+            "`fourfold.dequantize` on the model first, or leave the module as it is"
+        )
+    if isinstance(module, PlainExperts):
+        raise UnsupportedExpertsError(
+            f"{name} ({kind}) was prepared for LoRA on unquantized experts, whose numbers it needs; pack "
+            "before `fourfold.prepare`, or load the model with MoeBitsAndBytesConfig"
+        )
 
 
 def _read(module: nn.Module) -> Layout:
@@ -148,15 +165,20 @@ def pack_module_(
 
     Raises:
         CheckpointError: a weight is not finite.
+        UnsupportedExpertsError: it is packed already, or was prepared by `fourfold.prepare`.
     """
+    _refuse_what_is_not_its_own_class(module, name)
     weights = {n: p.data for n, p in module.named_parameters(recurse=False)}
     layout = layout or _read(module)
     dtype = weights[layout.projections[0].name].dtype
-    packed = prepare_module_(module, fmt, name=name, dtype=dtype, layout=layout)
-    for projection in packed.fourfold_layout.projections:
+    stacks: list[tuple[Projection, PackedStack]] = []
+    for projection in layout.projections:
         weight = weights[projection.name]
         stack = PackedStack.empty(fmt, projection.shape, weight.device)
         pack_stack(stack, layout.to_stack(weight, projection), f"{name}.{projection.name}")
+        stacks.append((projection, stack))
+    packed = prepare_module_(module, fmt, name=name, dtype=dtype, layout=layout)
+    for projection, stack in stacks:  # (after all of them were packed: a failure leaves the module as it was)
         set_stack_(packed, projection, stack)
     return packed
 

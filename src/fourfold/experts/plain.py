@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import nn
 
 from fourfold.experts.forward import routed_forward
 from fourfold.experts.layout import find_experts
-from fourfold.experts.packed import PackedExperts, rebind_hooked_forward
+from fourfold.experts.packed import PackedExperts, give_class_back_, rebind_hooked_forward
 from fourfold.experts.shapes import ExpertsLayout, Projection
+from fourfold.experts.subclass import Dynamic, subclass
 from fourfold.formats.plain import PlainStack
 from fourfold.kernels import LowRank
 
@@ -20,7 +20,7 @@ from fourfold.kernels import LowRank
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class PlainExperts(nn.Module):
+class PlainExperts(Dynamic):
     """Mixin of unquantized, decorated experts modules that take LoRA factors."""
 
     fourfold_name: str
@@ -61,11 +61,6 @@ class PlainExperts(nn.Module):
         return routed_forward(self, hidden_states, top_k_index, top_k_weights, low_rank)
 
 
-@functools.cache
-def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"LowRank{cls.__name__}", (PlainExperts, cls), {"__module__": cls.__module__})
-
-
 def take_low_rank_(model: nn.Module) -> None:
     """Let every unquantized, decorated experts module of a model take LoRA factors, in place."""
     for found in list(find_experts(model)):
@@ -73,9 +68,17 @@ def take_low_rank_(model: nn.Module) -> None:
             continue
         if isinstance(found.layout, ExpertsLayout) and _are_numbers(found.module, found.layout):
             own: Any = type(found.module)
-            found.module.__class__ = _plain_class(own)
+            found.module.__class__ = subclass(own, PlainExperts, "LowRank")
             found.module.fourfold_name, found.module.fourfold_layout = found.name, found.layout
             rebind_hooked_forward(found.module)
+
+
+def give_back_(module: nn.Module) -> nn.Module:
+    """Undo `take_low_rank_` for one module, in place; returns it. Others are left as they are."""
+    if isinstance(module, PlainExperts):
+        del module.fourfold_name, module.fourfold_layout
+        give_class_back_(module)
+    return module
 
 
 def _are_numbers(module: nn.Module, layout: ExpertsLayout) -> bool:

@@ -389,6 +389,7 @@ class FourfoldQuantizer(HfQuantizer):
         for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
             if hasattr(model, flag):
                 delattr(model, flag)
+        model.fourfold_dequantized = True  # (it goes on naming the checkpoint whose numbers it has no more)
         return model
 
 

@@ -18,6 +18,8 @@ import torch
 
 from fourfold.errors import CheckpointError
 
+# Numbers in high precision, by safetensors' names.
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _SAMPLE = 4096  # bytes
 _READ = 2**23
 
@@ -103,6 +105,14 @@ def read_numbers(source: BinaryIO, count: int, dtype: torch.dtype) -> torch.Tens
         view[got : got + len(chunk)] = chunk
         got += len(chunk)
     return torch.frombuffer(buffer, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+
+
+def read_whole(tensor: RawTensor) -> torch.Tensor:
+    """All of a stored tensor (`DTYPES` only) in its own shape and dtype."""
+    dtype = DTYPES[tensor.dtype]
+    with tensor.file.open("rb") as source:
+        source.seek(tensor.begin)
+        return read_numbers(source, tensor.size // dtype.itemsize, dtype).view(tensor.shape)
 
 
 def _role(key: str) -> str:

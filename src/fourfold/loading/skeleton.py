@@ -6,6 +6,7 @@ weight is read or downloaded.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -84,4 +85,19 @@ def build_skeleton(
         # As if already packed: shapes and dtypes are then those that storage will have.
         quantizer.preprocess_model(model=built, device_map={"": "meta"}, checkpoint_files=None)
         built.hf_quantizer = quantizer
+    return built
+
+
+def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and configuration on the meta device, in high precision.
+
+    Its parameters have the names of ``model``'s, which those of a skeleton made of a checkpoint need not have
+    (a checkpoint with images holds a whole model and its text alone).
+    """
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    with torch.device("meta"):
+        built: PreTrainedModel = type(model)._from_config(config, dtype=dtype)
     return built

@@ -46,6 +46,7 @@ def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Probl
         keys = ("quantize_moe_experts", "load_in_4bit", "load_in_8bit")
         yield found(keys, what, "Set load_in_4bit: true or load_in_8bit: true, or drop this key.")
     yield from _bnb_contradictions(config)
+    yield from _loftq_contradictions(config)
     if config.val_set_size and config.test_datasets:
         remedy = "Set val_set_size: 0 to evaluate on test_datasets, or drop test_datasets."
         yield found(("val_set_size", "test_datasets"), "contradicts test_datasets", remedy)
@@ -96,6 +97,27 @@ def ignored_within(
     if config.logging_steps > steps:
         what = f"{config.logging_steps}, and the run has {steps}: no loss would be shown"
         yield ("logging_steps", *keys), Problem("logging_steps", what, "Lower it, or train for more steps.")
+
+
+def _loftq_contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Problem]]:
+    if config.peft_init_lora_weights != "loftq":
+        return
+    key = "peft_init_lora_weights"
+    packed = config.quantize_moe_experts is not False
+    if not (config.quantized and packed and config.bnb_config_kwargs.get("experts_quant_type") != "none"):
+        keys: tuple[str, ...] = (
+            key,
+            "load_in_4bit",
+            "load_in_8bit",
+            "quantize_moe_experts",
+            "bnb_config_kwargs",
+        )
+        what = "loftq begins with what packing the experts lost, and they are not packed"
+        yield keys, Problem(key, what, "Set load_in_4bit: true (adapter: qlora), or drop this key.")
+    if config.lora_target_parameters == []:
+        what = "loftq is of the experts' adapters, and lora_target_parameters is []"
+        keys = (key, "lora_target_parameters")
+        yield keys, Problem(key, what, "Drop one of the two keys.")
 
 
 def _bnb_contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Problem]]:

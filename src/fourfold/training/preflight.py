@@ -300,6 +300,11 @@ def find_targets(config: TrainConfig, skeleton: Any) -> tuple[list[str], list[st
                     f"({type(untrainable.module).__name__}) is not supported. Set lora_target_parameters: [] "
                     "to train lora_target_modules alone."
                 ) from None
+            if config.peft_init_lora_weights == "loftq":
+                raise ConfigurationError(
+                    f"peft_init_lora_weights: loftq is of experts' adapters; {type(skeleton).__name__} is "
+                    "dense. Drop that key."
+                ) from None
             parameters = []  # a dense model: QLoRA of its Linears
     modules = config.lora_target_modules
     if modules is None:

@@ -28,6 +28,7 @@ FIXED = (
     "bnb_config_kwargs",
     "lora_r",
     "lora_alpha",
+    "peft_init_lora_weights",
     "sequence_len",
     "excess_length_strategy",
     "micro_batch_size",

@@ -77,7 +77,10 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
     with clock("a sample answer", "samples"):
         answer_before = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
 
-    model = with_adapters(model, config, checked)
+    model, lost = with_adapters(model, config, checked), None
+    if config.peft_init_lora_weights == "loftq" and checked.checkpoint is None:
+        with clock("fitting adapters to what packing lost"):
+            lost = fourfold.loftq_init(model)
     curve = Curve()
     if before is not None:
         curve.held_out.append((0, before.mean))
@@ -94,8 +97,11 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         curve.held_out.append((trainer.state.global_step, after.mean))
     with clock("a sample answer", "samples"):
         answer_after = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
+    facts = _facts(model, config, checked)
+    if lost is not None:
+        facts["adapters"]["loftq"] = lost.to_dict()["roles"]
     result = RunResult(
-        **_facts(model, config, checked),
+        **facts,
         packed=packed.to_dict(),
         steps=trainer.state.global_step,
         before=before,
@@ -142,6 +148,7 @@ def with_adapters(model: Any, config: TrainConfig, checked: Checked) -> Any:
         alpha=config.lora_alpha,
         target_modules=checked.target_modules,
         target_parameters=checked.target_parameters,
+        init_lora_weights=True if config.peft_init_lora_weights == "loftq" else config.peft_init_lora_weights,
     )
 
 

@@ -122,6 +122,11 @@ class TrainConfig(_Strict):
         None, description="a list of parameter names; absent means the experts' projections, [] none"
     )
 
+    peft_init_lora_weights: Literal[True, "gaussian", "loftq"] = Field(
+        True,
+        description="true or `gaussian` (begin with no change), or `loftq` (begin with what packing lost)",
+    )
+
     datasets: list[DatasetConfig] = Field(
         min_length=1, description="a list of entries with `path` and `type`"
     )

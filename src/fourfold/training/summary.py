@@ -24,7 +24,7 @@ class RunResult:
         config: the settings, defaults filled in.
         adapter: the folder with adapter and tokenizer.
         packed: the report of the base model as loaded (see ``fourfold.planning.report.Report``).
-        adapters: targets, number and dtype of the trainable parameters.
+        adapters: targets, number and dtype of the trainable parameters, and what `loftq_init` did.
         data: counts of examples and tokens, and how many were cut or dropped.
         steps: optimizer steps in all, those before a resumption included.
         before: loss on held-out answers before training (of the base model).
