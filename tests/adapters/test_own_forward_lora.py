@@ -1,6 +1,5 @@
 """LoRA on experts that keep their own forward: stock keys, shapes and numbers, both ways."""
 
-import contextlib
 import copy
 import json
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,6 +16,7 @@ from fourfold.experts import PackedExperts, find_experts, pack_module_, prepare_
 from fourfold.experts.own_forward import _Scope, release_readers_
 from fourfold.formats import PackFormat
 from fourfold.planning.conformance import tiny_models
+from parity import stock_reads
 
 TYPES = ("llama4_text", "jetmoe", "dbrx", "longcat_flash", "step3p5", "inkling_text")
 IDS = torch.arange(1, 19).view(2, 9)
@@ -50,28 +49,6 @@ def lora(model: nn.Module, **changes: object) -> PeftModel:
     arguments = {"r": 3, "lora_alpha": 5, "target_parameters": fourfold.expert_targets(model)}
     arguments |= {"target_modules": [], "init_lora_weights": False} | changes
     return get_peft_model(model, LoraConfig(**arguments))
-
-
-@contextlib.contextmanager
-def stock_reads(model: nn.Module):
-    """Stock's own sums, also where a parent reads the parameters (stock has no answer to that: dbrx)."""
-    stock = [m for m in model.modules() if type(m) is StockParamWrapper]
-    read = [m for m in stock if type(m.get_base_layer()).__name__ == "DbrxExpertGLU"]
-    with contextlib.ExitStack() as stack:
-        if read:
-            plain = nn.Module.__getattr__
-
-            def look(self, name):
-                try:
-                    return plain(self, name)
-                except AttributeError:
-                    return getattr(self.get_base_layer(), name)
-
-            patch = stack.enter_context(pytest.MonkeyPatch.context())
-            patch.setattr(StockParamWrapper, "__getattr__", look, raising=False)
-            for wrapper in read:
-                stack.enter_context(wrapper._activate_lora(wrapper.active_adapters))
-        yield
 
 
 def output(model: nn.Module) -> torch.Tensor:
