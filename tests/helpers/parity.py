@@ -100,16 +100,23 @@ class Pair:
     """A packed model and what stock sees of it, both made anew at each call."""
 
     def __init__(
-        self, kind: str, folder: Path, dtype: torch.dtype = torch.float32, **settings: object
+        self,
+        kind: str,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        quant_type: str = "nf4",
+        **settings: object,
     ) -> None:
-        self.folder, self.dtype = folder, dtype
+        self.folder, self.dtype, self.quant_type = folder, dtype, quant_type
         model = build(kind, **settings)
         self.model_class = type(model)
         model.to(dtype).save_pretrained(folder / "model")
 
     def packed(self) -> PreTrainedModel:
-        """NF4 experts, double-quantized."""
-        config = fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        """Experts alone are; four-bit ones are double-quantized."""
+        config = fourfold.MoeBitsAndBytesConfig(
+            experts_quant_type=self.quant_type, bnb_4bit_use_double_quant=self.quant_type != "int8"
+        )
         return self.model_class.from_pretrained(self.folder / "model", quantization_config=config)
 
     def plain(self) -> PreTrainedModel:
@@ -305,10 +312,10 @@ def rounded_gradients(pair: Pair, way: str, seed: int, with_stock: bool = True) 
     return Rounded(errors[0], errors[1] if len(errors) > 1 else None)
 
 
-def rounded(kind: str, folder: Path, way: str) -> Rounded:
+def rounded(kind: str, folder: Path, way: str, quant_type: str = "nf4") -> Rounded:
     """Mean of `SEEDS` adapters whose tokens are routed alike."""
     dtype = torch.float32 if way == "autocast" else torch.bfloat16
-    pair = Pair(kind, folder, dtype, **ROUNDED_SETTINGS.get(kind, {}))
+    pair = Pair(kind, folder, dtype, quant_type, **ROUNDED_SETTINGS.get(kind, {}))
     # Not even with the answer that it lacks, on one kind: its products under autocast have another dtype than
     # the buffer to which the module adds them.
     with_stock = stock_error(pair, way, stock_reads) is None
