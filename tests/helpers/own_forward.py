@@ -28,10 +28,17 @@ def is_known(model_type: str) -> bool:
 def pair(
     model_type: str, fmt: PackFormat = NF4, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, nn.Module]:
-    """Packed, and stock's on the same numbers; both in ``dtype`` and evaluation mode."""
+    """`pair_of` a tiny random model of this type."""
     config = tiny_models.tiny_config(model_type)
     model = tiny_models.build(config, tiny_models.model_classes(type(config))[0])
     tiny_models.randomise_experts_(model)
+    return pair_of(model, fmt, dtype)
+
+
+def pair_of(
+    model: nn.Module, fmt: PackFormat = NF4, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, nn.Module]:
+    """Packed in place, and stock's on the same numbers; both in ``dtype`` and evaluation mode."""
     model.to(dtype)
     if hasattr(model.config, "_experts_implementation"):
         model.config._experts_implementation = "eager"
@@ -53,14 +60,16 @@ def config_for(model: nn.Module, **changes: object) -> LoraConfig:
     return LoraConfig(**(arguments | {"target_modules": [], "init_lora_weights": False} | changes))
 
 
-def lora(model: nn.Module, **changes: object) -> PeftModel:
-    torch.manual_seed(1)
+def lora(model: nn.Module, seed: int = 1, **changes: object) -> PeftModel:
+    """LoRA on all experts, with the same factors from the same seed."""
+    torch.manual_seed(seed)
     return get_peft_model(model, config_for(model, **changes))
 
 
-def output(model: nn.Module) -> torch.Tensor:
+def output(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """Logits, or hidden states of a model without a head."""
     with stock_reads(model):
-        ids = IDS.to(next(model.parameters()).device)
+        ids = ids.to(next(model.parameters()).device)
         return next(iter(model(input_ids=ids, use_cache=False).values()))
 
 

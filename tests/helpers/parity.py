@@ -234,11 +234,13 @@ def gradients(
     return {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
 
 
-def _worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+def worst(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Relative difference of the factor's gradient that is furthest off."""
     return max(float((found[n].float() - w.float()).norm() / w.float().norm()) for n, w in wanted.items())
 
 
-def _together(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+def together(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Relative difference of all gradients together."""
     off = sum(float((found[n].float() - w.float()).norm()) ** 2 for n, w in wanted.items())
     return (off / sum(float(w.float().norm()) ** 2 for w in wanted.values())) ** 0.5
 
@@ -264,10 +266,10 @@ def exact_gradients(pair: Pair, way: str) -> float:
     stock_way = None if pair.is_read_from_outside else EXACT[way]
     stock = complete(gradients(pair.plain(), adapter, stock_way), pair.counted)
     assert ours.keys() == stock.keys()
-    return _worst(ours, stock)
+    return worst(ours, stock)
 
 
-class _Chosen(TorchFunctionMode):
+class Chosen(TorchFunctionMode):
     """Which entries every ``topk`` of a forward picks: that is how routers choose experts."""
 
     def __init__(self) -> None:
@@ -302,13 +304,13 @@ def rounded_gradients(pair: Pair, way: str, seed: int, with_stock: bool = True) 
         bases.append((pair.plain(), autocast))
     found, chosen = [], []
     for base, cast in bases:
-        with _Chosen() as routed:
+        with Chosen() as routed:
             found.append(complete(gradients(base, adapter, autocast=cast), pair.counted))
         chosen.append(routed.chosen)
     assert chosen[0], "no topk was seen"
     if any(not torch.equal(a, b) for other in chosen[1:] for a, b in zip(chosen[0], other, strict=True)):
         return None
-    errors = [_together(each, found[0]) for each in found[1:]]
+    errors = [together(each, found[0]) for each in found[1:]]
     return Rounded(errors[0], errors[1] if len(errors) > 1 else None)
 
 
