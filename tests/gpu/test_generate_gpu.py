@@ -7,28 +7,41 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import fourfold
 import own_forward
 import parity
 from fourfold.training.generation import load_for_generation, load_model, stream
+from tiny_chat import make_tokenizer, tiny_sizes
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PROMPT = "what colour is the sky"
 NEW_TOKENS = 12
 
 
-def saved_adapter(base: Path, folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mixtral with a tokenizer. Tokens take all experts: rounding would send some to others."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = MixtralConfig(**tiny_sizes(), num_local_experts=4, num_experts_per_tok=4)
+    MixtralForCausalLM(config).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def saved_adapter(base: Path, out: Path) -> Path:
     """Random factors on all experts, on a model packed so."""
     model = load_model(str(base), 4)
     torch.manual_seed(1)
-    get_peft_model(model, own_forward.config_for(model, lora_alpha=30)).save_pretrained(folder)
-    return folder
+    get_peft_model(model, own_forward.config_for(model, lora_alpha=30)).save_pretrained(out)
+    return out
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_the_verb_generates(
-    moe_folder: Path,
+    folder: Path,
     tmp_path: Path,
     device: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -37,8 +50,8 @@ def test_what_the_verb_generates(
     """The steps of `fourfold generate`: the tokens are the likeliest ones that stock's sums give in fp32."""
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    adapter = saved_adapter(moe_folder, tmp_path / "adapter")
-    model, tokenizer = load_for_generation(str(moe_folder), None, str(adapter))
+    adapter = saved_adapter(folder, tmp_path / "adapter")
+    model, tokenizer = load_for_generation(str(folder), None, str(adapter))
     assert next(model.parameters()).device.type == device
     model.generation_config.eos_token_id = None  # a random model ends wherever it likes
     capsys.readouterr()
@@ -58,7 +71,7 @@ def test_what_the_verb_generates(
             base = model(ids).logits.float().cpu()
     assert tokenizer.decode(ids[0, inputs.shape[1] :], skip_special_tokens=True).strip() == text
 
-    plain = fourfold.dequantize(load_model(str(moe_folder), 4)).to("cpu", torch.float32)
+    plain = fourfold.dequantize(load_model(str(folder), 4)).to("cpu", torch.float32)
     stock = PeftModel.from_pretrained(plain, str(adapter)).eval()
     with torch.no_grad():
         wanted = stock(ids.cpu()).logits
