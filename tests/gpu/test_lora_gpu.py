@@ -227,7 +227,7 @@ def test_in_low_rank_form_nothing_of_the_size_of_the_stack_is_allocated(
     # (on CUDA a packed projection is decoded as a whole, with adapters or without)
     assert large(made) <= large(base)
     assert sum(made) - sum(base) < STACK
-    assert large(alive) == 0
+    assert sum(alive) < STACK
     if device == "cuda":
         assert peak - base_peak < STACK * 2  # bytes of bf16
     made, alive, _ = measure(experts_of(own_forward.lora(stock.bfloat16(), r=RANK).to(device)), device)
@@ -241,7 +241,7 @@ def test_own_forwards_keep_no_sum_for_backward(kind: str, device: str) -> None:
     """One expert at a time where the forward takes them so; a whole projection where it multiplies all."""
     ours, stock = both("packed", kind, NF4, torch.bfloat16, **SIZES[kind])
     made, alive, _ = measure(experts_of(own_forward.lora(ours, r=RANK).to(device)), device)
-    assert large(alive) == 0
+    assert sum(alive) < STACK  # (of single experts too)
     assert (large(made) > 0) == (kind == "llama4")
     _, alive, _ = measure(experts_of(own_forward.lora(stock.bfloat16(), r=RANK).to(device)), device)
     assert large(alive) > 0  # stock's wrapper is caught
