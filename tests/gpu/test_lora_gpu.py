@@ -14,17 +14,20 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fourfold
 import own_forward
 import parity
 import tiny
 from allocations import Allocations
+from fourfold.experts import find_experts
 from fourfold.experts.plain import PlainExperts
 from fourfold.formats import PackFormat
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-EXACT = {"cpu": 1e-5, "cuda": 1e-4}  # of a factor's gradient in fp32, as tests beside these have it on each
+EXACT = {"cpu": 1e-5, "cuda": 1e-4}
+"""Of the output and of the worst factor's gradient in fp32: the bounds of the other tests on each device."""
 NF4, INT8 = PackFormat("nf4", 64, True), PackFormat("int8")
 CASES = [
     *(("packed", kind, fmt) for kind in parity.OWN_FORWARD for fmt in (NF4, INT8)),
@@ -41,6 +44,9 @@ def both(
     if not parity.is_known(kind):
         pytest.skip(f"this transformers has no {kind}")
     model = parity.build(kind, **settings)
+    routed = all(getattr(found.layout, "routed", False) for found in find_experts(model))
+    if kind not in parity.OWN_FORWARD and not routed:
+        pytest.skip(f"this transformers does not decorate the experts of {kind}")
     if fmt is not None:
         ours, stock = own_forward.pair_of(model, fmt, dtype)
     else:
@@ -74,8 +80,10 @@ def alike(ours: list[torch.Tensor], stock: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize(("form", "kind", "fmt"), CASES, ids=str)
 def test_output_and_gradients_in_fp32(form: str, kind: str, fmt: PackFormat | None, device: str) -> None:
     ours, stock = both(form, kind, fmt, torch.float32)
-    y, found, chosen = seen(own_forward.lora(ours).to(device))
-    wanted_y, wanted, wanted_chosen = seen(own_forward.lora(stock))
+    # What is beside the experts in whole fp32 as well (cuDNN rounds the inputs of convolutions to TF32).
+    with torch.backends.cudnn.flags(allow_tf32=False), sdpa_kernel(SDPBackend.MATH):
+        y, found, chosen = seen(own_forward.lora(ours).to(device))
+        wanted_y, wanted, wanted_chosen = seen(own_forward.lora(stock))
     assert alike(chosen, wanted_chosen)
     assert (y - wanted_y).norm() <= EXACT[device] * wanted_y.norm()
     assert found.keys() == wanted.keys()
@@ -170,7 +178,7 @@ def test_no_host_synchronisation(form: str, kind: str, fmt: PackFormat | None, d
 @pytest.mark.gpu
 def test_a_synchronisation_would_be_noticed() -> None:
     with pytest.raises(RuntimeError, match="synchroniz"), no_host_synchronisation("cuda"):
-        torch.ones(3, device="cuda").cumsum(0).tolist()
+        torch.ones(3, device="cuda").sum().item()
 
 
 EXPERTS, HIDDEN, INNER = 4, 1024, 512
