@@ -32,7 +32,12 @@ from fourfold.planning.conformance import tiny_models
 EXACT = {"eager": None, "reentrant": True, "non-reentrant": False}
 """Ways of computing gradients in fp32; the value is `use_reentrant` of gradient checkpointing."""
 ROUNDED = ("autocast", "bf16")
-DECORATED = {"aria": "aria_text", "muse_spark": "muse_spark_text", "privacy_filter": "openai_privacy_filter"}
+DECORATED = {
+    "aria": "aria_text",
+    "muse_spark": "muse_spark_text",
+    "privacy_filter": "openai_privacy_filter",
+    "minimax_m3": "minimax_m3_vl_text",
+}
 """More kinds of decorated experts, and the model types that they are tested with."""
 OWN_FORWARD = {
     "llama4": "llama4_text",
