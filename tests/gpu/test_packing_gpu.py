@@ -9,8 +9,8 @@ from transformers.core_model_loading import spawn_materialize
 from bnb_reference import alone
 from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.quantize import Packer, batch_bytes, pack_stack
-from fourfold.loading.reading import read_slices
-from fourfold.loading.staging import deferred, read_staged
+from fourfold.loading.reading import THREADS, read_slices, staged
+from fourfold.loading.staging import GROUP_BYTES, deferred, read_groups
 
 pytestmark = pytest.mark.gpu
 FORMATS = [
@@ -51,17 +51,19 @@ def test_batches_equal_bitsandbytes_matrix_by_matrix(
     assert_as_if_alone(pack_stack(fused, w, "w"), w)
 
 
-@pytest.mark.parametrize("staged", [True, False], ids=["staged", "direct"])
+@pytest.mark.parametrize("way", ["batches", "staged", "direct"])
 @pytest.mark.parametrize("matrix", [(768, 2048), (1408, 2048), (2048, 7168)])
 @pytest.mark.parametrize("fmt", [PackFormat("nf4", 64, True), PackFormat("int8")], ids=str)
 def test_peak_is_one_matrix_and_64_mib_above_the_result(
-    fmt: PackFormat, matrix: tuple[int, int], staged: bool
+    fmt: PackFormat, matrix: tuple[int, int], way: str
 ) -> None:
     rows, columns = matrix
     experts = 16 if rows > 1000 else 64
     on_disk = torch.randn(rows, columns).bfloat16()
     sources = [
-        spawn_materialize(None, on_disk, "cuda", torch.bfloat16) if staged else lambda: on_disk.to("cuda")
+        spawn_materialize(None, on_disk, "cuda", torch.bfloat16)
+        if way != "direct"
+        else lambda: on_disk.to("cuda")
         for _ in range(2 * experts)
     ]
     torch.zeros(1, device="cuda")
@@ -71,7 +73,13 @@ def test_peak_is_one_matrix_and_64_mib_above_the_result(
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     packer = Packer(PackedStack.empty(fmt, StackShape(experts, 2 * rows, columns, 2), "cuda"), "w")
-    for number, w_NK in enumerate(read_slices(sources)):
+    known = staged(sources) if way == "batches" else None
+    assert way != "batches" or known is not None or on_disk.nbytes > GROUP_BYTES
+    if known is not None:
+        for w_MnK in read_groups(known, THREADS):
+            packer.pack_batch_(w_MnK)
+            del w_MnK
+    for number, w_NK in enumerate(read_slices(sources) if known is None else ()):
         assert w_NK is not None
         packer.pack_(number // 2, number % 2, w_NK)
         del w_NK
@@ -133,7 +141,7 @@ def test_reading_ahead_changes_nothing(tmp_path, monkeypatch) -> None:
 
     import fourfold
     import tiny
-    from fourfold.loading import reading
+    from fourfold.loading import converters, reading
 
     tiny.save(tiny.mixtral(), tmp_path)
     settings = fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -143,17 +151,53 @@ def test_reading_ahead_changes_nothing(tmp_path, monkeypatch) -> None:
         model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, **arguments)
         return model.state_dict()
 
-    staged: list[int] = []
+    in_groups: list[int] = []
 
     def counted(slices, threads):
-        staged.append(len(slices))
-        return read_staged(slices, threads)
+        in_groups.append(len(slices))
+        return read_groups(slices, threads)
 
-    monkeypatch.setattr(reading, "read_staged", counted)
+    monkeypatch.setattr(converters, "read_groups", counted)
     ahead = load()
-    assert sum(staged) > 0
+    assert sum(in_groups) > 0
     monkeypatch.setattr(reading, "deferred", lambda source: None)
     monkeypatch.setattr(reading, "slices_ahead", lambda nbytes: 0)
     for name, tensor in load().items():
         assert tensor.is_cuda
         assert torch.equal(tensor, ahead[name]), name
+
+
+def test_a_packed_checkpoint_is_read_ahead_into_its_places(tmp_path, monkeypatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import fourfold
+    import tiny
+    from fourfold.loading import ahead
+
+    config = tiny.qwen3_moe(hidden_size=256, moe_intermediate_size=512, num_experts=32)
+    tiny.save(config, tmp_path / "plain")
+    settings = fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    arguments = {"device_map": {"": "cuda:0"}, "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=settings, **arguments
+    )
+    model.save_pretrained(tmp_path / "packed")
+    wanted = model.state_dict()
+    taken, take = [], ahead.AheadReader.take
+
+    def counted(self, name):
+        taken.append(name)
+        return take(self, name)
+
+    monkeypatch.setattr(ahead.AheadReader, "take", counted)
+    monkeypatch.setattr(ahead, "PIECE_BYTES", 2**20)
+    for device_map in ({"": 0}, "auto"):
+        taken.clear()
+        again = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "packed", device_map=device_map, dtype=torch.bfloat16
+        )
+        assert taken
+        assert all("experts" in name for name in taken)
+        for name, tensor in again.state_dict().items():
+            assert tensor.is_cuda, name
+            assert torch.equal(tensor, wanted[name]), name

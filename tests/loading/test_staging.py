@@ -41,16 +41,14 @@ def test_what_does_something_else_is_called(source) -> None:
     assert deferred(source) is None
 
 
-def test_groups_are_neighbours_of_one_kind(monkeypatch) -> None:
-    monkeypatch.setattr(staging, "GROUP_BYTES", 3 * 16)
-
+def test_groups_are_neighbours_of_one_kind() -> None:
     def slices(count: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32):
         sources = (spawn_materialize(None, torch.ones(shape), "cpu", dtype) for _ in range(count))
         return [deferred(source) for source in sources]
 
-    assert list(groups_of([])) == []
+    assert list(groups_of([], 48)) == []
     mixed = slices(7, (4,)) + slices(2, (2, 2)) + slices(2, (2, 2), torch.bfloat16) + slices(2, (64,))
-    groups = list(groups_of(mixed))
+    groups = list(groups_of(mixed, 3 * 16))
     assert [len(group) for group in groups] == [3, 3, 1, 2, 2, 1, 1]
     assert [item for group in groups for item in group] == mixed
 
@@ -58,7 +56,7 @@ def test_groups_are_neighbours_of_one_kind(monkeypatch) -> None:
 def test_slices_come_in_order_in_their_dtype_a_bounded_number_ahead(tmp_path, monkeypatch) -> None:
     tensors = {f"w{i:02}": torch.randn(8, 16) for i in range(40)}
     save_file(tensors, tmp_path / "f.safetensors")
-    monkeypatch.setattr(staging, "GROUP_BYTES", 3 * 8 * 16 * 2)
+    monkeypatch.setattr(staging, "SLICES_GROUP_BYTES", 3 * 8 * 16 * 2)
     begun, lock, read_group = [0], threading.Lock(), staging.read_group
 
     def counted(group, stream):

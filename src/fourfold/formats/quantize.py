@@ -26,6 +26,8 @@ FP16_MAX = 65504.0
 BATCH_BYTES = {"cuda": 16 * 2**20}
 BATCH_BYTES_ELSEWHERE = 2 * 2**20
 _ALIGNED = 16  # fp32 numbers, 64 bytes
+# Scales that wait to be quantized together (double quantization), in bytes.
+WAITING_ABSMAX_BYTES = 4 * 2**20
 
 
 def batch_bytes(device: torch.device) -> int:
@@ -40,7 +42,8 @@ def _slots(tensor: torch.Tensor, stack: PackedStack, first: int, count: int) -> 
     return tensor.view(stack.shape.experts * stack.shape.parts, -1)[first : first + count]
 
 
-def _pack_4bit_(stack: PackedStack, first: int, w_MnK: torch.Tensor) -> None:
+def _pack_4bit_(stack: PackedStack, first: int, w_MnK: torch.Tensor) -> torch.Tensor:
+    """Fills the data; returns the scales, fp32 ``[M, L]``."""
     fmt, shape, M = stack.fmt, stack.shape, len(w_MnK)
     padding = shape.blocks(fmt) * fmt.blocksize - shape.columns
     if padding:
@@ -49,11 +52,7 @@ def _pack_4bit_(stack: PackedStack, first: int, w_MnK: torch.Tensor) -> None:
         w_MnK.contiguous(), fmt.blocksize, fmt.quant_type, torch.uint8
     )
     _slots(stack.data, stack, first, M).copy_(packed.view(M, -1))
-    absmax_ML = absmax.view(M, -1)
-    if fmt.double_quant:
-        pack_absmax_(stack, first, absmax_ML)
-    else:
-        _slots(stack.absmax.view(torch.float32), stack, first, M).copy_(absmax_ML)
+    return absmax.view(M, -1)
 
 
 def pack_absmax_(stack: PackedStack, first: int, absmax_ML: torch.Tensor) -> None:
@@ -111,7 +110,19 @@ class Packer:
         self._batch_bytes = batch_bytes(stack.data.device)
         self._waiting: list[torch.Tensor] = []
         self._first = 0  # number of the first matrix that waits
+        self._next = 0  # the number after the last one that was packed
         self._ranges: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._absmax: list[torch.Tensor] = []  # fp32 [M, L] each, one after the other
+        self._absmax_first = 0
+
+    def _check_shape(self, expert: int, found: torch.Size) -> None:
+        shape = self.stack.shape
+        n_rows = shape.rows // shape.parts
+        if tuple(found) != (n_rows, shape.columns):
+            raise CheckpointError(
+                f"{self.name}: expert {expert} has shape {tuple(found)} in the checkpoint, "
+                f"but the model's configuration asks for {(n_rows, shape.columns)}"
+            )
 
     def pack_(self, expert: int, part: int, w_NK: torch.Tensor) -> None:
         """Pack matrix ``w_NK`` ``[N/P, K]`` (fp32, bf16 or fp16) as part ``part`` of expert ``expert``.
@@ -121,14 +132,8 @@ class Packer:
         Raises:
             CheckpointError: the matrix has another shape than its slot.
         """
-        shape = self.stack.shape
-        n_rows = shape.rows // shape.parts
-        if tuple(w_NK.shape) != (n_rows, shape.columns):
-            raise CheckpointError(
-                f"{self.name}: expert {expert} has shape {tuple(w_NK.shape)} in the checkpoint, "
-                f"but the model's configuration asks for {(n_rows, shape.columns)}"
-            )
-        number = expert * shape.parts + part
+        self._check_shape(expert, w_NK.shape)
+        number = expert * self.stack.shape.parts + part
         waiting = self._waiting
         if waiting and (
             number != self._first + len(waiting)
@@ -142,6 +147,12 @@ class Packer:
         if w_NK.nbytes >= self._batch_bytes:
             self._flush()
 
+    def pack_batch_(self, w_MnK: torch.Tensor) -> None:
+        """Pack the next M matrices ``[M, N/P, K]``, on the stack's device; raises as `pack_`."""
+        self._flush()
+        self._check_shape(self._next // self.stack.shape.parts, w_MnK.shape[1:])
+        self.pack_matrices_(self._next, w_MnK)
+
     @torch.no_grad()
     def pack_matrices_(self, first: int, w_MnK: torch.Tensor) -> None:
         """Pack M matrices ``[M, N/P, K]`` by one launch, as the slots from ``first`` (= expert * P + part)
@@ -149,10 +160,28 @@ class Packer:
         """
         low_M, high_M = torch.aminmax(w_MnK.reshape(len(w_MnK), -1), dim=1)  # NaN where a weight is
         self._ranges.append((first, low_M, high_M))
-        if self.stack.fmt.is_4bit:
-            _pack_4bit_(self.stack, first, w_MnK)
-        else:
+        self._next = first + len(w_MnK)
+        if not self.stack.fmt.is_4bit:
             _pack_int8_(self.stack, first, w_MnK)
+            return
+        absmax_ML = _pack_4bit_(self.stack, first, w_MnK)
+        if not self.stack.fmt.double_quant:
+            scales = self.stack.absmax.view(torch.float32)
+            _slots(scales, self.stack, first, len(absmax_ML)).copy_(absmax_ML)
+            return
+        waiting = self._absmax
+        if waiting and first != self._absmax_first + sum(map(len, waiting)):
+            self._flush_absmax()
+        if not self._absmax:
+            self._absmax_first = first
+        self._absmax.append(absmax_ML)
+        if sum(a.nbytes for a in self._absmax) >= WAITING_ABSMAX_BYTES:
+            self._flush_absmax()
+
+    def _flush_absmax(self) -> None:
+        if self._absmax:
+            waiting, self._absmax = self._absmax, []
+            pack_absmax_(self.stack, self._absmax_first, torch.cat(waiting) if waiting[1:] else waiting[0])
 
     @torch.no_grad()
     def _flush(self) -> None:
@@ -168,6 +197,7 @@ class Packer:
         del waiting
         self.pack_matrices_(self._first, w_MnK)
 
+    @torch.no_grad()
     def finish(self) -> PackedStack:
         """The filled stack.
 
@@ -175,6 +205,7 @@ class Packer:
             CheckpointError: a weight was NaN, infinite, or (INT8) beyond the range of fp16.
         """
         self._flush()
+        self._flush_absmax()
         bad = self._bad_experts()
         if bad:
             beyond = (

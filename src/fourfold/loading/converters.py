@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ from fourfold.errors import CheckpointError
 from fourfold.experts import PackedExperts, Projection
 from fourfold.formats import PackedStack
 from fourfold.formats.quantize import Packer, pack_stack
-from fourfold.loading.reading import Slice, read_slices
+from fourfold.loading.reading import THREADS, Slice, read_slices, staged
+from fourfold.loading.staging import read_groups
 
 if TYPE_CHECKING:
     from fourfold.loading.quantizer import FourfoldQuantizer
@@ -35,6 +36,25 @@ def packed_parameters(full_name: str, stack: PackedStack) -> dict[str, nn.Parame
     (A plain tensor that is returned to the loader becomes a trainable parameter if it is floating point.)
     """
     return {full_name + suffix: nn.Parameter(t, requires_grad=False) for suffix, t in stack.tensors()}
+
+
+_Converter = TypeVar("_Converter", bound=WeightConverter)
+
+
+def copy_of(converter: _Converter) -> _Converter:
+    """The loader copies a converter for every key (18,000 in Qwen3-30B-A3B), and keeps one a projection.
+
+    What is collected is the copy's own; patterns and operations never change and are shared (a full copy
+    took a fifth of loading).
+    """
+    made = object.__new__(type(converter))
+    for cls in type(made).__mro__:
+        for name in getattr(cls, "__slots__", ()):
+            if hasattr(converter, name):
+                object.__setattr__(made, name, getattr(converter, name))
+    object.__setattr__(made, "collected_tensors", defaultdict(list))
+    object.__setattr__(made, "layer_targets", defaultdict(set))
+    return made
 
 
 class PackingConverter(WeightConverter):
@@ -60,19 +80,7 @@ class PackingConverter(WeightConverter):
         return copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackingConverter:
-        """The loader copies a converter for every key (18,000 in Qwen3-30B-A3B), and keeps one a projection.
-
-        What is collected is the copy's own; patterns and operations never change and are shared (a full copy
-        took a fifth of loading).
-        """
-        made = object.__new__(type(self))
-        for cls in type(self).__mro__:
-            for name in getattr(cls, "__slots__", ()):
-                if hasattr(self, name):
-                    object.__setattr__(made, name, getattr(self, name))
-        object.__setattr__(made, "collected_tensors", defaultdict(list))
-        object.__setattr__(made, "layer_targets", defaultdict(set))
-        return made
+        return copy_of(self)
 
     def is_plain_merge(self) -> bool:
         """Whether it stacks experts, and gate on up, and does nothing else."""
@@ -111,9 +119,19 @@ class PackingConverter(WeightConverter):
                 )
             sources.append(slices)
         count = len(sources)
-        matrices = read_slices(itertools.chain.from_iterable(zip(*sources, strict=True)))
-        del sources, slices  # every slice is let go of when it is packed
+        flat = list(itertools.chain.from_iterable(zip(*sources, strict=True)))
         packer: Packer | None = None
+        known = staged(flat) if count == shape.parts else None
+        if known is not None:  # neighbours in a batch arrive, and are packed, together
+            stack = PackedStack.empty(module.fourfold_format, shape, known[0].device)
+            packer = Packer(stack, layer_name)
+            del sources, slices, flat
+            for w_MnK in read_groups(known, THREADS):
+                packer.pack_batch_(w_MnK)
+                del w_MnK
+            return packed_parameters(layer_name, packer.finish())
+        matrices = read_slices(iter(flat))
+        del sources, slices, flat  # every slice is let go of when it is packed
         for expert in range(shape.experts):
             parts: Iterable[torch.Tensor | None] = itertools.islice(matrices, count)
             if count != shape.parts:  # the file cuts gate and up otherwise

@@ -24,7 +24,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from fourfold.errors import CheckpointError
 from fourfold.experts import PackedExperts, find_experts
 
-_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32"}
+DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32"}
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -185,15 +185,15 @@ def check_packed(model: PreTrainedModel, headers: Mapping[str, Header], *, compl
                         )
                     continue
                 header = headers[key]
-                if header.dtype == _DTYPES[dtype] and header.shape == shape:
+                if header.dtype == DTYPE_NAMES[dtype] and header.shape == shape:
                     continue
                 if not suffix and header.dtype in ("BF16", "F16", "F32"):
                     unpacked.append(name)
                     continue
                 raise CheckpointError(
                     f"{header.file}: {key} is {header.dtype} {list(header.shape)}, where "
-                    f"{_DTYPES[dtype]} {list(shape)} is expected for {module.fourfold_format}; the file is "
-                    "of another model or format than its config.json, or damaged"
+                    f"{DTYPE_NAMES[dtype]} {list(shape)} is expected for {module.fourfold_format}; the file "
+                    "is of another model or format than its config.json, or damaged"
                 )
     return unpacked
 

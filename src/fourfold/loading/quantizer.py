@@ -35,6 +35,7 @@ from fourfold.experts import (
 from fourfold.experts.layout import name_suffix
 from fourfold.formats import COMPANION_SUFFIXES
 from fourfold.formats.quantize import FP16_MAX
+from fourfold.loading.ahead import AheadConverter, AheadReader, packed_places
 from fourfold.loading.complete import (
     check_complete,
     check_finite,
@@ -50,6 +51,7 @@ from fourfold.loading.origin import origin_of
 from fourfold.loading.patch import stored_method
 from fourfold.loading.shapes import check_shapes, expected_shapes
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
+from fourfold.loading.stored import StoredTensors
 
 
 class FourfoldQuantizer(HfQuantizer):
@@ -81,6 +83,9 @@ class FourfoldQuantizer(HfQuantizer):
         self.left_on_request: list[str] = []
         self._tied: dict[str, str] = {}
         self._original_conversions: list[Any] | None = None
+        self._device_map: dict[str, Any] | None = None
+        self._headers: Mapping[str, Header] = {}
+        self._ahead: AheadReader | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         # transformers logs what a conversion raises and goes on; the first error is kept and raised at the
         # end.
@@ -89,19 +94,26 @@ class FourfoldQuantizer(HfQuantizer):
     # --- before loading
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict):  # (called again when "auto" has become a map)
+            self._device_map = device_map
         import bitsandbytes  # noqa: F401  (a dependency; registers the quantization operators)
 
         if self.linears is not None:
             self.linears.validate_environment(*args, **kwargs)
 
     def update_device_map(self, device_map: Any) -> Any:
-        return Bnb4BitHfQuantizer.update_device_map(self, device_map)
+        device_map = Bnb4BitHfQuantizer.update_device_map(self, device_map)
+        if isinstance(device_map, dict):
+            self._device_map = device_map
+        return device_map
 
     def adjust_max_memory(self, max_memory: dict[str, Any]) -> dict[str, Any]:
         return {key: value * 0.90 for key, value in max_memory.items()}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         headers = check_files(model.name_or_path, kwargs.get("checkpoint_files") or ())
+        self._headers = headers
         if not self.pre_quantized:
             self.config.base = origin_of(model, kwargs.get("checkpoint_files") or ())
         requested = self.config.llm_int8_skip_modules
@@ -270,11 +282,19 @@ class FourfoldQuantizer(HfQuantizer):
             conversions = self.foreign.conversions(conversions)
         if self.linears is not None:
             conversions += [whole_names(c) for c in self.linears.get_weight_conversions()]
+        if self._names_are_the_models and self.packed and model is not None:
+            places = packed_places(model, self.packed, self._device_map)
+            self._ahead = AheadReader(StoredTensors(self._headers, model_dtype(model)), places)
+            leaves = dict.fromkeys(name.rpartition(".")[2] for name in places)
+            conversions += [AheadConverter.of(leaf, self._ahead) for leaf in leaves]
         return conversions
 
     # --- after loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         if self.foreign is not None:
             self.foreign.finish(model)
         if self.failure is not None:

@@ -8,14 +8,15 @@ that the disk and the bus work while the device packs.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
 
 import torch
 from transformers.utils import is_env_variable_true
 
-from fourfold.loading.staging import GROUP_BYTES, deferred, read_staged
+from fourfold.loading import staging
+from fourfold.loading.staging import Deferred, deferred, read_staged
 
 Slice: TypeAlias = "torch.Tensor | Future[torch.Tensor] | Callable[[], torch.Tensor]"
 AHEAD_BYTES = 12 * 2**20
@@ -37,6 +38,19 @@ def slices_ahead(nbytes: int) -> int:
     return AHEAD_BYTES // nbytes or int(nbytes <= AHEAD_SINGLE_BYTES)
 
 
+def staged(sources: Sequence[Slice], group_bytes: int = staging.GROUP_BYTES) -> list[Deferred] | None:
+    """The sources as `loading.staging` reads them; None where one is no small slice on its way to a GPU."""
+    if is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD"):
+        return None
+    found: list[Deferred] = []
+    for source in sources:
+        known = deferred(source)
+        if known is None or known.device.type != "cuda" or known.nbytes > group_bytes:
+            return None
+        found.append(known)
+    return found or None
+
+
 def read_slices(sources: Iterable[Slice]) -> Iterator[torch.Tensor | None]:
     """Materialise slices in order; on a GPU, later ones are read meanwhile by other threads.
 
@@ -47,14 +61,11 @@ def read_slices(sources: Iterable[Slice]) -> Iterator[torch.Tensor | None]:
     waiting: deque[Slice] = deque(sources)
     if not waiting:
         return
-    known = [deferred(source) for source in waiting]
-    staged = [d for d in known if d is not None and d.device.type == "cuda" and d.nbytes <= GROUP_BYTES]
-    if len(staged) == len(waiting) and not is_env_variable_true("HF_DEACTIVATE_ASYNC_LOAD"):
+    known = staged(waiting, staging.SLICES_GROUP_BYTES)
+    if known is not None:
         waiting.clear()
-        del known
-        yield from read_staged(staged, THREADS)
+        yield from read_staged(known, THREADS)
         return
-    del known, staged
     first = read_slice(waiting.popleft())
     yield first
     ahead = 0 if first is None or first.device.type == "cpu" else slices_ahead(max(1, first.nbytes))

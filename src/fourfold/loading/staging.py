@@ -21,7 +21,10 @@ from typing import Any
 
 import torch
 
-GROUP_BYTES = 6 * 2**20
+# With what packing takes beside, what is under way stays below 64 MiB: a group that is packed as it arrives
+# (INT8 takes once and a half as much again), or slices that a batch is put together from first.
+GROUP_BYTES = 12 * 2**20
+SLICES_GROUP_BYTES = 6 * 2**20
 GROUPS_AHEAD = 3
 _CLOSES_OVER = {"tensor", "tensor_idx", "device", "dtype", "sharding_op"}
 
@@ -66,13 +69,13 @@ def deferred(source: Any) -> Deferred | None:
     return Deferred(tensor, torch.device(values["device"]), dtype, shape)
 
 
-def groups_of(slices: Sequence[Deferred]) -> Iterator[Sequence[Deferred]]:
-    """Neighbours of one shape, dtype and device, up to `GROUP_BYTES` together, in order."""
+def groups_of(slices: Sequence[Deferred], group_bytes: int) -> Iterator[Sequence[Deferred]]:
+    """Neighbours of one shape, dtype and device, up to ``group_bytes`` together, in order."""
     start = 0
     for i, item in enumerate(slices):
         first = slices[start]
         alike = (item.shape, item.dtype, item.device) == (first.shape, first.dtype, first.device)
-        if i > start and (not alike or (i - start + 1) * first.nbytes > GROUP_BYTES):
+        if i > start and (not alike or (i - start + 1) * first.nbytes > group_bytes):
             yield slices[start:i]
             start = i
     if slices:
@@ -97,9 +100,14 @@ def read_group(group: Sequence[Deferred], stream: torch.cuda.Stream | None) -> t
         return host.to(first.device, non_blocking=True)
 
 
-def read_staged(slices: Sequence[Deferred], threads: int) -> Iterator[torch.Tensor]:
-    """Slices in order, `GROUPS_AHEAD` groups of them under way, the one that is handed out among them."""
-    waiting = deque(groups_of(slices))
+def read_groups(
+    slices: Sequence[Deferred], threads: int, group_bytes: int = GROUP_BYTES
+) -> Iterator[torch.Tensor]:
+    """Groups ``[G, ...]`` in order, `GROUPS_AHEAD` of them under way, the one that is handed out among them.
+
+    (See `groups_of`. Whoever takes them lets go of each before asking for the next.)
+    """
+    waiting = deque(groups_of(slices, group_bytes))
     running: deque[Future[torch.Tensor]] = deque()
     devices = {item.device for item in slices if item.device.type == "cuda"}
     streams = {device: torch.cuda.current_stream(device) for device in devices}
@@ -110,6 +118,12 @@ def read_staged(slices: Sequence[Deferred], threads: int) -> Iterator[torch.Tens
                     group = waiting.popleft()
                     running.append(pool.submit(read_group, group, streams.get(group[0].device)))
                     del group
-                yield from running.popleft().result().unbind()
+                yield running.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_staged(slices: Sequence[Deferred], threads: int) -> Iterator[torch.Tensor]:
+    """Slices in order, one by one; see `read_groups`."""
+    for group in read_groups(slices, threads, SLICES_GROUP_BYTES):
+        yield from group.unbind()
