@@ -68,6 +68,18 @@ def test_saved_adapter_is_stocks_and_loads_both_ways(pair, tmp_path: Path) -> No
         assert (a - base).norm() > 1e-3 * base.norm()
 
 
+def test_stock_merges_where_it_cannot_run() -> None:
+    """A module around the experts reads their parameters; stock gets no help here (`stock_reads`)."""
+    packed, plain = own_forward.pair("dbrx")
+    stock = lora(plain)
+    with pytest.raises(AttributeError, match="'ParamWrapper' object has no attribute"):
+        stock(input_ids=own_forward.IDS)
+    with torch.no_grad():
+        merged = stock.merge_and_unload()(input_ids=own_forward.IDS, use_cache=False).logits
+        ours = output(lora(packed))
+    assert (ours - merged).norm() <= 1e-6 * merged.norm()
+
+
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_every_factor_gets_stocks_gradient(pair, reentrant: bool | None) -> None:
     packed, plain = pair
