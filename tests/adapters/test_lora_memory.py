@@ -6,33 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fourfold
 import tiny
+from allocations import Allocations
 from fourfold.experts import find_experts, pack_module_, unpack_module_
 from fourfold.formats import PackFormat
 
 EXPERTS = 8
-
-
-class Allocations(TorchDispatchMode):
-    """Elements of every new storage that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {
-            t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
-        }
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
-                self.sizes.append(tensor.untyped_storage().nbytes() // tensor.element_size())
-        return out
 
 
 def allocated(model: nn.Module) -> list[int]:

@@ -6,60 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
 import fourfold
+import own_forward
 from fourfold.adapters.wrapper import ParamWrapper
-from fourfold.experts import PackedExperts, find_experts, pack_module_, prepare_reader_, unpack_module_
-from fourfold.experts.own_forward import _Scope, release_readers_
-from fourfold.formats import PackFormat
-from fourfold.planning.conformance import tiny_models
-from parity import stock_reads
-
-TYPES = ("llama4_text", "jetmoe", "dbrx", "longcat_flash", "step3p5", "inkling_text")
-IDS = torch.arange(1, 19).view(2, 9)
+from fourfold.experts.own_forward import _Scope
+from own_forward import TYPES, gradients, lora, output
 
 
 @pytest.fixture(params=TYPES)
 def pair(request) -> tuple[nn.Module, nn.Module]:
     """Packed, and stock's on the same numbers in fp32."""
-    if request.param not in tiny_models.known_types():
+    if not own_forward.is_known(request.param):
         pytest.skip(f"this transformers has no {request.param}")
-    config = tiny_models.tiny_config(request.param)
-    model = tiny_models.build(config, tiny_models.model_classes(type(config))[0])
-    tiny_models.randomise_experts_(model)
-    if hasattr(model.config, "_experts_implementation"):
-        model.config._experts_implementation = "eager"
-    for found in list(find_experts(model)):
-        pack_module_(found.module, PackFormat("nf4", 64, True), found.name, found.layout)
-        if found.reader != found.name:
-            prepare_reader_(model.get_submodule(found.reader))
-    plain = copy.deepcopy(model)
-    for module in list(plain.modules()):
-        if isinstance(module, PackedExperts):
-            unpack_module_(module, torch.float32)
-    release_readers_(plain)
-    return model.eval(), plain.eval()
-
-
-def lora(model: nn.Module, **changes: object) -> PeftModel:
-    torch.manual_seed(1)
-    arguments = {"r": 3, "lora_alpha": 5, "target_parameters": fourfold.expert_targets(model)}
-    arguments |= {"target_modules": [], "init_lora_weights": False} | changes
-    return get_peft_model(model, LoraConfig(**arguments))
-
-
-def output(model: nn.Module) -> torch.Tensor:
-    with stock_reads(model):
-        return next(iter(model(input_ids=IDS, use_cache=False).values()))
-
-
-def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    y = output(model)
-    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-    return {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
+    return own_forward.pair(request.param)
 
 
 def count_checkpoints(model: nn.Module) -> list[None]:
@@ -105,6 +68,18 @@ def test_saved_adapter_is_stocks_and_loads_both_ways(pair, tmp_path: Path) -> No
         assert (a - base).norm() > 1e-3 * base.norm()
 
 
+def test_stock_merges_where_it_cannot_run() -> None:
+    """A module around the experts reads their parameters; stock gets no help here (`stock_reads`)."""
+    packed, plain = own_forward.pair("dbrx")
+    stock = lora(plain)
+    with pytest.raises(AttributeError, match="'ParamWrapper' object has no attribute"):
+        stock(input_ids=own_forward.IDS)
+    with torch.no_grad():
+        merged = stock.merge_and_unload()(input_ids=own_forward.IDS, use_cache=False).logits
+        ours = output(lora(packed))
+    assert (ours - merged).norm() <= 1e-6 * merged.norm()
+
+
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_every_factor_gets_stocks_gradient(pair, reentrant: bool | None) -> None:
     packed, plain = pair
@@ -113,10 +88,7 @@ def test_every_factor_gets_stocks_gradient(pair, reentrant: bool | None) -> None
     if reentrant is not None:
         if not packed.supports_gradient_checkpointing:
             pytest.skip("this model has no gradient checkpointing")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-        for module in model.modules():  # checkpointing asks for training; dropout is to stay off
-            module.training = hasattr(module, "gradient_checkpointing") or "Layer" in type(module).__name__
+        own_forward.checkpoint_layers_(model, reentrant)
         calls = count_checkpoints(model)
     found = gradients(model)
     if reentrant is not None:
