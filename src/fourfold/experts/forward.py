@@ -27,12 +27,17 @@ if TYPE_CHECKING:
     from fourfold.experts.plain import PlainExperts
 
 
-def compute_dtype(module: PackedExperts | PlainExperts, hidden_states: torch.Tensor) -> torch.dtype:
-    """The configured dtype, else autocast's, else that of the unquantized weights."""
+def compute_dtype(
+    module: PackedExperts | PlainExperts, hidden_states: torch.Tensor, *, grouped: bool = False
+) -> torch.dtype:
+    """The configured dtype, else autocast's, else that of the unquantized weights.
+
+    On a CPU autocast does not reach grouped products, in stock either: those stay in the weights' dtype.
+    """
     if module.compute_dtype is not None:
         return module.compute_dtype
     kind = hidden_states.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and not (grouped and kind == "cpu"):
         return torch.get_autocast_dtype(kind)
     return module.fourfold_dtype
 
@@ -100,7 +105,7 @@ def routed_forward(
     assert isinstance(layout, ExpertsLayout)
     if hidden_states.shape[0] == 0:
         return torch.zeros_like(hidden_states)
-    dtype = compute_dtype(module, hidden_states)
+    dtype = compute_dtype(module, hidden_states, grouped=True)
     routing = route(top_k_index, layout.num_experts)
     up, down = module.stack(layout.up), module.stack(layout.down)
     if (
