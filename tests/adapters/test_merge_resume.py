@@ -295,3 +295,18 @@ def keeping(workplace):
             raise
 
     return put_back
+
+
+def test_of_another_release_of_what_decides_the_bytes_nothing_is_kept(
+    killed: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fourfold.adapters import merge_files
+    from fourfold.adapters.merge_plan import make_plan
+
+    plan = make_plan(killed / "base", work / "adapter", "original", any_base=False)
+    ours = merge_files.inputs_of(plan)
+    for library in (merge_files.bitsandbytes, merge_files.peft, merge_files.torch, merge_files.transformers):
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "__version__", "0.0")
+            assert merge_files.inputs_of(plan) != ours
+    assert merge_files.inputs_of(plan) == ours

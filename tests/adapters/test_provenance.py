@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
@@ -255,3 +255,33 @@ def test_hotswapping_compares_the_base_as_well(original: Path, tmp_path: Path) -
     right = adapter(original, tmp_path / "right", **NF4)
     hotswap_adapter(model, str(right), adapter_name="default", torch_device="cpu")
     assert not torch.equal(tiny.logits(model), before)
+
+
+def test_an_adapter_that_needs_its_base_is_not_told_to_lose_its_mark(original: Path, tmp_path: Path) -> None:
+    model = tiny.load(original, **NF4)
+    other = adapter(original, tmp_path / "other", experts_quant_type="fp4")
+    file = Path(other) / "fourfold.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init": "loftq"}))
+    with pytest.raises(AdapterError, match="right on its own base alone") as raised:
+        PeftModel.from_pretrained(model, str(other))
+    assert "remove" not in str(raised.value)
+
+
+def test_a_swap_that_failed_leaves_nothing_behind(original: Path, tmp_path: Path, monkeypatch) -> None:
+    from peft.utils import hotswap
+
+    model = with_lora(tiny.load(original, **NF4))
+    wrong = adapter(original, tmp_path / "wrong", experts_quant_type="fp4")
+    right = adapter(original, tmp_path / "right", **NF4)
+    with monkeypatch.context() as patch:
+        patch.setattr(hotswap, "_insert_adapter_name_into_state_dict", None)  # fails after reading
+        with pytest.raises(TypeError):
+            hotswap.hotswap_adapter(model, str(wrong), "default", torch_device="cpu")
+    state = {
+        name.replace(".weight", ".default.weight"): tensor
+        for name, tensor in load_file(Path(right) / "adapter_model.safetensors").items()
+    }
+    config = PeftConfig.from_pretrained(str(right))
+    hotswap.hotswap_adapter_from_state_dict(
+        model, state, "default", config
+    )  # of another adapter: not refused

@@ -85,6 +85,11 @@ def test_no_less_exact_than_product_by_product(
         )
 
 
+@pytest.mark.parametrize("rank", [64, 128, 256])
+def test_large_ranks(rank: int) -> None:
+    test_no_less_exact_than_product_by_product(FORMATS[1], CASES[0], rank, torch.bfloat16)
+
+
 def test_one_step_equals_several_in_all_but_rounding() -> None:
     up, down, x, weights, index, (low_up, low_down), _ = made(FORMATS[1], (32, 2048, 4, 512, 384), 16)
     x = x.bfloat16()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,15 @@ def test_a_torn_checkpoint(
         (checkpoint / name).write_text(text)
     with pytest.raises(ConfigurationError, match=said):
         check(TrainConfig(**settings(resume_from_checkpoint=str(checkpoint))))
+
+
+def test_a_checkpoint_that_is_older_than_a_setting_is_resumed(
+    trained: tuple[RunResult, str], settings: Settings, tmp_path: Path
+) -> None:
+    folder = copied(trained, tmp_path)
+    stored = json.loads((folder / "run.json").read_text())
+    assert stored.pop("peft_init_lora_weights") is True
+    (folder / "run.json").write_text(json.dumps(stored))
+    assert check(TrainConfig(**settings(resume_from_checkpoint=str(folder)))).checkpoint == str(folder)
+    with pytest.raises(ConfigurationError, match=r"peft_init_lora_weights \(True there\)"):
+        check(TrainConfig(**settings(resume_from_checkpoint=str(folder), peft_init_lora_weights="gaussian")))

@@ -11,6 +11,7 @@ the base loads the result. What the adapter does not touch is copied as bytes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -79,14 +80,15 @@ def merge(
     check_target(target, source, force)
     check_target(target, Path(adapter).expanduser(), force)
     plan = make_plan(base, adapter, base_weights, any_base=any_base, source_layout=source_layout)
-    inputs = inputs_of(plan)
-    with workplace(target, plan.base, force, "merging", inputs) as folder:
+    with (
+        contextlib.closing(plan.adapter.file),
+        workplace(target, plan.base, force, "merging", inputs_of(plan)) as folder,
+    ):
         writer = _Writer(plan, progress or (lambda *_: None))
         for file in plan.files:
             writer.write(file, folder / file.path.name)
         writer.check_counts()
         copied, left_out = copy_other_files(plan, folder)
-    plan.adapter.file.close()
     roles = {role: sums.figures() for role, sums in writer.all.sums.items()}
     return MergedCheckpoint(
         folder=str(target),
@@ -185,7 +187,7 @@ class _Writer:
         """The adapter's own rows, in the dtype that the file has."""
         columns = torch.Size(tensor.shape[1:]).numel()
         step = max(1, _CHUNK_ELEMENTS // max(1, columns))
-        for start in range(0, tensor.shape[0], step):
+        for start in range(0, tensor.shape[0] if tensor.shape else 1, step):
             rows = self.plan.adapter.file.rows(replacement.key, start, start + step)
             yield self._add(replacement.parameter, tensor.key, rows, None, DTYPES[tensor.dtype])
 
@@ -300,7 +302,7 @@ class _Writer:
         """The sum for a whole parameter in the model's own layout."""
         packing, factors = self.plan.packings.get(name), self._factors(name)
         like = RawTensor(Path(name), name, "", tuple(weight.shape), 0, weight.nbytes)
-        rows, out = weight.reshape(-1, weight.shape[-1]), torch.empty_like(weight)
+        rows, out = weight.reshape(-1, weight.shape[-1]), torch.empty(weight.shape, dtype=weight.dtype)
         for block in blocks_of(Stored(like, name), packing):
             where = slice(block.begin, block.begin + block.rows)
             w_RC, delta = rows[where], None

@@ -7,13 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import bitsandbytes
 import peft
 import torch
 import transformers
 
+from fourfold import version
 from fourfold.adapters import provenance
 from fourfold.adapters.merge_plan import MergePlan
-from fourfold.version import __version__
 
 _INDEXES = (".safetensors.index.json", ".bin.index.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -32,7 +33,7 @@ def inputs_of(plan: MergePlan) -> str:
     stats = [(file.path, file.path.stat()) for file in plan.files]
     texts = (adapter / "adapter_config.json", adapter / provenance.FILE, plan.base / "config.json")
     made_of = {
-        "releases": [__version__, torch.__version__, transformers.__version__, peft.__version__],
+        "releases": [m.__version__ for m in (version, torch, transformers, peft, bitsandbytes)],
         "adapter": plan.adapter.file.check(),
         "texts": [hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else None for p in texts],
         "base": [[str(path.absolute()), stat.st_size, stat.st_mtime_ns] for path, stat in stats],

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,12 @@ def _refuse_conversion(model: Any, names: list[str]) -> None:
 
 
 # The folder that `hotswap_adapter` read last, and how, until its numbers are put into place.
-_SWAPPED_IN: ContextVar[tuple[Any, dict[str, Any]] | None] = ContextVar("_SWAPPED_IN", default=None)
+_SWAPPED_IN: ContextVar[tuple[Any, Any, dict[str, Any]] | None] = ContextVar("_SWAPPED_IN", default=None)
+
+
+def _holds(state: dict[str, Any], tensor: Any) -> bool:
+    """(No: what was read last belongs to a swap that failed.)"""
+    return any(value is tensor for value in state.values())
 
 
 def install_hotswap() -> None:
@@ -167,7 +173,8 @@ def install_hotswap() -> None:
     @functools.wraps(load)
     def load_peft_weights(model_id: Any, *args: Any, **kwargs: Any) -> Any:
         state = load(model_id, *args, **kwargs)
-        _SWAPPED_IN.set((model_id, kwargs))
+        first = next(iter(state.values()), None)
+        _SWAPPED_IN.set(None if first is None else (weakref.ref(first), model_id, kwargs))
         return state
 
     @functools.wraps(swap)
@@ -179,8 +186,8 @@ def install_hotswap() -> None:
         _SWAPPED_IN.set(None)
         given = signature.bind(*args, **kwargs).arguments
         model, name = given["model"], given["adapter_name"]
-        if source is not None:
-            init = provenance.check(model, source[0], **source[1])
+        if source is not None and _holds(given["state_dict"], source[0]()):
+            init = provenance.check(model, source[1], **source[2])
         given["state_dict"] = widened(model, given["state_dict"], name)
         result = swap(**given)
         set_scaling(model, name, given["config"])

@@ -279,6 +279,12 @@ def check(model: nn.Module, folder: str | Path, **hub: Any) -> str | None:
         return None
     stored = _parse(path)
     differs = difference(stored, ours) if _checked.get() else None
+    if differs and stored["init"]:  # without the file nothing would say any more that it needs this base
+        raise AdapterError(
+            f"{folder} was trained on {differs}, and began with {stored['init']}_init: it is right on its "
+            "own base alone. Load that base as it was (to put the adapter on this one all the same: "
+            "any_base=True of `load_adapter` of fourfold.adapters.peft_lora)"
+        )
     if differs:
         raise AdapterError(
             f"{folder} was trained on {differs}. Load that base as it was; or, to put the adapter on this "

@@ -194,6 +194,14 @@ def _silu_mul_backward_kernel(
         _store_low_rank(acc, out_ptr, low_ptr, rows, live, r, 2 * I, stride, R)
 
 
+GATE_COLUMNS = 64  # of a tile of the gate and its gradient
+
+
+def gather_columns(rank: int) -> int:
+    """Columns of a tile of gathered rows."""
+    return 128 if rank <= 64 else 64
+
+
 def _launch(
     rows: int, offsets_E: torch.Tensor, rank: int, dtype: torch.dtype
 ) -> tuple[tuple[int], dict[str, object]]:
@@ -207,6 +215,8 @@ def _launch(
         "LOW_RANK": rank > 0,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "num_warps": 4,
+        # Tiles of factors grow with the rank: one at a time, so that any card's shared memory holds them.
+        "num_stages": 3 if rank <= 64 else 1,
     }
     return (triton.cdiv(rows, BM) + min(E, rows),), constants
 
@@ -247,7 +257,7 @@ def gather_triton(
             R,
             wide_Ss.stride(0),
             *strides,
-            BK=128 if R <= 64 else 64,
+            BK=gather_columns(R),
             **constants,
         )
     return None if factor_EHR is None else low_SR
@@ -272,7 +282,7 @@ def silu_mul_triton(
             I,
             R,
             wide_Ss.stride(0),
-            BK=64,
+            BK=GATE_COLUMNS,
             **constants,
         )
     return None if a_ERI is None else low_SR
@@ -326,7 +336,7 @@ def silu_mul_backward_triton(
             R,
             wide_Ss.stride(0),
             KEEP_ACT=keep_act,
-            BK=64,
+            BK=GATE_COLUMNS,
             **constants,
         )
     return (None if b_ENR is None else low_SR), (act_SI if keep_act else None), grad_weights_Tk

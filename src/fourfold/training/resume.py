@@ -150,15 +150,21 @@ def check_unchanged(checkpoint: str, settings: Settings) -> None:
     """
     stored = _read(Path(checkpoint) / RUN_FILE)
     changed = [
-        "datasets (not the same tokens)" if key == "datasets" else f"{key} ({stored.get(key)} there)"
+        "datasets (not the same tokens)" if key == "datasets" else f"{key} ({_stored(stored, key)} there)"
         for key, value in settings.items()
-        if stored.get(key) != value
+        if _stored(stored, key) != value
     ]
     if changed:
         raise ConfigurationError(
             f"resume_from_checkpoint: {checkpoint} was written with other settings: {', '.join(changed)}. "
             "Set them as they were, or start anew with resume_from_checkpoint: false and another output_dir."
         )
+
+
+def _stored(settings: Settings, key: str) -> Any:
+    """A setting of a checkpoint; of one that is older than the setting, what it was without being one."""
+    field = TrainConfig.model_fields.get(key)
+    return settings.get(key, None if field is None else field.default)
 
 
 def fixed_settings(config: TrainConfig) -> Settings:
