@@ -5,7 +5,8 @@ which both sides share, and chance decides whose is larger. So experts are calle
 caught in the model, and each result is compared apart: the output, the gradient of each input (hidden states,
 routing weights) and of each factor. Errors are relative norms, mean of `SEEDS` inputs and adapters.
 
-Weights, inputs and the output's gradient are numbers of bf16, so that only the computation is measured.
+Inputs and the output's gradient are numbers of bf16, and weights those of both sides, so that only the
+computation is measured.
 """
 
 from __future__ import annotations
@@ -71,11 +72,6 @@ def models(kind: str, form: str, dtype: torch.dtype) -> tuple[PeftModel, PeftMod
         assert any(isinstance(module, PlainExperts) for module in ours.modules())
     else:
         ours, stock = own_forward.pair_of(model, fmt, dtype)
-        with torch.no_grad():
-            for found in find_experts(stock):
-                for projection in found.layout.projections:
-                    weight = getattr(found.module, projection.name)
-                    weight.copy_(weight.bfloat16())
     exact = copy.deepcopy(stock).double()
     if implementation is not None:
         exact.config._experts_implementation = "eager"  # (grouped products know no fp64)

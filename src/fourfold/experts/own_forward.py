@@ -22,6 +22,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fourfold.experts.forward import compute_dtype
@@ -285,6 +286,36 @@ class ReadsPackedExperts(Dynamic):
         return _run(_lenders(self), super().forward, args, kwargs)
 
 
+_PRODUCTS = frozenset(
+    "linear matmul __matmul__ __rmatmul__ mm bmm addmm baddbmm addbmm einsum grouped_mm _grouped_mm".split()
+)
+
+
+class _Products(TorchFunctionMode):
+    """Products in one dtype, their results in another, and everything else as it comes.
+
+    What autocast does, but for the results: it leaves them in its own dtype, so that what follows is rounded
+    at each step (up to 1.19 times stock's error when a whole forward was cast), and a forward that adds them
+    to a buffer of the input's dtype fails.
+    """
+
+    def __init__(self, dtype: torch.dtype, result: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.result = dtype, result
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ not in _PRODUCTS or kwargs.get("out") is not None:
+            return func(*args, **kwargs)
+
+        def lower(value: Any) -> Any:
+            is_other = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return value.to(self.dtype) if is_other and value.dtype != self.dtype else value
+
+        args, kwargs = tree_map(lower, (args, kwargs))
+        return func(*args, **kwargs).to(self.result)
+
+
 def _lenders(reader: nn.Module) -> list[OwnForwardExperts]:
     return [m for m in reader.modules() if isinstance(m, OwnForwardExperts) and m.own_layout.reader]
 
@@ -298,10 +329,9 @@ def _run(
 ) -> Any:
     """Call ``own`` while ``modules`` show decoded weights.
 
-    The dtype of the products (an explicit one, else autocast's) holds for the whole forward: inputs are cast
-    to it and results back, as a quantized Linear does. Under autocast alone some of these forwards fail, for
-    they add products to a buffer of the input's dtype. Other threads, and other calls of the same modules
-    within this one, have scopes of their own.
+    An explicit dtype of the products holds for the whole forward: inputs are cast to it and results back, as
+    a quantized Linear does. Autocast's holds for the products alone (`_Products`). Other threads, and other
+    calls of the same modules within this one, have scopes of their own.
     """
     floats = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point())
     first = next(floats, None)
@@ -313,15 +343,19 @@ def _run(
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
         return value.to(to) if floating else value
 
-    other = dtype != given
-    if other:
+    other, explicit = dtype != given, modules[0].compute_dtype is not None
+    if other and explicit:
         args, kwargs = tree_map(lambda v: cast(v, dtype), (args, kwargs))
     scope = _Scope(dtype)
     scope.updates.update({(id(modules[0]), name): update for name, update in (updates or {}).items()})
-    autocast = torch.autocast(first.device.type, enabled=False) if other else contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    if other:
+        stack.enter_context(torch.autocast(first.device.type, enabled=False))
+        if not explicit:
+            stack.enter_context(_Products(dtype, given))
     token = _SHOWING.set((_SHOWING.get() or {}) | {id(module): scope for module in modules})
     try:
-        with scope.saving_views(), autocast:
+        with stack, scope.saving_views():
             result = own(*args, **kwargs)
     finally:
         _SHOWING.reset(token)

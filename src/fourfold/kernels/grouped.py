@@ -16,6 +16,8 @@ import torch
 
 RANK_MULTIPLE = 8  # 16 bytes of bf16: low-rank factors of other ranks are padded to it on CUDA
 
+COLUMNS_WORKSPACE = 2**17  # elements of `grouped_sums`' workspace
+
 
 def _native_grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
     function = (
@@ -66,6 +68,32 @@ def add_grouped_rows_(
         return y_SN.add_(_native_grouped_mm(x_SK, w_EKN, offsets_E))
     for expert, start, stop in _groups(offsets_E):
         y_SN[start:stop].addmm_(x_SK[start:stop], w_EKN[expert])
+    return y_SN
+
+
+def grouped_sums(
+    x_SK: torch.Tensor,
+    w_EKN: torch.Tensor,
+    h_SR: torch.Tensor,
+    b_ERN: torch.Tensor,
+    offsets_E: torch.Tensor,
+) -> torch.Tensor:
+    """``y[s] = x[s] @ w[e(s)] + h[s] @ b[e(s)]`` rounded once; the loop only, some columns at a time.
+
+    Each part is one product with both matrices, one above the other, copied into a small workspace.
+    """
+    K, R, N = x_SK.shape[1], h_SR.shape[1], w_EKN.shape[2]
+    y_SN = x_SK.new_empty(x_SK.shape[0], N)
+    rows_SM = torch.cat([x_SK, h_SR], dim=1)
+    step = max(1, COLUMNS_WORKSPACE // (K + R))
+    work = x_SK.new_empty(min(step, N), K + R)
+    for expert, start, stop in _groups(offsets_E):
+        for first in range(0, N, step):
+            columns = slice(first, min(first + step, N))
+            w_nM = work[: columns.stop - first]
+            w_nM[:, :K] = w_EKN[expert, :, columns].t()
+            w_nM[:, K:] = b_ERN[expert, :, columns].t()
+            y_SN[start:stop, columns] = rows_SM[start:stop] @ w_nM.t()
     return y_SN
 
 
