@@ -52,11 +52,22 @@ class _View:
         matrix = self.stack.shape.rows * self.stack.shape.columns
         last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
         first, stop = self.offset // matrix, last // matrix + 1
-        w_ENK = decode(self.stack.experts(first, stop), self.dtype)
-        weight = self.layout.from_stack(w_ENK, self.projection)
-        if self.update is not None:
-            weight = self.update.experts(first, stop).added_to(weight)
+        update = None if self.update is None else self.update.experts(first, stop)
+        weight = _formed(self.stack.experts(first, stop), self.layout, self.projection, update, self.dtype)
         return weight.as_strided(self.size, self.stride, self.offset - first * matrix)
+
+
+def _formed(
+    stack: PackedStack,
+    layout: OwnForwardLayout,
+    projection: Projection,
+    update: Update | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Decoded experts, with what is added to them; in the model's own shape."""
+    if update is None:
+        return layout.from_stack(decode(stack, dtype), projection)
+    return update.added_to(layout.from_stack(decode(stack, update.weight_dtype or dtype), projection), dtype)
 
 
 _Origin: TypeAlias = tuple[StorageWeakRef, int, PackedStack, OwnForwardLayout, Projection, "Update | None"]
@@ -82,9 +93,8 @@ class _Scope:
     def _decode(
         self, stack: PackedStack, layout: OwnForwardLayout, projection: Projection, update: Update | None
     ) -> torch.Tensor:
-        weight = layout.from_stack(decode(stack, self.dtype), projection)
+        weight = _formed(stack, layout, projection, update, self.dtype)
         if update is not None:
-            weight = update.added_to(weight)
             update = update.detach()
         storage = weight.untyped_storage()
         version = 0 if weight.is_inference() else weight._version  # (inference keeps none, and saves nothing)

@@ -14,7 +14,7 @@ E experts, P and Q the two axes of an expert's matrix as the model stores it, R 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,14 +24,18 @@ CHUNK = 2**24
 
 
 class _Added(torch.autograd.Function):
-    """``w + left @ right`` in the dtype of ``w``, all the rest in fp32; ``w`` is frozen."""
+    """``w + left @ right`` taken in fp32; ``w`` is frozen."""
 
     @staticmethod
     def forward(
-        ctx: Any, w_EPQ: torch.Tensor, left_EPR: torch.Tensor, right_ERQ: torch.Tensor
+        ctx: Any,
+        w_EPQ: torch.Tensor,
+        left_EPR: torch.Tensor,
+        right_ERQ: torch.Tensor,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         ctx.save_for_backward(left_EPR, right_ERQ)
-        sum_EPQ = torch.empty(w_EPQ.shape, dtype=w_EPQ.dtype, device=w_EPQ.device)
+        sum_EPQ = torch.empty(w_EPQ.shape, dtype=dtype, device=w_EPQ.device)
         with torch.autocast(w_EPQ.device.type, enabled=False):
             for e in _chunks(sum_EPQ):
                 torch.add(w_EPQ[e], left_EPR[e].float() @ right_ERQ[e].float(), out=sum_EPQ[e])
@@ -40,7 +44,7 @@ class _Added(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_EPQ: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         left_EPR, right_ERQ = ctx.saved_tensors
-        _, needs_left, needs_right = ctx.needs_input_grad
+        _, needs_left, needs_right, _ = ctx.needs_input_grad
         grad_left = torch.empty_like(left_EPR) if needs_left else None
         grad_right = torch.empty_like(right_ERQ) if needs_right else None
         with torch.autocast(grad_EPQ.device.type, enabled=False):
@@ -50,7 +54,7 @@ class _Added(torch.autograd.Function):
                     grad_left[e] = (grad @ right_ERQ[e].float().mT).to(grad_left.dtype)
                 if grad_right is not None:
                     grad_right[e] = (left_EPR[e].float().mT @ grad).to(grad_right.dtype)
-        return None, grad_left, grad_right
+        return None, grad_left, grad_right, None
 
 
 def _chunks(w_EPQ: torch.Tensor) -> Iterator[slice]:
@@ -67,20 +71,23 @@ class Update:
     Attributes:
         left_EPR: ``[E, P, R]``; the scaling is in it.
         right_ERQ: ``[E, R, Q]``; a view of one matrix where all experts share it.
+        weight_dtype: of the weight that the sum is formed with, before it is rounded to that of the products;
+            None is the latter.
     """
 
     left_EPR: torch.Tensor
     right_ERQ: torch.Tensor
+    weight_dtype: torch.dtype | None = None
 
     def experts(self, first: int, stop: int) -> Update:
         """Of experts ``first`` to ``stop``."""
-        return Update(self.left_EPR[first:stop], self.right_ERQ[first:stop])
+        return replace(self, left_EPR=self.left_EPR[first:stop], right_ERQ=self.right_ERQ[first:stop])
 
     def detach(self) -> Update:
-        return Update(self.left_EPR.detach(), self.right_ERQ.detach())
+        return replace(self, left_EPR=self.left_EPR.detach(), right_ERQ=self.right_ERQ.detach())
 
-    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """``weight + left @ right`` in its shape and dtype, contiguous; differentiable in both factors."""
+    def added_to(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``weight + left @ right`` in its shape and in ``dtype``, contiguous; differentiable in both."""
         left_EPR, right_ERQ = self.left_EPR, self.right_ERQ
         w_EPQ = weight.view(left_EPR.shape[0], left_EPR.shape[1], right_ERQ.shape[2])
-        return _Added.apply(w_EPQ, left_EPR, right_ERQ).view(weight.shape)
+        return _Added.apply(w_EPQ, left_EPR, right_ERQ, dtype).view(weight.shape)
