@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fourfold.experts.forward import compute_dtype
+from fourfold.experts.own_precision import PRODUCTS
 from fourfold.experts.packed import PackedExperts, give_class_back_
 from fourfold.experts.shapes import OwnForwardLayout, Projection
 from fourfold.experts.subclass import Dynamic, subclass
@@ -296,11 +297,6 @@ class ReadsPackedExperts(Dynamic):
         return _run(_lenders(self), super().forward, args, kwargs)
 
 
-_PRODUCTS = frozenset(
-    "linear matmul __matmul__ __rmatmul__ mm bmm addmm baddbmm addbmm einsum grouped_mm _grouped_mm".split()
-)
-
-
 class _Products(TorchFunctionMode):
     """Products in one dtype, their results in another, and everything else as it comes.
 
@@ -315,7 +311,7 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.__name__ not in _PRODUCTS or kwargs.get("out") is not None:
+        if func.__name__ not in PRODUCTS or kwargs.get("out") is not None:
             return func(*args, **kwargs)
 
         def lower(value: Any) -> Any:
