@@ -16,7 +16,7 @@ import torch
 
 RANK_MULTIPLE = 8  # 16 bytes of bf16: low-rank factors of other ranks are padded to it on CUDA
 
-COLUMNS_WORKSPACE = 2**17  # elements of `grouped_sums`' workspace
+SUM_BLOCKS = 8  # `grouped_sums` copies this part of the weights at a time
 
 
 def _native_grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
@@ -78,22 +78,25 @@ def grouped_sums(
     b_ERN: torch.Tensor,
     offsets_E: torch.Tensor,
 ) -> torch.Tensor:
-    """``y[s] = x[s] @ w[e(s)] + h[s] @ b[e(s)]`` rounded once; the loop only, some columns at a time.
+    """``y[s] = x[s] @ w[e(s)] + h[s] @ b[e(s)]``, both sums in one product's accumulators, rounded once.
 
-    Each part is one product with both matrices, one above the other, copied into a small workspace.
+    For that both matrices have to lie one above the other: they are copied into a workspace, an eighth of
+    their columns at a time.
     """
-    K, R, N = x_SK.shape[1], h_SR.shape[1], w_EKN.shape[2]
-    y_SN = x_SK.new_empty(x_SK.shape[0], N)
-    rows_SM = torch.cat([x_SK, h_SR], dim=1)
-    step = max(1, COLUMNS_WORKSPACE // (K + R))
-    work = x_SK.new_empty(min(step, N), K + R)
-    for expert, start, stop in _groups(offsets_E):
-        for first in range(0, N, step):
-            columns = slice(first, min(first + step, N))
-            w_nM = work[: columns.stop - first]
-            w_nM[:, :K] = w_EKN[expert, :, columns].t()
-            w_nM[:, K:] = b_ERN[expert, :, columns].t()
-            y_SN[start:stop, columns] = rows_SM[start:stop] @ w_nM.t()
+    (S, K), R, (E, _, N) = x_SK.shape, h_SR.shape[1], w_EKN.shape
+    padded = K + R + -(K + R) % RANK_MULTIPLE
+    rows_SM = x_SK.new_empty(S, padded)[:, : K + R]
+    rows_SM[:, :K], rows_SM[:, K:] = x_SK, h_SR
+    step = -(-N // SUM_BLOCKS)
+    step += -step % RANK_MULTIPLE
+    work_EnM = x_SK.new_empty(E, min(step, N), padded)[..., : K + R]
+    y_SN = x_SK.new_empty(S, N)
+    for first in range(0, N, step):
+        columns = slice(first, min(first + step, N))
+        w_EnM = work_EnM[:, : columns.stop - first]
+        w_EnM[..., :K] = w_EKN[..., columns].transpose(1, 2)
+        w_EnM[..., K:] = b_ERN[..., columns].transpose(1, 2)
+        y_SN[:, columns] = grouped_rows(rows_SM, w_EnM.transpose(1, 2), offsets_E)
     return y_SN
 
 
