@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from fourfold.experts.packed import PackedExperts
     from fourfold.experts.plain import PlainExperts
 
-PRODUCTS = frozenset(
-    "linear matmul __matmul__ __rmatmul__ mm bmm addmm baddbmm addbmm einsum grouped_mm _grouped_mm".split()
-)
+_OPERATORS = ("__matmul__", "__rmatmul__")
+_FUNCTIONS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum", "grouped_mm")
+PRODUCTS = frozenset((*_OPERATORS, *_FUNCTIONS, "_grouped_mm"))
 """Names of the functions that multiply matrices."""
 
 _TRIED: dict[type[nn.Module], bool] = {}
@@ -45,7 +45,7 @@ def multiplies_in_fp32(module: PackedExperts | PlainExperts, layout: ExpertsLayo
     """Whether the forward that the model's configuration chooses does, outside of autocast."""
     if getattr(getattr(module, "config", None), "_experts_implementation", None) != "eager":
         return False  # (grouped products are in the weights' dtype)
-    own, *_ = type(module).fourfold_made_of  # type: ignore[union-attr]
+    own, *_ = type(module).fourfold_made_of
     if own not in _TRIED:
         try:
             _TRIED[own] = _watched(module, own, layout) == {torch.float32}
@@ -54,13 +54,11 @@ def multiplies_in_fp32(module: PackedExperts | PlainExperts, layout: ExpertsLayo
     return _TRIED[own]
 
 
-def _watched(
-    module: PackedExperts | PlainExperts, own: type[nn.Module], layout: ExpertsLayout
-) -> set[torch.dtype]:
+def _watched(module: PackedExperts | PlainExperts, own: Any, layout: ExpertsLayout) -> set[torch.dtype]:
     one = torch.full((), 0.01, dtype=torch.bfloat16, device="cpu")
     probe: Any = own.__new__(own)
     probe.__dict__.update(copy.copy(module.__dict__))
-    names = {p.name: layout.model_shape(p) for p in layout.projections}
+    names: dict[str, tuple[int, ...]] = {p.name: layout.model_shape(p) for p in layout.projections}
     names |= {p.bias: (p.shape.experts, p.shape.rows) for p in layout.projections if p.bias}
     probe.__dict__["_parameters"] = {name: one.expand(shape) for name, shape in names.items()}
     hidden = layout.down.shape.rows

@@ -14,8 +14,8 @@ The two terms of y, and of dx, are one product: ``[x, x A^T] [W, B]^T`` and ``[d
 decoded into a workspace with room for the factors, the rows have room for their low-rank columns. So the sum
 is taken in the product's fp32 accumulators and rounded once, and no pass over ``[S, N]`` is made for it.
 (In fp32 one more rounding is nothing: there the terms are added. Unquantized weights lie where they are: some
-columns of them at a time are copied into such a workspace. Adding the terms made up to 1.11 times the error of
-stock, which adds BA to the weights.)
+columns of them at a time are copied into such a workspace. Adding the terms made up to 1.11 times the error
+of stock, which adds BA to the weights.)
 
 Workspace: by default one projection of the whole layer on CUDA, one launch and no host synchronisation; on a
 CPU one expert at a time. A smaller ``workspace_bytes`` on CUDA works through the experts in chunks and reads
