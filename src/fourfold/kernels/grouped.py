@@ -16,7 +16,7 @@ import torch
 
 RANK_MULTIPLE = 8  # 16 bytes of bf16: low-rank factors of other ranks are padded to it on CUDA
 
-SUM_BLOCKS = 8  # `grouped_sums` copies this part of the weights at a time
+SUM_BLOCKS = 16  # `grouped_sums` copies this part of the weights at a time
 
 
 def _native_grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def grouped_sums(
 ) -> torch.Tensor:
     """``y[s] = x[s] @ w[e(s)] + h[s] @ b[e(s)]``, both sums in one product's accumulators, rounded once.
 
-    For that both matrices have to lie one above the other: they are copied into a workspace, an eighth of
+    For that both matrices have to lie one above the other: they are copied into a workspace, a sixteenth of
     their columns at a time.
     """
     (S, K), R, (E, _, N) = x_SK.shape, h_SR.shape[1], w_EKN.shape
