@@ -47,6 +47,19 @@ def test_a_gate_that_clamps_large_numbers_only_is_noticed(tmp_path) -> None:
     assert not is_plain_silu(module, module.fourfold_layout)
 
 
+def test_a_gate_without_an_activation_of_its_own_is_tried_too(tmp_path) -> None:
+    module = tiny.experts_of(packed("mixtral", tmp_path))
+
+    class Own(type(module)):
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, dim=-1)
+            return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+    module.__class__ = Own
+    del module.act_fn
+    assert not is_plain_silu(module, module.fourfold_layout)
+
+
 def test_an_activation_that_was_changed_is_noticed(tmp_path) -> None:
     module = tiny.experts_of(packed("mixtral", tmp_path))
     assert is_plain_silu(module, module.fourfold_layout)

@@ -182,7 +182,8 @@ def stock_reads(model: nn.Module) -> Iterator[None]:
             StockParamWrapper.__getattr__ = look
             stack.callback(delattr, StockParamWrapper, "__getattr__")
         for wrapper in read:
-            stack.enter_context(wrapper._activate_lora(wrapper.active_adapters))
+            if not wrapper.disable_adapters:
+                stack.enter_context(wrapper._activate_lora(wrapper.active_adapters))
         yield
 
 

@@ -6,7 +6,7 @@ import torch
 import needs
 from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.quantize import pack_stack
-from fourfold.kernels import LowRank, reference_linear, route
+from fourfold.kernels import LowRank, combine, dispatch, packed_linear, reference_linear, route
 from fourfold.kernels.layer import silu_experts
 
 triton = needs.triton()
@@ -110,3 +110,17 @@ def test_only_what_is_asked_for_is_computed_and_kept() -> None:
     assert low_up.a_ERK.grad is None
     assert x.grad is not None
     assert weights.grad is not None
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, weights, index, up, down, low_up, low_down = case(PackFormat("nf4"), 4, 4)
+    routing = route(index, up.shape.experts)
+    for y in (
+        silu_experts(x, weights, routing, up, down, low_up, low_down, compute_dtype=torch.float32),
+        combine(
+            packed_linear(dispatch(x, routing), up, routing.offsets_E, low_up), weights, routing, x.dtype
+        ),
+    ):
+        (grad,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()

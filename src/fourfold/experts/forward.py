@@ -58,7 +58,7 @@ def is_plain_silu(module: PackedExperts | PlainExperts, layout: ExpertsLayout) -
         or layout.down.bias is not None
     ):
         return False
-    parts = (module.act_fn, type(module)._apply_gate)
+    parts = (getattr(module, "act_fn", None), type(module)._apply_gate)
     tried, answer = module._fourfold_gate_tried
     if tried is None or any(a is not b for a, b in zip(tried, parts, strict=True)):
         sizes = torch.logspace(-4, 4, 33, device="cpu")

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fourfold.formats import PackedStack
 from fourfold.kernels.decode import HAS_TRITON
@@ -85,6 +86,7 @@ class _SiluExperts(torch.autograd.Function):
         return out_TH
 
     @staticmethod
+    @once_differentiable  # a second derivative is an error, not a wrong number
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         from fourfold.kernels.rows_triton import gather_triton, silu_mul_backward_triton
 

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fourfold.formats import PackedStack
 from fourfold.formats.plain import PlainStack
@@ -208,6 +209,7 @@ class _PackedLinear(torch.autograd.Function):
         return y_SN
 
     @staticmethod
+    @once_differentiable  # a second derivative is an error, not a wrong number
     def backward(ctx: Any, grad_SN: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_SK, h_SR, a_ERK, b_ENR, offsets_E = ctx.saved_tensors
         grad_SN = grad_SN.contiguous()  # grouped_mm rejects expanded gradients

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fourfold.kernels.decode import HAS_TRITON
 
@@ -67,6 +68,7 @@ class _Dispatch(torch.autograd.Function):
         return x_TH[routing.order_S // routing.position_Tk.shape[1]]
 
     @staticmethod
+    @once_differentiable  # a second derivative is an error, not a wrong number
     def backward(ctx: Any, grad_SH: torch.Tensor) -> tuple[torch.Tensor, None]:
         return sum_rows(grad_SH.contiguous(), ctx.routing.position_Tk, None, grad_SH.dtype), None
 
@@ -81,6 +83,7 @@ class _Combine(torch.autograd.Function):
         return sum_rows(rows_SH, routing.position_Tk, weights_Tk, dtype)
 
     @staticmethod
+    @once_differentiable  # a second derivative is an error, not a wrong number
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         rows_SH, weights_Tk = ctx.saved_tensors
         routing: Routing = ctx.routing

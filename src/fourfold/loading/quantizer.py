@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,6 +86,7 @@ class FourfoldQuantizer(HfQuantizer):
         self._original_conversions: list[Any] | None = None
         self._device_map: dict[str, Any] | None = None
         self._headers: Mapping[str, Header] = {}
+        self._loading: weakref.ref[PreTrainedModel] | None = None
         self._ahead: AheadReader | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         # transformers logs what a conversion raises and goes on; the first error is kept and raised at the
@@ -113,7 +115,7 @@ class FourfoldQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         headers = check_files(model.name_or_path, kwargs.get("checkpoint_files") or ())
-        self._headers = headers
+        self._headers, self._loading = headers, weakref.ref(model)
         if not self.pre_quantized:
             self.config.base = origin_of(model, kwargs.get("checkpoint_files") or ())
         requested = self.config.llm_int8_skip_modules
@@ -282,6 +284,8 @@ class FourfoldQuantizer(HfQuantizer):
             conversions = self.foreign.conversions(conversions)
         if self.linears is not None:
             conversions += [whole_names(c) for c in self.linears.get_weight_conversions()]
+        if model is None and self._loading is not None:  # older versions do not say
+            model = self._loading()
         if self._names_are_the_models and self.packed and model is not None:
             places = packed_places(model, self.packed, self._device_map)
             self._ahead = AheadReader(StoredTensors(self._headers, model_dtype(model)), places)
@@ -295,6 +299,7 @@ class FourfoldQuantizer(HfQuantizer):
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
+        self._loading, self._headers = None, {}
         if self.foreign is not None:
             self.foreign.finish(model)
         if self.failure is not None:
