@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 CHUNK = 2**24
 """Elements of the sum in fp32 at a time (64 MiB), at least one expert."""
@@ -42,6 +43,7 @@ class _Added(torch.autograd.Function):
         return sum_EPQ
 
     @staticmethod
+    @once_differentiable  # a second derivative is an error, not a wrong number
     def backward(ctx: Any, grad_EPQ: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         left_EPR, right_ERQ = ctx.saved_tensors
         _, needs_left, needs_right, _ = ctx.needs_input_grad
