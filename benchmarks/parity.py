@@ -3,7 +3,8 @@
     python benchmarks/parity.py                    the table
     python benchmarks/parity.py --write            the same, and into docs/adapters.md
 
-Tiny random models on a CPU. `tests/adapters/test_parity.py` holds the same numbers to their bounds.
+Tiny random models on a CPU. `tests/adapters/test_parity.py` and `test_rounding.py` hold the same numbers
+to their bounds.
 """
 
 from __future__ import annotations
@@ -19,8 +20,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 
 import parity  # noqa: E402
+import rounding  # noqa: E402
 
 PAGE = ROOT / "docs" / "adapters.md"
+ROUNDED = {
+    "bf16": ("nf4", "bf16"),
+    "autocast": ("nf4", "autocast"),
+    "INT8, bf16": ("int8", "bf16"),
+    "unquantized, bf16": ("unquantized", "bf16"),
+}
+"""Columns of rounding: how experts are held, and the way of computing (`rounding.CASES`)."""
 BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
 
 
@@ -40,10 +49,26 @@ def measure(kind: str) -> dict[str, Any]:
         for way in parity.EXACT:
             checkpoints = pair.counted.supports_gradient_checkpointing or way == "eager"
             row[way] = parity.exact_gradients(pair, way) if checkpoints else None
-        for way in parity.ROUNDED:
-            rounded = parity.rounded(kind, Path(folder) / way, way)
-            row |= {f"{way} ours": rounded.ours, f"{way} stock": rounded.stock}
+    for name, (form, way) in ROUNDED.items():
+        row[name] = _worst(kind, form, way) if (kind, form, way) in rounding.CASES else None
     return row | {"errors": errors}
+
+
+def _worst(kind: str, form: str, way: str) -> dict[str, Any] | None:
+    """The result whose error is largest by stock's; None where stock cannot run."""
+    if (kind, way) in rounding.STOCK_FAILS:
+        return None
+    errors = rounding.measure(kind, form, way)
+    name = rounding.worst(errors)
+    return {"result": name, "ratio": errors[name].ratio, "spread": errors[name].spread}
+
+
+def _ratio(worst: dict[str, Any] | None) -> str:
+    if worst is None:
+        return "-"
+    if worst["ratio"] == 1:
+        return "1: both fp32"  # (`rounding.FP32`)
+    return f"{worst['ratio']:.2f} ± {worst['spread']:.2f} {worst['result']}"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -54,8 +79,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: the rows, and below them stock's own errors."""
     lines = [
         "| layout | factors | logits ours -> stock | logits stock -> ours | gradients | reentrant | "
-        "non-reentrant | autocast: ours / stock | bf16: ours / stock |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"non-reentrant | {' | '.join(ROUNDED)} |",
+        f"|---{'|---:' * 6}{'|---' * len(ROUNDED)}|",
     ]
     notes: list[str] = []
     for kind, row in rows.items():
@@ -66,10 +91,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             notes.append(f"{len(notes) + 1}. {kind}{where}: stock raises `{error}`")
             marks.append(str(len(notes)))
         exact = [row["logits ours"], row["logits stock"], *(row[way] for way in parity.EXACT)]
-        rounded = [
-            f"{_number(row[f'{way} ours'], '.4f')} / {_number(row[f'{way} stock'], '.4f')}"
-            for way in parity.ROUNDED
-        ]
+        rounded = [_ratio(row[column]) for column in ROUNDED]
         name = f"{kind} ({', '.join(marks)})" if marks else kind
         cells = [name, str(row["factors"]), *(_number(number, ".0e") for number in exact), *rounded]
         lines.append(f"| {' | '.join(cells)} |")

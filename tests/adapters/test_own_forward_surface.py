@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from peft import PeftModel
 from torch import nn
 
 import own_forward
-import parity
 from fourfold.formats import PackFormat
 from own_forward import TYPES, config_for, gradients, lora, output
 
@@ -50,17 +47,6 @@ def test_some_projections_alone(model_type: str, targets: slice) -> None:
     chosen = [name for name in names if name in list(names)[targets]]
     packed, plain = (lora(model, target_parameters=chosen) for model in models)
     assert_same_gradients(gradients(packed), gradients(plain))
-
-
-@pytest.mark.parametrize("kind", parity.OWN_FORWARD)
-def test_int8_in_bf16_is_as_near_to_fp32_as_stock(kind: str, tmp_path: Path) -> None:
-    """(NF4 is in the parity table.)"""
-    if not parity.is_known(kind):
-        pytest.skip(f"this transformers has no {kind}")
-    errors = parity.rounded(kind, tmp_path, "bf16", "int8")
-    assert errors.stock is not None
-    assert errors.ours < parity.BF16_NOISE
-    assert errors.ours <= errors.stock * parity.AGAINST_STOCK["bf16"]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

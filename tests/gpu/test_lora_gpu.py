@@ -155,7 +155,8 @@ def call(experts: nn.Module, device: str, tokens: int = 24, hidden: int = 64, co
 @pytest.mark.parametrize(
     ("form", "kind", "fmt"),
     [
-        *(case for case in CASES if case[1] not in parity.OWN_FORWARD),
+        # (privacy_filter's own forward multiplies in fp32, and so does ours: a loop on a GPU)
+        *(case for case in CASES if case[1] not in (*parity.OWN_FORWARD, "privacy_filter")),
         # Its own forward never asks the device; those that take one expert after the other do.
         ("packed", "llama4", NF4),
         ("packed", "llama4", INT8),

@@ -147,13 +147,13 @@ class ParamWrapper(StockParamWrapper):
         factors = None if self.disable_adapters else self._low_rank()
         if factors is None:
             return None
-        a_ERK, b_ENR = factors.a_ERK, factors.b_ENR
+        a_ERK, b_ENR, dtype = factors.a_ERK, factors.b_ENR, self._experts().fourfold_dtype
         if self._param_ndim == 2:
             experts = self._projection().shape.experts
-            return Update(b_ENR[0].view(experts, -1, b_ENR.shape[2]), a_ERK.expand(experts, -1, -1))
+            return Update(b_ENR[0].view(experts, -1, b_ENR.shape[2]), a_ERK.expand(experts, -1, -1), dtype)
         if self._did_swap_in_out_features:
-            return Update(b_ENR, a_ERK)
-        return Update(a_ERK.transpose(1, 2), b_ENR.transpose(1, 2))
+            return Update(b_ENR, a_ERK, dtype)
+        return Update(a_ERK.transpose(1, 2), b_ENR.transpose(1, 2), dtype)
 
     def _nest(self) -> Iterator[ParamWrapper]:
         layer: nn.Module = self

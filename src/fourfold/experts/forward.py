@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fourfold.errors import UnsupportedExpertsError
+from fourfold.experts.own_precision import multiplies_in_fp32
 from fourfold.experts.shapes import ExpertsLayout, Projection
 from fourfold.formats import PackedStack
 from fourfold.kernels import LowRank, Routing, combine, dispatch, layer, packed_linear, route
@@ -31,6 +32,8 @@ def compute_dtype(
     module: PackedExperts | PlainExperts, hidden_states: torch.Tensor, *, grouped: bool = False
 ) -> torch.dtype:
     """The configured dtype, else autocast's, else that of the unquantized weights.
+
+    (`routed_forward` takes fp32 instead of the last where the module's own forward does.)
 
     On a CPU autocast does not reach grouped products, in stock either: those stay in the weights' dtype.
     """
@@ -106,6 +109,13 @@ def routed_forward(
     if hidden_states.shape[0] == 0:
         return torch.zeros_like(hidden_states)
     dtype = compute_dtype(module, hidden_states, grouped=True)
+    if (
+        dtype != torch.float32
+        and module.compute_dtype is None
+        and not torch.is_autocast_enabled(hidden_states.device.type)
+        and multiplies_in_fp32(module, layout)
+    ):
+        dtype = torch.float32
     routing = route(top_k_index, layout.num_experts)
     up, down = module.stack(layout.up), module.stack(layout.down)
     if (

@@ -22,9 +22,11 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fourfold.experts.forward import compute_dtype
+from fourfold.experts.own_precision import PRODUCTS
 from fourfold.experts.packed import PackedExperts, give_class_back_
 from fourfold.experts.shapes import OwnForwardLayout, Projection
 from fourfold.experts.subclass import Dynamic, subclass
@@ -51,11 +53,22 @@ class _View:
         matrix = self.stack.shape.rows * self.stack.shape.columns
         last = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
         first, stop = self.offset // matrix, last // matrix + 1
-        w_ENK = decode(self.stack.experts(first, stop), self.dtype)
-        weight = self.layout.from_stack(w_ENK, self.projection)
-        if self.update is not None:
-            weight = self.update.experts(first, stop).added_to(weight)
+        update = None if self.update is None else self.update.experts(first, stop)
+        weight = _formed(self.stack.experts(first, stop), self.layout, self.projection, update, self.dtype)
         return weight.as_strided(self.size, self.stride, self.offset - first * matrix)
+
+
+def _formed(
+    stack: PackedStack,
+    layout: OwnForwardLayout,
+    projection: Projection,
+    update: Update | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Decoded experts, with what is added to them; in the model's own shape."""
+    if update is None:
+        return layout.from_stack(decode(stack, dtype), projection)
+    return update.added_to(layout.from_stack(decode(stack, update.weight_dtype or dtype), projection), dtype)
 
 
 _Origin: TypeAlias = tuple[StorageWeakRef, int, PackedStack, OwnForwardLayout, Projection, "Update | None"]
@@ -81,9 +94,8 @@ class _Scope:
     def _decode(
         self, stack: PackedStack, layout: OwnForwardLayout, projection: Projection, update: Update | None
     ) -> torch.Tensor:
-        weight = layout.from_stack(decode(stack, self.dtype), projection)
+        weight = _formed(stack, layout, projection, update, self.dtype)
         if update is not None:
-            weight = update.added_to(weight)
             update = update.detach()
         storage = weight.untyped_storage()
         version = 0 if weight.is_inference() else weight._version  # (inference keeps none, and saves nothing)
@@ -285,6 +297,31 @@ class ReadsPackedExperts(Dynamic):
         return _run(_lenders(self), super().forward, args, kwargs)
 
 
+class _Products(TorchFunctionMode):
+    """Products in one dtype, their results in another, and everything else as it comes.
+
+    What autocast does, but for the results: it leaves them in its own dtype, so that what follows is rounded
+    at each step (up to 1.19 times stock's error when a whole forward was cast), and a forward that adds them
+    to a buffer of the input's dtype fails.
+    """
+
+    def __init__(self, dtype: torch.dtype, result: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.result = dtype, result
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ not in PRODUCTS or kwargs.get("out") is not None:
+            return func(*args, **kwargs)
+
+        def lower(value: Any) -> Any:
+            is_other = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return value.to(self.dtype) if is_other and value.dtype != self.dtype else value
+
+        args, kwargs = tree_map(lower, (args, kwargs))
+        return func(*args, **kwargs).to(self.result)
+
+
 def _lenders(reader: nn.Module) -> list[OwnForwardExperts]:
     return [m for m in reader.modules() if isinstance(m, OwnForwardExperts) and m.own_layout.reader]
 
@@ -298,10 +335,9 @@ def _run(
 ) -> Any:
     """Call ``own`` while ``modules`` show decoded weights.
 
-    The dtype of the products (an explicit one, else autocast's) holds for the whole forward: inputs are cast
-    to it and results back, as a quantized Linear does. Under autocast alone some of these forwards fail, for
-    they add products to a buffer of the input's dtype. Other threads, and other calls of the same modules
-    within this one, have scopes of their own.
+    An explicit dtype of the products holds for the whole forward: inputs are cast to it and results back, as
+    a quantized Linear does. Autocast's holds for the products alone (`_Products`). Other threads, and other
+    calls of the same modules within this one, have scopes of their own.
     """
     floats = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point())
     first = next(floats, None)
@@ -313,15 +349,19 @@ def _run(
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
         return value.to(to) if floating else value
 
-    other = dtype != given
-    if other:
+    other, explicit = dtype != given, modules[0].compute_dtype is not None
+    if other and explicit:
         args, kwargs = tree_map(lambda v: cast(v, dtype), (args, kwargs))
     scope = _Scope(dtype)
     scope.updates.update({(id(modules[0]), name): update for name, update in (updates or {}).items()})
-    autocast = torch.autocast(first.device.type, enabled=False) if other else contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    if other:
+        stack.enter_context(torch.autocast(first.device.type, enabled=False))
+        if not explicit:
+            stack.enter_context(_Products(dtype, given))
     token = _SHOWING.set((_SHOWING.get() or {}) | {id(module): scope for module in modules})
     try:
-        with scope.saving_views(), autocast:
+        with stack, scope.saving_views():
             result = own(*args, **kwargs)
     finally:
         _SHOWING.reset(token)

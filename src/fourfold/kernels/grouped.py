@@ -16,6 +16,8 @@ import torch
 
 RANK_MULTIPLE = 8  # 16 bytes of bf16: low-rank factors of other ranks are padded to it on CUDA
 
+SUM_BLOCKS = 16  # `grouped_sums` copies this part of the weights at a time
+
 
 def _native_grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
     function = (
@@ -66,6 +68,35 @@ def add_grouped_rows_(
         return y_SN.add_(_native_grouped_mm(x_SK, w_EKN, offsets_E))
     for expert, start, stop in _groups(offsets_E):
         y_SN[start:stop].addmm_(x_SK[start:stop], w_EKN[expert])
+    return y_SN
+
+
+def grouped_sums(
+    x_SK: torch.Tensor,
+    w_EKN: torch.Tensor,
+    h_SR: torch.Tensor,
+    b_ERN: torch.Tensor,
+    offsets_E: torch.Tensor,
+) -> torch.Tensor:
+    """``y[s] = x[s] @ w[e(s)] + h[s] @ b[e(s)]``, both sums in one product's accumulators, rounded once.
+
+    For that both matrices have to lie one above the other: they are copied into a workspace, a sixteenth of
+    their columns at a time.
+    """
+    (S, K), R, (E, _, N) = x_SK.shape, h_SR.shape[1], w_EKN.shape
+    padded = K + R + -(K + R) % RANK_MULTIPLE
+    rows_SM = x_SK.new_empty(S, padded)[:, : K + R]
+    rows_SM[:, :K], rows_SM[:, K:] = x_SK, h_SR
+    step = -(-N // SUM_BLOCKS)
+    step += -step % RANK_MULTIPLE
+    work_EnM = x_SK.new_empty(E, min(step, N), padded)[..., : K + R]
+    y_SN = x_SK.new_empty(S, N)
+    for first in range(0, N, step):
+        columns = slice(first, min(first + step, N))
+        w_EnM = work_EnM[:, : columns.stop - first]
+        w_EnM[..., :K] = w_EKN[..., columns].transpose(1, 2)
+        w_EnM[..., K:] = b_ERN[..., columns].transpose(1, 2)
+        y_SN[:, columns] = grouped_rows(rows_SM, w_EnM.transpose(1, 2), offsets_E)
     return y_SN
 
 
