@@ -20,7 +20,7 @@ from fourfold.errors import (
 )
 from fourfold.training import run as run_module
 from fourfold.training.generation import load_for_generation
-from fourfold.training.preflight import check, make_quantization_config, stored_bits
+from fourfold.training.preflight import check, load_tokenizer, make_quantization_config, stored_bits
 from fourfold.training.run import run
 from fourfold.training.schema import TrainConfig
 from tiny_chat import Settings, conversation, quiet
@@ -219,3 +219,10 @@ def test_a_packed_checkpoint_is_trained_as_it_is(
 )
 def test_bits_of_a_packed_checkpoint(stored: dict[str, str], bits: int | None) -> None:
     assert stored_bits(stored) == bits
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers makes an empty tokenizer of it, which reads every text as none."""
+    tiny.save(tiny.qwen3_moe(), tmp_path)
+    with pytest.raises(ConfigurationError, match="knows no text: its files are missing"):
+        load_tokenizer(str(tmp_path))

@@ -189,6 +189,12 @@ def load_tokenizer(name: str) -> Any:
             f"base_model: {name} gives no tokenizer ({reason}). It must be a folder with a model and its "
             "tokenizer, or a model's id on the hub (which must be within reach)."
         ) from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        # (a folder without a tokenizer's files gives an empty one of the class that the model's type names)
+        raise ConfigurationError(
+            f"base_model: the tokenizer of {name} knows no text: its files are missing. Put those of the model "
+            "that it was made of (tokenizer.json, tokenizer_config.json) beside config.json."
+        )
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise ConfigurationError(
             f"base_model: the tokenizer of {name} has neither a pad_token nor an eos_token, so batches "
