@@ -192,8 +192,8 @@ def load_tokenizer(name: str) -> Any:
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         # (a folder without a tokenizer's files gives an empty one of the class that the model's type names)
         raise ConfigurationError(
-            f"base_model: the tokenizer of {name} knows no text: its files are missing. Put those of the model "
-            "that it was made of (tokenizer.json, tokenizer_config.json) beside config.json."
+            f"base_model: the tokenizer of {name} knows no text: its files are missing. Put those of the "
+            "model that it was made of (tokenizer.json, tokenizer_config.json) beside config.json."
         )
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise ConfigurationError(
