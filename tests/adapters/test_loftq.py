@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig, PreTrainedModel
 
 import fourfold
+import needs
 import tiny
 from fourfold.adapters import loftq
 from fourfold.adapters.low_rank_fit import EXACT, fit, fit_stacked
@@ -294,6 +295,7 @@ def test_progress_and_report(folder: Path) -> None:
 
 
 def test_adapters_of_transformers_own_mixin(folder: Path) -> None:
+    needs.transformers_mixin()
     model = tiny.load(folder, **FORMATS["nf4"])
     targets = fourfold.expert_targets(model)
     model.add_adapter(LoraConfig(r=3, target_parameters=targets), adapter_name="mine")

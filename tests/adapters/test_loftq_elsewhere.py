@@ -12,6 +12,7 @@ from peft.utils.hotswap import hotswap_adapter
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import fourfold
+import needs
 import tiny
 from fourfold.adapters import provenance
 from fourfold.adapters.peft_lora import load_adapter
@@ -119,6 +120,7 @@ def test_it_is_remembered_through_hotswapping(base: Path, tmp_path: Path) -> Non
 
 
 def test_it_is_remembered_by_transformers_own_mixin(base: Path, tmp_path: Path) -> None:
+    needs.transformers_mixin()
     trained(base, tmp_path)
     model = tiny.load(base, **NF4)
     model.load_adapter(str(tmp_path / "adapter"))

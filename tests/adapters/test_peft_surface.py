@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import fourfold
+import needs
 import tiny
 from fourfold.errors import AdapterError
 from parity import expected_factors, lora
@@ -215,6 +216,7 @@ def test_merging_works_after_dequantizing(
 def test_transformers_mixin_adds_switches_and_deletes(
     folder: Path, packed: PreTrainedModel, plain: PreTrainedModel, tmp_path: Path
 ) -> None:
+    needs.transformers_mixin()
     base = logits(packed)
     first, second = saved(folder, tmp_path / "a", 1), saved(folder, tmp_path / "b", 2)
     packed.load_adapter(str(first), adapter_name="first")
@@ -237,6 +239,7 @@ def test_transformers_mixin_adds_switches_and_deletes(
 def test_transformers_mixin_trains_and_saves_stock_adapters(
     packed: PreTrainedModel, plain: PreTrainedModel, tmp_path: Path
 ) -> None:
+    needs.transformers_mixin()
     torch.manual_seed(4)
     packed.add_adapter(lora(packed), adapter_name="new")
     packed.train()

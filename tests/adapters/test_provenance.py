@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 import fourfold
+import needs
 import tiny
 from fourfold.adapters import provenance
 from fourfold.adapters.peft_lora import load_adapter
@@ -116,6 +117,7 @@ def test_trainer_checkpoints(original: Path, tmp_path: Path) -> None:
 
 
 def test_adapters_of_transformers_own_mixin(original: Path, tmp_path: Path) -> None:
+    needs.transformers_mixin()
     packed = tiny.packed_folder(original, tmp_path / "packed", **NF4)
     model = tiny.load(packed)
     targets = fourfold.expert_targets(model)
