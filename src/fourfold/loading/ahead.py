@@ -20,6 +20,7 @@ from transformers.integrations.accelerate import expand_device_map
 
 from fourfold.loading.converters import copy_of
 from fourfold.loading.headers import DTYPE_NAMES
+from fourfold.loading.staging import staging_memory
 from fourfold.loading.stored import StoredTensors, Unchanged
 
 PIECE_BYTES = 8 * 2**20
@@ -32,12 +33,8 @@ def _copy_piece(source: torch.Tensor, place: torch.Tensor, stream: torch.cuda.St
     if stream is None:
         place.copy_(source)
         return
-    try:
-        host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-    except RuntimeError:  # the host lends no (more) pinned memory
-        host = torch.empty(source.shape, dtype=source.dtype)
-    host.copy_(source)
-    with torch.cuda.stream(stream):  # torch gives a pinned block out again only when its transfer is done
+    host = staging_memory(source.shape, source.dtype, pinned=True).copy_(source)
+    with torch.cuda.stream(stream):
         place.copy_(host, non_blocking=True)
 
 

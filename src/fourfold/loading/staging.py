@@ -82,16 +82,22 @@ def groups_of(slices: Sequence[Deferred], group_bytes: int) -> Iterator[Sequence
         yield slices[start:]
 
 
+def staging_memory(size: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
+    """Host memory to transfer from; pageable where the host lends no (more) pinned memory: slower, as good.
+
+    torch keeps pinned blocks for the next caller, and gives one out again only when its transfer is done.
+    """
+    try:
+        return torch.empty(size, dtype=dtype, pin_memory=pinned)
+    except RuntimeError:
+        return torch.empty(size, dtype=dtype)
+
+
 @torch.no_grad()  # each thread has a mode of its own, and a state dict may hold parameters
 def read_group(group: Sequence[Deferred], stream: torch.cuda.Stream | None) -> torch.Tensor:
     """The slices of a group ``[G, ...]`` on their device, in their dtype; ``stream``: where they are used."""
     first = group[0]
-    size = (len(group), *first.shape)
-    # torch keeps pinned blocks for the next caller, and gives one out again only when its transfer is done.
-    try:
-        host = torch.empty(size, dtype=first.dtype, pin_memory=stream is not None)
-    except RuntimeError:  # the host lends no (more) pinned memory; pageable memory is slower, and as good
-        host = torch.empty(size, dtype=first.dtype)
+    host = staging_memory((len(group), *first.shape), first.dtype, pinned=stream is not None)
     for place, item in zip(host, group, strict=True):
         place.copy_(item.tensor[...])
     if stream is None:
