@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from fourfold.formats import PackedStack
 from fourfold.formats.plain import PlainStack
+from fourfold.kernels import hopper
 from fourfold.kernels.decode import ROW_MULTIPLE, decode, decode_wide
 from fourfold.kernels.grouped import (
     RANK_MULTIPLE,
@@ -125,6 +126,8 @@ def product(
 
     With a factor (B ``[E, N, R]``; transposed, A ``[E, R, K]``) the rows hold R low-rank columns as well.
     """
+    if x_SK.is_cuda and hopper.refusal(stack, x_SK.dtype, x_SK.device) is None:
+        return hopper.hopper_product(x_SK, stack, offsets_E, factor, transposed=transposed)
     out: torch.Tensor | None = None
     for chunk in _chunks(stack, x_SK.dtype, offsets_E, limit):
         if chunk.rows is None:
