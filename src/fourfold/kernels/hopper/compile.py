@@ -37,8 +37,7 @@ def _load_nvrtc(path: str) -> ctypes.CDLL:
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
-    major = (torch.version.cuda or "0").split(".")[0]
-    name = f"libnvrtc.so.{major}"
+    name = f"libnvrtc.so.{(torch.version.cuda or '*').split('.')[0]}"
     packages = Path(torch.__file__).parent.parent / "nvidia"
     for candidate in (*map(str, packages.glob(f"*/lib/{name}")), name):
         try:
@@ -118,8 +117,8 @@ class Launcher:
     ) -> None:
         for i, each in enumerate(maps):
             self._places[i] = ctypes.addressof(each)
-        self._pointers[:] = pointers
-        self._ints[:] = ints
+        self._pointers[:] = list(pointers)
+        self._ints[:] = list(ints)
         check(
             self._launch(
                 self.kernel, *grid, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), self._places, None

@@ -18,7 +18,10 @@
 // Two blocks are a cluster: they share their rows, which each copies one half of into both, so that rows leave
 // the L2 cache once for 256 columns of the result (that cache's bandwidth is what a block by itself is bound by).
 //
-// Set from outside: TRANSPOSED (0, 1), HALF (0: bf16, 1: fp16), INT8 (0: 4 bit).
+// Set from outside: TRANSPOSED (0, 1), HALF (0: bf16, 1: fp16), WEIGHTS (4: 4 bit, 8: INT8, 16: not packed, in
+// the compute dtype), WIDE (weights of 16 bits whose memory runs along M, not along C).
+//
+// Weights that are not packed go from shared memory to the tensor cores; everything else is the same.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -36,13 +39,10 @@ struct __align__(64) TensorMap { char bytes[128]; };
 #define BOX_BYTES (BOX_S * STEP * 2)
 #define SCALE_BYTES (TILE_M * 4)
 #define TABLE_COPIES 16
-#if INT8
-#define W_BYTES (TILE_M * STEP)
-#define TABLE_BYTES 0
-#else
-#define W_BYTES (TILE_M * STEP / 2)
-#define TABLE_BYTES (256 * TABLE_COPIES * 8)
-#endif
+#define CLUSTER 2
+#define W_BYTES (TILE_M * STEP * WEIGHTS / 8)
+#define TABLE_BYTES (WEIGHTS == 4 ? 256 * TABLE_COPIES * 8 : 0)
+#define OUT_BYTES (BOX_S * 64 * 2)  // staged results of a warpgroup
 #define MAX_EXPERTS 1024
 #define THREADS 384
 
@@ -51,7 +51,8 @@ struct __align__(64) TensorMap { char bytes[128]; };
 #define AT_W (AT_X + STAGES * X_BYTES)
 #define AT_TABLE (AT_W + STAGES * W_BYTES)
 #define AT_SCALES (AT_TABLE + TABLE_BYTES)
-#define AT_TILES (AT_SCALES + STAGES * SCALE_BYTES)
+#define AT_OUT (AT_SCALES + STAGES * SCALE_BYTES)
+#define AT_TILES (AT_OUT + 2 * OUT_BYTES)
 #define AT_BARRIERS (AT_TILES + (MAX_EXPERTS + 4) * 4)
 
 //WGMMA
@@ -62,10 +63,6 @@ __device__ __forceinline__ void barrier_init(u32 at, u32 count) {
 
 __device__ __forceinline__ void barrier_expect(u32 at, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 at) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
 
 // At the same place in block `rank` of the cluster.
@@ -92,12 +89,6 @@ __device__ __forceinline__ void barrier_wait(u32 at, u32 parity) {
 
 // Into both blocks of the cluster, at the same place, counted by the barrier of each.
 __device__ __forceinline__ void copy_rows(u32 to, const TensorMap *map, int x, int y, u32 barrier) {
-#if CLUSTER == 1
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-      ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(barrier) : "memory");
-  return;
-#endif
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
       "[%0], [%1, {%2, %3}], [%4], %5;"
@@ -146,8 +137,23 @@ __device__ __forceinline__ float2 load_f2(u32 at) {
 
 __device__ __forceinline__ uint4 load_u4(u32 at) {
   uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
   return v;
+}
+
+__device__ __forceinline__ void store_u32(u32 at, u32 v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
+}
+
+// Four 8 x 8 matrices, transposed; the lane's address is that of one row of 16 bytes.
+__device__ __forceinline__ void store_transposed(u32 at, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+__device__ __forceinline__ void warpgroup_sync(int wg) {
+  asm volatile("bar.sync %0, 128;" ::"r"(wg + 1) : "memory");
 }
 
 __device__ __forceinline__ u32 load_u16(u32 at) {
@@ -162,8 +168,8 @@ __device__ __forceinline__ u32 load_u8(u32 at) {
   return v;
 }
 
-// Shared memory of rows has the 128-byte swizzle: 8 rows of 128 bytes are a unit of 1024.
-__device__ __forceinline__ u64 rows_descriptor(u32 at) {
+// Shared memory of rows (and of weights of 16 bits) has the 128-byte swizzle: 8 rows of 128 bytes are a unit.
+__device__ __forceinline__ u64 descriptor(u32 at) {
   return (u64)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
@@ -195,14 +201,14 @@ __device__ __forceinline__ Tile find_tile(int pair, int pairs_m, u32 rank, const
   return t;
 }
 
-// Of a warp's 16 columns of the result, row g of its fragment is column 2 g, row g + 8 column 2 g + 1: so a
-// thread's results of one row lie side by side (and, transposed, a byte's two weights are its own).
+// Of a warp's 16 columns of the result, row g of its fragment is column 2 g, row g + 8 column 2 g + 1: so,
+// transposed, a byte's two weights are a thread's own. (Weights of 16 bits come in order: columns g, g + 8.)
 struct Lane {
   int wg, warp, g, t;
   u32 table;  // its copy
 };
 
-#if INT8
+#if WEIGHTS == 8
 // q x absmax x 1/127, each product rounded: bitsandbytes' order. `biased` holds q + 128 in the byte chosen.
 __device__ __forceinline__ float int8_weight(u32 biased, u32 byte, float absmax) {
   float q = __uint_as_float(__byte_perm(biased, 0x4B000000, 0x7440 | byte)) - 8388736.f;
@@ -210,10 +216,11 @@ __device__ __forceinline__ float int8_weight(u32 biased, u32 byte, float absmax)
 }
 #endif
 
+#if WEIGHTS != 16
 // Half the weights of a step, as fragments of two products of depth 16. INT8 forward: scales are the lane's two.
 template <int HALF_STEP>
 __device__ __forceinline__ void decode(u32 (&a)[8], u32 w_at, u32 scales_at, const Lane &lane, float2 row_scales) {
-#if INT8
+#if WEIGHTS == 8
 #if TRANSPOSED
   int column = lane.wg * 64 + lane.warp * 16 + lane.g * 2;
   u32 at = w_at + lane.t * 256;  // row 2 t; 128-byte swizzle
@@ -277,10 +284,12 @@ __device__ __forceinline__ void decode(u32 (&a)[8], u32 w_at, u32 scales_at, con
 #endif
 #endif
 }
+#endif
 
 // The same of the low-rank factor, columns r0 to r0 + 31, from global memory; zeros past its end.
 __device__ __forceinline__ void load_factor(u32 (&a)[8], const Problem &p, const Tile &tile, int r0, const Lane &lane) {
-  int m = tile.m0 + lane.wg * 64 + lane.warp * 16 + lane.g * 2;
+  const int m = tile.m0 + lane.wg * 64 + lane.warp * 16 + (WEIGHTS == 16 ? lane.g : lane.g * 2);
+  const int next = WEIGHTS == 16 ? 8 : 1;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     int r = r0 + i * 8 + lane.t * 2;
@@ -288,14 +297,19 @@ __device__ __forceinline__ void load_factor(u32 (&a)[8], const Problem &p, const
     bool live = r < p.R && m < p.M;
 #if TRANSPOSED
     const u16 *at = p.factor + ((u64)tile.expert * p.R + r) * p.M + m;
+#if WEIGHTS == 16
+    u32 v = live ? at[0] | (u32)at[8] << 16 : 0;
+    u32 u = live ? at[p.M] | (u32)at[p.M + 8] << 16 : 0;
+#else
     u32 v = live ? *(const u32 *)at : 0;           // columns m, m + 1 of row r
     u32 u = live ? *(const u32 *)(at + p.M) : 0;   // of row r + 1
+#endif
     a[to] = __byte_perm(v, u, 0x5410);
     a[to + 1] = __byte_perm(v, u, 0x7632);
 #else
     const u16 *at = p.factor + ((u64)tile.expert * p.M + m) * p.R + r;
     a[to] = live ? *(const u32 *)at : 0;
-    a[to + 1] = live ? *(const u32 *)(at + p.R) : 0;
+    a[to + 1] = live ? *(const u32 *)(at + next * p.R) : 0;
 #endif
   }
 }
@@ -308,11 +322,7 @@ __device__ __forceinline__ void multiply(float (&d)[BOXES * 32], const u32 (&a)[
   wgmma_commit();
 }
 
-#if CLUSTER == 2
-#define RELEASE(i) { if (lane_id < 2) barrier_arrive(empty + STAGE_OF(i) * 8, lane_id); }
-#else
-#define RELEASE(i) { if (lane_id == 0) barrier_arrive(empty + STAGE_OF(i) * 8); }
-#endif
+#define RELEASE(i) { if (lane_id < CLUSTER) barrier_arrive(empty + STAGE_OF(i) * 8, lane_id); }
 #define STAGE_OF(i) ((i) % STAGES)
 #define PARITY_OF(i) (((i) / STAGES) & 1)
 
@@ -327,18 +337,36 @@ __device__ __forceinline__ void consume(u32 shared, const Problem &p, const Tile
   const int steps = p.C / STEP;
   const u32 full = shared + AT_BARRIERS, empty = full + STAGES * 8;
   float2 row_scales = {0, 0};
-#if INT8 && !TRANSPOSED
+#if WEIGHTS == 8 && !TRANSPOSED
   int row = tile.m0 + lane.wg * 64 + lane.warp * 16 + lane.g * 2;
   if (row < p.M) row_scales = *(const float2 *)(p.scales + (u64)tile.expert * p.M + row);
 #endif
 
-  // While one half of a step is multiplied the other is decoded. A stage is free when the next one's first half
-  // is under way.
   for (int step = 0; step * STEP < p.C + p.R; ++step) {
     const u32 stage = STAGE_OF(it);
     const u32 w_at = shared + AT_W + stage * W_BYTES, s_at = shared + AT_SCALES + stage * SCALE_BYTES;
-    const u64 rows = rows_descriptor(shared + AT_X + stage * X_BYTES);
+    const u64 rows = descriptor(shared + AT_X + stage * X_BYTES);
     barrier_wait(full + stage * 8, PARITY_OF(it));
+#if WEIGHTS == 16
+    if (step < steps) {
+      const u64 weights = descriptor(w_at + lane.wg * (64 * STEP * 2));
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < 4; ++j) wgmma_shared<BOXES>(d, weights + j * (WIDE ? 128 : 2), rows + 2 * j);
+      wgmma_commit();
+    } else {
+      wgmma_wait<0>();
+      load_factor(a, p, tile, step * STEP - p.C, lane);
+      load_factor(b, p, tile, step * STEP - p.C + STEP / 2, lane);
+      multiply<BOXES>(d, a, rows);
+      multiply<BOXES>(d, b, rows + 4);
+    }
+    if (step >= steps) wgmma_wait<0>();
+    else wgmma_wait<1>();
+    if (step > 0) RELEASE(it - 1)
+#else
+    // While one half of a step is multiplied the other is decoded. A stage is free when the next one's first
+    // half is under way.
     if (step < steps) decode<0>(a, w_at, s_at, lane, row_scales);
     else load_factor(a, p, tile, step * STEP - p.C, lane);
     multiply<BOXES>(d, a, rows);
@@ -348,19 +376,40 @@ __device__ __forceinline__ void consume(u32 shared, const Problem &p, const Tile
     else load_factor(b, p, tile, step * STEP - p.C + STEP / 2, lane);
     multiply<BOXES>(d, b, rows + 4);
     wgmma_wait<1>();
+#endif
     ++it;
   }
   wgmma_wait<0>();
   RELEASE(it - 1)
 
-  int m = tile.m0 + lane.wg * 64 + lane.warp * 16 + lane.g * 2;
-  if (m < p.M) {
-    u16 *out = p.out + (u64)(tile.first + lane.t * 2) * p.stride + m;
+  // Results go through shared memory, 64 rows at a time, so that they are written in whole lines.
+  const u32 staged = shared + AT_OUT + lane.wg * OUT_BYTES;
+  const int thread = threadIdx.x & 127, m = tile.m0 + lane.wg * 64 + (thread & 7) * 8;
 #pragma unroll
-    for (int i = 0; i < BOXES * 8; ++i) {
-      int row = i * 8 + lane.t * 2;
-      if (row < tile.rows) *(u32 *)(out + (u64)(i * 8) * p.stride) = rounded(d[4 * i], d[4 * i + 2]);
-      if (row + 1 < tile.rows) *(u32 *)(out + (u64)(i * 8 + 1) * p.stride) = rounded(d[4 * i + 1], d[4 * i + 3]);
+  for (int box = 0; box < BOXES; ++box) {
+    warpgroup_sync(lane.wg);  // the last ones have been read
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float *v = d + box * 32 + j * 4;
+#if WEIGHTS == 16
+      if (j & 1) continue;
+      const int row = (j + (lane_id >> 4)) * 8 + (lane_id & 7), chunk = lane.warp * 2 + ((lane_id >> 3) & 1);
+      store_transposed(staged + row * 128 + ((chunk ^ (row & 7)) << 4), rounded(v[0], v[1]), rounded(v[2], v[3]),
+                       rounded(v[4], v[5]), rounded(v[6], v[7]));
+#else
+      const int row = j * 8 + lane.t * 2, byte = lane.warp * 32 + lane.g * 4;
+      const u32 at = staged + row * 128 + (byte & 15);
+      store_u32(at + (((byte >> 4) ^ (row & 7)) << 4), rounded(v[0], v[2]));
+      store_u32(at + 128 + (((byte >> 4) ^ (row & 7) ^ 1) << 4), rounded(v[1], v[3]));
+#endif
+    }
+    warpgroup_sync(lane.wg);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = i * 16 + (thread >> 3);
+      const uint4 v = load_u4(staged + row * 128 + (((thread & 7) ^ (row & 7)) << 4));
+      if (box * 64 + row < tile.rows && m < p.M)
+        *(uint4 *)(p.out + (u64)(tile.first + box * 64 + row) * p.stride + m) = v;
     }
   }
 }
@@ -375,7 +424,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   const int thread = threadIdx.x, group = thread / 128;
   const u32 lane_id = thread & 31, rank = blockIdx.x % CLUSTER;
 
-#if !INT8
+#if WEIGHTS == 4
   float2 *table = (float2 *)(memory + AT_TABLE);
   for (int i = thread; i < 256 * TABLE_COPIES; i += THREADS) {
     int byte = i / TABLE_COPIES;
@@ -425,18 +474,30 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
           u32 w_at = shared + AT_W + stage * W_BYTES, s_at = shared + AT_SCALES + stage * SCALE_BYTES;
           barrier_wait(empty + stage * 8, PARITY_OF(it) ^ 1);
           const bool weights = step < steps && columns > 0;
-#if INT8
-          const u32 scale_bytes = TRANSPOSED ? STEP * 4 : 0;
-#else
+#if WEIGHTS == 4
           const u32 scale_bytes = columns * 4;  // (transposed: a block of 64 columns has 64 of them)
+#else
+          const u32 scale_bytes = WEIGHTS == 8 && TRANSPOSED ? STEP * 4 : 0;
 #endif
-          barrier_expect(ready, boxes * BOX_BYTES + (weights ? W_BYTES + scale_bytes : 0));
+#if WEIGHTS == 16 && WIDE
+          const u32 w_bytes = columns * STEP * 2;
+#else
+          const u32 w_bytes = W_BYTES;
+#endif
+          barrier_expect(ready, boxes * BOX_BYTES + (weights ? w_bytes + scale_bytes : 0));
           for (int box = rank; box < boxes; box += CLUSTER)
             copy_rows(shared + AT_X + stage * X_BYTES + box * BOX_BYTES, &map_x, step * STEP, t.first + box * BOX_S, ready);
           if (!weights) continue;
-#if TRANSPOSED
-          copy_3d(w_at, &map_w, t.m0 / (INT8 ? 1 : 2), step * STEP, t.expert, ready);
-#if INT8
+#if WEIGHTS == 16
+#if WIDE
+          for (int part = 0; part * 64 < columns; ++part)
+            copy_3d(w_at + part * (64 * STEP * 2), &map_w, t.m0 + part * 64, step * STEP, t.expert, ready);
+#else
+          copy_3d(w_at, &map_w, step * STEP, t.m0, t.expert, ready);
+#endif
+#elif TRANSPOSED
+          copy_3d(w_at, &map_w, t.m0 * WEIGHTS / 8, step * STEP, t.expert, ready);
+#if WEIGHTS == 8
           copy_1d(s_at, scales + (u64)t.expert * C + step * STEP, scale_bytes, ready);
 #else
           for (int part = 0; part * STEP < columns; ++part)
@@ -444,8 +505,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                     scales + ((u64)t.expert * (M / STEP) + t.m0 / STEP + part) * C + step * STEP, STEP * 4, ready);
 #endif
 #else
-          copy_3d(w_at, &map_w, step * (INT8 ? STEP : STEP / 2), t.m0, t.expert, ready);
-#if !INT8
+          copy_3d(w_at, &map_w, step * STEP * WEIGHTS / 8, t.m0, t.expert, ready);
+#if WEIGHTS == 4
           copy_1d(s_at, scales + ((u64)t.expert * steps + step) * M + t.m0, scale_bytes, ready);
 #endif
 #endif
@@ -473,7 +534,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   cluster_sync();  // the other block still copies into this one, and tells it of free stages
 }
 
-#if !INT8 && !TRANSPOSED
+#if WEIGHTS == 4 && !TRANSPOSED
 // Absmax in fp32, blocks of 64 columns, a block's rows side by side: [E, K / 64, N] of [E, N, stored blocks].
 // A block of threads: 64 rows by 32 blocks, by way of shared memory, so that both sides are read in order.
 // Experts without rows are left out.

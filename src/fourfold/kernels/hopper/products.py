@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,10 +13,9 @@ from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.codebooks import absmax_codes, four_bit_codes
 from fourfold.formats.plain import PlainStack
 from fourfold.kernels.hopper import compile as compiled
-from fourfold.kernels.hopper.source import THREADS, shared_bytes, source
+from fourfold.kernels.hopper.source import CLUSTER, THREADS, shared_bytes, source
 
 STEP = 64  # weights of a row that are decoded together
-CLUSTER = 2
 MAX_EXPERTS = 1024
 _UINT8, _UINT16 = 0, 1  # CU_TENSOR_MAP_DATA_TYPE
 _SWIZZLE = {32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE of bytes
@@ -27,19 +26,27 @@ _kept = threading.local()  # launchers
 
 def refusal(stack: PackedStack | PlainStack, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the kernel cannot compute with these weights, or None."""
-    if not isinstance(stack, PackedStack):
-        return "it reads packed weights"
-    return _refusal(stack.fmt, stack.shape, dtype, device)
+    if stack.data.data_ptr() % 16:
+        return "it wants weights at a multiple of 16 bytes"
+    if isinstance(stack, PackedStack):
+        return _refusal(stack.fmt, stack.shape, dtype, device)
+    if stack.data.dtype != dtype:
+        return f"it multiplies {dtype} by weights of {dtype}, not of {stack.data.dtype}"
+    if 1 not in stack.data.stride()[1:] or any(s * 2 % 16 for s in stack.data.stride() if s != 1):
+        return f"it wants rows or columns of weights in one piece, not strides of {stack.data.stride()}"
+    return _refusal(None, stack.shape, dtype, device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _refusal(fmt: PackFormat, shape: StackShape, dtype: torch.dtype, device: torch.device) -> str | None:
+def _refusal(
+    fmt: PackFormat | None, shape: StackShape, dtype: torch.dtype, device: torch.device
+) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return "it runs on NVIDIA GPUs"
     major, minor = torch.cuda.get_device_capability(device)
     if major != 9:
         return f"it is written in instructions of Hopper (capability 9.x; this GPU has {major}.{minor})"
-    if fmt.is_4bit and fmt.blocksize < STEP:
+    if fmt is not None and fmt.is_4bit and fmt.blocksize < STEP:
         return f"it reads blocks of {STEP} weights or more, not {fmt.blocksize}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it multiplies in bf16 or fp16, not {dtype}"
@@ -55,30 +62,43 @@ def unavailable() -> str | None:
     """Why it cannot be compiled here, or None."""
     try:
         compiled.driver()
-        _cubin(False, torch.bfloat16, False)
+        _cubin(_Variant(False, torch.bfloat16, 4, False))
     except compiled.CompilerMissingError as error:
         return str(error)
     return None
 
 
-def _cubin(transposed: bool, dtype: torch.dtype, int8: bool) -> bytes:
-    switches = {"TRANSPOSED": transposed, "HALF": dtype == torch.float16, "INT8": int8, "CLUSTER": CLUSTER}
+class _Variant(NamedTuple):
+    """What the source is compiled for."""
+
+    transposed: bool
+    dtype: torch.dtype
+    bits: int
+    wide: bool
+
+
+def _cubin(variant: _Variant) -> bytes:
+    switches = {
+        "TRANSPOSED": variant.transposed,
+        "HALF": variant.dtype == torch.float16,
+        "WEIGHTS": variant.bits,
+        "WIDE": variant.wide,
+    }
     return compiled.cubin(source(), "sm_90a", tuple(f"{name}={int(on)}" for name, on in switches.items()))
 
 
-def _launcher(transposed: bool, dtype: torch.dtype, int8: bool, device: int) -> compiled.Launcher:
-    key = (transposed, dtype, int8, device)
-    found: compiled.Launcher | None = _launchers().get(key)
+def _launcher(variant: _Variant, device: int) -> compiled.Launcher:
+    found: compiled.Launcher | None = _launchers().get((variant, device))
     if found is None:
-        kernel = compiled.function(_cubin(transposed, dtype, int8), _PRODUCT, shared_bytes(int8), device)
-        found = _launchers()[key] = compiled.Launcher(kernel, maps=2, pointers=5, ints=5)
+        kernel = compiled.function(_cubin(variant), _PRODUCT, shared_bytes(variant.bits), device)
+        found = _launchers()[variant, device] = compiled.Launcher(kernel, maps=2, pointers=5, ints=5)
     return found
 
 
 def _scales_launcher(device: int) -> compiled.Launcher:
     found: compiled.Launcher | None = _launchers().get(device)
     if found is None:
-        kernel = compiled.function(_cubin(False, torch.bfloat16, False), _SCALES, 0, device)
+        kernel = compiled.function(_cubin(_Variant(False, torch.bfloat16, 4, False)), _SCALES, 0, device)
         found = _launchers()[device] = compiled.Launcher(kernel, maps=0, pointers=6, ints=7)
     return found
 
@@ -92,7 +112,7 @@ def _launchers() -> dict[Any, compiled.Launcher]:
 
 @functools.cache
 def _blocks(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count // 2 * 2  # two are a cluster
+    return torch.cuda.get_device_properties(device).multi_processor_count // CLUSTER * CLUSTER
 
 
 @functools.lru_cache(maxsize=8192)
@@ -154,9 +174,26 @@ def scales_by_block(stack: PackedStack, offsets_E: torch.Tensor) -> torch.Tensor
     return out
 
 
+def _weights_map(stack: PackedStack | PlainStack, transposed: bool) -> tuple[Any, int, bool]:
+    """The weights for the copy engine, their bits, and whether memory runs along the result's columns."""
+    E, N, K = stack.shape.experts, stack.shape.rows, stack.shape.columns
+    if isinstance(stack, PackedStack):
+        bits = 4 if stack.fmt.is_4bit else 8
+        step_bytes, row_bytes = STEP * bits // 8, stack.data.shape[2]
+        box = (2 * step_bytes, STEP, 1) if transposed else (step_bytes, 2 * STEP, 1)
+        sizes, strides = (row_bytes, N, E), (row_bytes, row_bytes * N)
+        return _tensor_map(_UINT8, stack.data.data_ptr(), sizes, strides, box), bits, False
+    along_k = stack.data.stride(2) == 1
+    wide = along_k == transposed
+    sizes = (K, N, E) if along_k else (N, K, E)
+    strides = (stack.data.stride(1 if along_k else 2) * 2, stack.data.stride(0) * 2)
+    box = (STEP, STEP if wide else 2 * STEP, 1)
+    return _tensor_map(_UINT16, stack.data.data_ptr(), sizes, strides, box), 16, wide
+
+
 def hopper_product(
     x_Sc: torch.Tensor,
-    stack: PackedStack,
+    stack: PackedStack | PlainStack,
     offsets_E: torch.Tensor,
     factor: torch.Tensor | None = None,
     *,
@@ -166,7 +203,7 @@ def hopper_product(
 
     Args:
         x_Sc: ``[S, K (+ R)]``, or transposed ``[S, N (+ R)]``; rows at multiples of 16 bytes.
-        stack: packed ``[E, N, K]``.
+        stack: ``[E, N, K]``, packed or in the dtype of the rows.
         offsets_E: ends of the experts' rows, int32.
         factor: contiguous B ``[E, N, R]``; transposed, A ``[E, R, K]``. R even.
         transposed: multiply by W instead of its transpose.
@@ -174,36 +211,32 @@ def hopper_product(
     Returns:
         ``[S, N]``, or transposed ``[S, K]``.
     """
-    shape, fmt, device = stack.shape, stack.fmt, x_Sc.device
-    E, N, K, S = shape.experts, shape.rows, shape.columns, x_Sc.shape[0]
-    C, M = (N, K) if transposed else (K, N)
+    shape, device, S = stack.shape, x_Sc.device, x_Sc.shape[0]
+    C, M = (shape.rows, shape.columns) if transposed else (shape.columns, shape.rows)
     R = 0 if factor is None else factor.shape[1 if transposed else 2]
     assert x_Sc.shape[1] == C + R
     assert R % 2 == 0
     out_SM = torch.empty(S, M, dtype=x_Sc.dtype, device=device)
     if S == 0:
         return out_SM
-    int8 = not fmt.is_4bit
-    step_bytes = STEP if int8 else STEP // 2
-    row_bytes = stack.data.shape[2]
-    box = (2 * step_bytes, STEP, 1) if transposed else (step_bytes, 2 * STEP, 1)
     with torch.cuda.device_of(x_Sc):
-        if int8:
+        index = x_Sc.get_device()
+        map_w, bits, wide = _weights_map(stack, transposed)
+        scales = codes = offsets_E  # (not read)
+        if isinstance(stack, PackedStack):
             scales = codes = stack.absmax
-        else:
-            scales, codes = scales_by_block(stack, offsets_E), four_bit_codes(fmt.quant_type, device)
-        maps = (
-            _tensor_map(_UINT16, x_Sc.data_ptr(), (C + R, S), (x_Sc.stride(0) * 2,), (STEP, 64)),
-            _tensor_map(_UINT8, stack.data.data_ptr(), (row_bytes, N, E), (row_bytes, row_bytes * N), box),
-        )
+            if bits == 4:
+                scales = scales_by_block(stack, offsets_E)
+                codes = four_bit_codes(stack.fmt.quant_type, device)
+        map_x = _tensor_map(_UINT16, x_Sc.data_ptr(), (C + R, S), (x_Sc.stride(0) * 2,), (STEP, 64))
         used = (offsets_E, scales, codes, codes if factor is None else factor, out_SM)
-        _launcher(transposed, x_Sc.dtype, int8, x_Sc.get_device())(
-            (_blocks(x_Sc.get_device()), 1, 1),
+        _launcher(_Variant(transposed, x_Sc.dtype, bits, wide), index)(
+            (_blocks(index), 1, 1),
             THREADS,
-            shared_bytes(int8),
+            shared_bytes(bits),
             torch.cuda.current_stream(device).cuda_stream,
-            maps,
+            (map_x, map_w),
             [t.data_ptr() for t in used],
-            (E, M, C, R, M),
+            (shape.experts, M, C, R, M),
         )
     return out_SM
