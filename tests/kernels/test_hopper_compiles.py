@@ -1,4 +1,4 @@
-"""The CUDA source for Hopper, compiled by NVRTC in every variant. (To run, it needs such a GPU: tests/gpu.)"""
+"""The CUDA source for Hopper, compiled by NVRTC, every variant. (To run, it needs such a GPU: tests/gpu.)"""
 
 import ctypes
 import itertools

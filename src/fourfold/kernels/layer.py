@@ -77,12 +77,12 @@ class _SiluExperts(torch.autograd.Function):
             del x_Ss
             rank = 0 if a_down is None else a_down.shape[1]
             act_Ss = empty_rows(like, S, I, rank)
-            h_down = silu_mul_triton(up_SN, offsets_E, act_Ss, a_down)
+            weighted_h_down = silu_mul_triton(up_SN, weights_Tk, routing.order_S, offsets_E, act_Ss, a_down)
             rows_SH = product(act_Ss[:, : I + rank], experts.down, offsets_E, limit, b_down, transposed=False)
             del act_Ss
             out_TH = sum_rows(rows_SH, routing.position_Tk, weights_Tk, x_TH.dtype)
         ctx.experts, ctx.compute_dtype = experts, compute_dtype
-        ctx.save_for_backward(x_SH, up_SN, h_up, h_down, weights_Tk, a_up, b_up, a_down, b_down)
+        ctx.save_for_backward(x_SH, up_SN, h_up, weighted_h_down, weights_Tk, a_up, b_up, a_down, b_down)
         return out_TH
 
     @staticmethod
@@ -90,7 +90,7 @@ class _SiluExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         from fourfold.kernels.rows_triton import gather_triton, silu_mul_backward_triton
 
-        x_SH, up_SN, h_up, h_down, weights_Tk, a_up, b_up, a_down, b_down = ctx.saved_tensors
+        x_SH, up_SN, h_up, weighted_h_down, weights_Tk, a_up, b_up, a_down, b_down = ctx.saved_tensors
         experts: Experts = ctx.experts
         routing, limit = experts.routing, experts.workspace_bytes
         offsets_E, order_S = routing.offsets_E, routing.order_S
@@ -98,14 +98,15 @@ class _SiluExperts(torch.autograd.Function):
         H, N = grad_TH.shape[1], up_SN.shape[1]
         needs_x, needs_w, needs_a_up, needs_b_up, needs_a_down, needs_b_down = ctx.needs_input_grad[:6]
         grad_a_up = grad_b_up = grad_a_down = grad_b_down = grad_x = None
-        weights_S1 = weights_Tk.reshape(-1)[order_S].unsqueeze(1)
         with torch.autocast(grad_TH.device.type, enabled=False):
             rank = 0 if b_down is None else b_down.shape[2]
             grad_Ss = empty_rows(up_SN, S, H, rank)
-            low = gather_triton(grad_TH.contiguous(), order_S, k, offsets_E, grad_Ss, b_down)
+            weighted_low = gather_triton(
+                grad_TH.contiguous(), order_S, k, offsets_E, grad_Ss, b_down, weights_Tk
+            )
             grad_SI = product(grad_Ss[:, : H + rank], experts.down, offsets_E, limit, a_down, transposed=True)
             if needs_b_down:
-                grad_b_down = grouped_outer(grad_Ss[:, :H], (h_down * weights_S1).to(up_SN.dtype), offsets_E)
+                grad_b_down = grouped_outer(grad_Ss[:, :H], weighted_h_down, offsets_E)
             del grad_Ss
             rank = 0 if b_up is None else b_up.shape[2]
             grad_up_Ss = empty_rows(up_SN, S, N, rank)
@@ -121,7 +122,7 @@ class _SiluExperts(torch.autograd.Function):
             )
             del grad_SI
             if needs_a_down:
-                grad_a_down = grouped_outer((low * weights_S1).to(up_SN.dtype), act_SI, offsets_E)
+                grad_a_down = grouped_outer(weighted_low, act_SI, offsets_E)
             del act_SI
             if needs_b_up:
                 grad_b_up = grouped_outer(grad_up_Ss[:, :N], h_up, offsets_E)
