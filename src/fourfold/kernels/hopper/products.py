@@ -145,10 +145,11 @@ def _tensor_map(
     return made
 
 
-def scales_by_block(stack: PackedStack, offsets_E: torch.Tensor) -> torch.Tensor:
+def scales_by_block(stack: PackedStack, offsets_E: torch.Tensor, stream: int) -> torch.Tensor:
     """Absmax of every 64 columns of a 4-bit stack in larger or equal blocks, fp32 ``[E, K / 64, N]``.
 
     It is what the kernel reads: a thirty-second of the decoded weights, and lies only as long as a product.
+    The stack's device must be the current one. Experts without rows are left undefined.
     """
     fmt, shape, device = stack.fmt, stack.shape, stack.data.device
     E, N, blocks = shape.experts, shape.rows, shape.columns // STEP
@@ -161,16 +162,15 @@ def scales_by_block(stack: PackedStack, offsets_E: torch.Tensor) -> torch.Tensor
         assert stack.absmax_offset is not None
         groups, part_rows = stack.absmax_scale.shape[-1], N // shape.parts
         more = [t.data_ptr() for t in (stack.absmax_scale, stack.absmax_offset, absmax_codes(device))]
-    with torch.cuda.device_of(out):
-        _scales_launcher(out.get_device())(
-            (-(-N // 64), -(-blocks // 32), E),
-            256,
-            0,
-            torch.cuda.current_stream(device).cuda_stream,
-            (),
-            (absmax, *more, out.data_ptr(), offsets_E.data_ptr()),
-            (N, blocks, shape.blocks(fmt), fmt.blocksize // STEP, part_rows, groups, int(fmt.double_quant)),
-        )
+    _scales_launcher(out.get_device())(
+        (-(-N // 64), -(-blocks // 32), E),
+        256,
+        0,
+        stream,
+        (),
+        (absmax, *more, out.data_ptr(), offsets_E.data_ptr()),
+        (N, blocks, shape.blocks(fmt), fmt.blocksize // STEP, part_rows, groups, int(fmt.double_quant)),
+    )
     return out
 
 
@@ -220,13 +220,13 @@ def hopper_product(
     if S == 0:
         return out_SM
     with torch.cuda.device_of(x_Sc):
-        index = x_Sc.get_device()
+        index, stream = x_Sc.get_device(), torch.cuda.current_stream(device).cuda_stream
         map_w, bits, wide = _weights_map(stack, transposed)
         scales = codes = offsets_E  # (not read)
         if isinstance(stack, PackedStack):
             scales = codes = stack.absmax
             if bits == 4:
-                scales = scales_by_block(stack, offsets_E)
+                scales = scales_by_block(stack, offsets_E, stream)
                 codes = four_bit_codes(stack.fmt.quant_type, device)
         map_x = _tensor_map(_UINT16, x_Sc.data_ptr(), (C + R, S), (x_Sc.stride(0) * 2,), (STEP, 64))
         used = (offsets_E, scales, codes, codes if factor is None else factor, out_SM)
@@ -234,7 +234,7 @@ def hopper_product(
             (_blocks(index), 1, 1),
             THREADS,
             shared_bytes(bits),
-            torch.cuda.current_stream(device).cuda_stream,
+            stream,
             (map_x, map_w),
             [t.data_ptr() for t in used],
             (shape.experts, M, C, R, M),
