@@ -10,9 +10,8 @@ which has room for 64 of them where an expert has a few rows.
 Four bits are loaded by words of 8 weights, a whole line of memory per matrix row in the tile for few rows. A
 word's weights are decoded where it lies and joined in the thread, 16 bytes of bf16: one store and one
 barrier a tile on the way to the tensor cores. The words, scales and rows of the next tile are loaded before
-this one is decoded; Triton's own pipelining would also take the look-ups in the table of values for loads to
-be brought to shared memory, four bytes a weight, so the table is read by an instruction that it does not look
-into. Unpacked and INT8 weights are left to it.
+this one is decoded: Triton's own pipelining, which has unpacked and INT8 weights, would bring all that by way
+of shared memory, and look-ups in a table as well.
 
 A weight is exactly what decoding gives (`decode_triton`): fp32 code times fp32 absmax, rounded once to the
 rows' dtype; products and sums are kept apart (``enable_fp_fusion=False``).
@@ -38,20 +37,27 @@ from fourfold.kernels.rows_triton import _rows_of_tile
 DENSE, INT8, FOUR_BIT = (tl.constexpr(kind) for kind in range(3))
 
 
+# Lane l of a warp keeps entry l % 16 of the table; a weight is fetched from the lane that its code names: two
+# instructions (the shift and this), where a load wants six to find the address. Both halves of a warp are
+# segments of 16 lanes (0x101f), so the code's upper bits need no masking.
+TABLE = tl.constexpr(
+    "{.reg .b32 l; .reg .b64 a; mov.u32 l, %laneid; and.b32 l, l, 15; "
+    "mad.wide.u32 a, l, 4, $1; ld.global.nc.f32 $0, [a];}"
+)
+LOOK_UP = tl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 0x101f, 0xffffffff;")
+
+
 @triton.jit
-def _look_up(codes_ptr, code, ASM: tl.constexpr):
+def _nth(packed, absmax, codes_ptr, table, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Weight J of every word. The upper half of a byte is the first of its two weights."""
+    code = packed >> ((J ^ 1) * 4)
     if ASM:
-        return tl.inline_asm_elementwise(
-            "ld.global.nc.f32 $0, [$1];", "=f,l", [codes_ptr + code], dtype=tl.float32, is_pure=True, pack=1
+        value = tl.inline_asm_elementwise(
+            LOOK_UP, "=f,f,r", [table, code], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        return tl.load(codes_ptr + code)
-
-
-@triton.jit
-def _nth(packed, absmax, codes_ptr, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Weight J of every word. The upper half of a byte is the first of its two weights."""
-    return (_look_up(codes_ptr, (packed >> ((J ^ 1) * 4)) & 15, ASM) * absmax).to(DTYPE)
+        value = tl.load(codes_ptr + (code & 15))
+    return (value * absmax).to(DTYPE)
 
 
 @triton.jit
@@ -60,6 +66,7 @@ def _decode_words(
     scales,
     map_ptr,
     codes_ptr,
+    table,
     DOUBLE_QUANT: tl.constexpr,
     DTYPE: tl.constexpr,
     ASM: tl.constexpr,
@@ -73,14 +80,14 @@ def _decode_words(
         absmax = tl.load(map_ptr + absmax.to(tl.int32)) * scale + offset[:, None]
     absmax = tl.broadcast_to(absmax[:, :, None], (BN, BLOCKS, BW // BLOCKS))
     absmax = tl.reshape(absmax, (BN, BW))
-    w0 = _nth(packed, absmax, codes_ptr, 0, DTYPE, ASM)
-    w1 = _nth(packed, absmax, codes_ptr, 1, DTYPE, ASM)
-    w2 = _nth(packed, absmax, codes_ptr, 2, DTYPE, ASM)
-    w3 = _nth(packed, absmax, codes_ptr, 3, DTYPE, ASM)
-    w4 = _nth(packed, absmax, codes_ptr, 4, DTYPE, ASM)
-    w5 = _nth(packed, absmax, codes_ptr, 5, DTYPE, ASM)
-    w6 = _nth(packed, absmax, codes_ptr, 6, DTYPE, ASM)
-    w7 = _nth(packed, absmax, codes_ptr, 7, DTYPE, ASM)
+    w0 = _nth(packed, absmax, codes_ptr, table, 0, DTYPE, ASM)
+    w1 = _nth(packed, absmax, codes_ptr, table, 1, DTYPE, ASM)
+    w2 = _nth(packed, absmax, codes_ptr, table, 2, DTYPE, ASM)
+    w3 = _nth(packed, absmax, codes_ptr, table, 3, DTYPE, ASM)
+    w4 = _nth(packed, absmax, codes_ptr, table, 4, DTYPE, ASM)
+    w5 = _nth(packed, absmax, codes_ptr, table, 5, DTYPE, ASM)
+    w6 = _nth(packed, absmax, codes_ptr, table, 6, DTYPE, ASM)
+    w7 = _nth(packed, absmax, codes_ptr, table, 7, DTYPE, ASM)
     even = tl.join(tl.join(w0, w4), tl.join(w2, w6))
     odd = tl.join(tl.join(w1, w5), tl.join(w3, w7))
     return tl.reshape(tl.join(even, odd), (BN, 8 * BW))  # (a join's halves are the last bit of an index)
@@ -227,6 +234,11 @@ def _product_kernel(
         BW: tl.constexpr = BK // 8
         # A tile is whole blocks, or lies within one.
         BLOCKS: tl.constexpr = BW // WORDS_PER_BLOCK if BW > WORDS_PER_BLOCK else 1
+        table = 0.0
+        if ASM:
+            table = tl.inline_asm_elementwise(
+                TABLE, "=f,l", [codes_ptr], dtype=tl.float32, is_pure=True, pack=1
+            )
         first_n, first_word = (0, first_out // 8) if TRANSPOSED else (first_out, 0)
         packed, scales = _load_words(
             w_ptr, absmax_ptr, scale_ptr, offset_ptr, expert, first_n, first_word, N, words_per_row, parts,
@@ -241,7 +253,7 @@ def _product_kernel(
             )  # fmt: skip
             next_x = _load_rows(x_ptr, rows, live, start + tl.arange(0, IN), columns, stride_x)
             w = _decode_words(
-                packed, scales, map_ptr, codes_ptr, DOUBLE_QUANT, DTYPE, ASM, BN, BW, BLOCKS
+                packed, scales, map_ptr, codes_ptr, table, DOUBLE_QUANT, DTYPE, ASM, BN, BW, BLOCKS
             )
             if TRANSPOSED:
                 w = tl.trans(w)
@@ -285,7 +297,7 @@ class Tiles:
 # Few on purpose: `tests/gpu/test_product_gpu.py` compares each with the reference, for a compiler may get one
 # tile wrong and its neighbours right. (transposed, four bits) -> by rows, ascending.
 TILES = {
-    (False, True): (Tiles(16, 64, 256, 4), Tiles(64, 128, 128, 4), Tiles(128, 128, 128, 8)),
+    (False, True): (Tiles(16, 64, 256, 4), Tiles(64, 128, 64, 4), Tiles(128, 128, 64, 8)),
     (True, True): (Tiles(16, 32, 256, 4), Tiles(64, 64, 128, 4), Tiles(128, 64, 128, 8)),
     (False, False): (Tiles(16, 64, 128, 4, 2), Tiles(64, 128, 64, 4, 2)),
     (True, False): (Tiles(16, 64, 128, 4, 2), Tiles(64, 64, 128, 4, 2)),
