@@ -21,7 +21,7 @@ from fourfold.errors import UnsupportedExpertsError
 from fourfold.experts.own_precision import multiplies_in_fp32
 from fourfold.experts.shapes import ExpertsLayout, Projection
 from fourfold.formats import PackedStack
-from fourfold.kernels import LowRank, Routing, combine, dispatch, layer, packed_linear, route
+from fourfold.kernels import LowRank, Routing, combine, dispatch, layer, packed_linear, route, ways
 
 if TYPE_CHECKING:
     from fourfold.experts.packed import PackedExperts
@@ -82,7 +82,12 @@ def _project(
     low_rank: LowRank | None,
 ) -> torch.Tensor:
     y_SN = packed_linear(
-        x_SK, module.stack(projection), routing.offsets_E, low_rank, workspace_bytes=module.workspace_bytes
+        x_SK,
+        module.stack(projection),
+        routing.offsets_E,
+        low_rank,
+        workspace_bytes=module.workspace_bytes,
+        way=module.way,
     )
     if projection.bias is not None:
         bias_EN = getattr(module, projection.bias)
@@ -118,6 +123,9 @@ def routed_forward(
         dtype = torch.float32
     routing = route(top_k_index, layout.num_experts)
     up, down = module.stack(layout.up), module.stack(layout.down)
+    if module.way is not None:  # an error here names the module
+        rows_SM = hidden_states.new_empty(routing.order_S.shape[0], 0, dtype=dtype)
+        ways.choose(ways.problem(rows_SM, up), module.way, module.fourfold_name)
     if (
         isinstance(up, PackedStack)
         and isinstance(down, PackedStack)
@@ -134,6 +142,7 @@ def routed_forward(
             low_rank.get(layout.down.name),
             compute_dtype=dtype,
             workspace_bytes=module.workspace_bytes,
+            way=module.way,
         )
     x_SH = dispatch(hidden_states.to(dtype), routing)
     up_SN = _project(module, layout.up, x_SH, routing, low_rank.get(layout.up.name))

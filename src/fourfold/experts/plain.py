@@ -27,6 +27,7 @@ class PlainExperts(Dynamic):
     fourfold_layout: ExpertsLayout
     compute_dtype: torch.dtype | None = None
     workspace_bytes: int | None = None
+    way: str | None = None
 
     @property
     def fourfold_dtype(self) -> torch.dtype:
