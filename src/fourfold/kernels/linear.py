@@ -17,10 +17,10 @@ is taken in the product's fp32 accumulators and rounded once, and no pass over `
 columns of them at a time are copied into such a workspace. Adding the terms made up to 1.11 times the error
 of stock, which adds BA to the weights.)
 
-How the product is computed, `kernels.ways` chooses. Its workspace is one projection of the whole layer on CUDA,
-one launch and no host synchronisation; on a CPU one expert at a time. A smaller ``workspace_bytes`` on CUDA
-works through the experts in chunks and reads the offsets on the host (one synchronisation a product); decoding
-inside the product needs none.
+How the product is computed, `kernels.ways` chooses. Its workspace is one projection of the whole layer on
+CUDA, one launch and no host synchronisation; on a CPU one expert at a time. A smaller ``workspace_bytes`` on
+CUDA works through the experts in chunks and reads the offsets on the host (one synchronisation a product);
+decoding inside the product needs no workspace.
 
 S rows sorted by expert, K in, N out, R rank, E experts.
 """

@@ -133,9 +133,7 @@ def _load_words(
         part = n // rows_per_part
         group = ((n - part * rows_per_part)[:, None] * blocks_per_row + block[None, :]) // GROUP
         part_of_all = expert * parts + part
-        scale = tl.load(
-            scale_ptr + (part_of_all * groups_per_part)[:, None] + group, mask=live, other=0.0
-        )
+        scale = tl.load(scale_ptr + (part_of_all * groups_per_part)[:, None] + group, mask=live, other=0.0)
         offset = tl.load(offset_ptr + part_of_all, mask=live_n, other=0.0)
         return packed, (absmax, scale, offset)
     else:
@@ -275,7 +273,11 @@ def _product_kernel(
     if LOW_RANK:
         for start in tl.range(0, R, BR, num_stages=1):
             r = start + tl.arange(0, BR)
-            at = expert * factor_e + out.to(tl.int64)[:, None] * factor_out + r.to(tl.int64)[None, :] * factor_r
+            at = (
+                expert * factor_e
+                + out.to(tl.int64)[:, None] * factor_out
+                + r.to(tl.int64)[None, :] * factor_r
+            )
             f = tl.load(factor_ptr + at, mask=(out < width)[:, None] & (r < R)[None, :], other=0.0)
             h = _load_rows(h_ptr, rows, live, r, R, stride_h)
             acc = tl.dot(f, tl.trans(h), acc, input_precision=PRECISION)
@@ -309,9 +311,7 @@ FP32_TILES = {False: Tiles(16, 32, 128, 4), True: Tiles(16, 32, 128, 4)}
 RANK_STEP = 32  # of the low-rank sum
 
 
-def choose_tiles(
-    rows: int, experts: int, dtype: torch.dtype, *, transposed: bool, is_4bit: bool
-) -> Tiles:
+def choose_tiles(rows: int, experts: int, dtype: torch.dtype, *, transposed: bool, is_4bit: bool) -> Tiles:
     """Tiles for ``rows`` spread over the experts that can have any."""
     if dtype == torch.float32:
         return FP32_TILES[transposed]

@@ -1,6 +1,6 @@
 """The ways to compute the product over packed experts, and the rule that chooses one.
 
-    python -m fourfold.kernels.ways        the rule, and what this machine can do
+    python -m fourfold.kernels        the rule, and what this machine can do
 
 All ways compute the same sum from the same decoded weights (fp32 code times fp32 absmax, rounded once); they
 differ in where those lie meanwhile:
@@ -193,9 +193,7 @@ class Line:
         return (
             self.device in (None, problem.device)
             and (self.dtypes is None or problem.dtype in self.dtypes)
-            and (
-                self.most_rows_per_expert is None or problem.rows_per_expert <= self.most_rows_per_expert
-            )
+            and (self.most_rows_per_expert is None or problem.rows_per_expert <= self.most_rows_per_expert)
             and (self.most_rows is None or problem.rows <= self.most_rows)
         )
 
@@ -210,7 +208,7 @@ class Line:
         return ", ".join(said) or "everything else"
 
 
-# fp16 is nothing that `grouped_mm` takes: a workspace would be multiplied in a loop, and the host would wait.
+# In fp16, which `grouped_mm` does not take, the same Triton product would multiply a decoded workspace.
 RULE: tuple[Line, ...] = (
     Line("in_product", "cuda", (torch.float16,)),
     Line("in_product", "cuda", (torch.bfloat16,), most_rows_per_expert=16),
@@ -245,7 +243,7 @@ def choose(problem: Problem, asked: str | None = None, where: str = "") -> str:
         raise ConfigurationError(
             f"{where + ': ' if where else ''}way={asked!r}: {reason}. Possible here: "
             f"{', '.join(possible(problem))}; None leaves the choice to the rule "
-            "(python -m fourfold.kernels.ways prints it)"
+            "(python -m fourfold.kernels prints it)"
         )
     return asked
 
@@ -269,7 +267,3 @@ def describe() -> str:
     lines.append("rule, first line that fits:")
     lines += [f"  {line.way:11} {line}" for line in RULE]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(describe())

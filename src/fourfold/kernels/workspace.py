@@ -1,9 +1,9 @@
 """The product by way of a workspace: decode matrices, multiply, let go.
 
-The workspace has room for the low-rank factor beside or below the weights (``[W, B]``, transposed ``[W; A]``),
-so that both terms are summed in one product's accumulators. It lives as long as the product. One that holds
-all experts takes one launch and no host synchronisation on CUDA; a smaller one works through the experts in
-chunks and reads the offsets on the host.
+The workspace has room for the low-rank factor beside or below the weights (``[W, B]``, transposed ``[W;
+A]``), so that both terms are summed in one product's accumulators. It lives as long as the product. One that
+holds all experts takes one launch and no host synchronisation on CUDA; a smaller one works through the
+experts in chunks and reads the offsets on the host.
 
 S rows sorted by expert, K in, N out, R rank, E experts.
 """
