@@ -253,9 +253,13 @@ def _product_kernel(
             w = _decode_words(
                 packed, scales, map_ptr, codes_ptr, table, DOUBLE_QUANT, DTYPE, ASM, BN, BW, BLOCKS
             )
-            if TRANSPOSED:
-                w = tl.trans(w)
-            acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
+            # (Triton 3.7 does not compile the usual order in fp32 for capability 10.0.)
+            if TRANSPOSED and x_ptr.dtype.element_ty == tl.float32:
+                acc += tl.trans(tl.dot(x, w, input_precision=PRECISION))
+            elif TRANSPOSED:
+                acc = tl.dot(tl.trans(w), tl.trans(x), acc, input_precision=PRECISION)
+            else:
+                acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
             packed, scales, x = next_packed, next_scales, next_x
     else:
         out = first_out + tl.arange(0, OUT)
