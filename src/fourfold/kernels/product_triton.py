@@ -364,7 +364,8 @@ def constants(
         "GROUP": ABSMAX_GROUP,
         "WORDS_PER_BLOCK": packed.blocksize // 8 if packed is not None and packed.is_4bit else 1,
         "STEP": INT8_STEP,
-        "ASM": not triton.knobs.runtime.interpret,
+        # (neither Triton's interpreter nor ROCm reads PTX)
+        "ASM": not triton.knobs.runtime.interpret and torch.version.hip is None,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "LOW_RANK": rank > 0,
         "EP": triton.next_power_of_2(stack.shape.experts),
