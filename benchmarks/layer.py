@@ -13,7 +13,7 @@ Variants, all on one GPU in one invocation, with LoRA of rank 16 on both project
 - ``bf16-fourfold``         unquantized, Fourfold's low-rank path
 - ``bf16-paramwrapper``     unquantized, stock PEFT `target_parameters`
 - ``parametrization``       bitsandbytes' `replace_parameter_4bit` (NF4) and stock PEFT: the starting system
-- ``fourfold-FORMAT:WAY``   packed; a row for each way to compute that the kernels offer
+- ``fourfold-FORMAT:WAY``   packed; ``--ways`` adds rows for the ways to compute (`fourfold.kernels.ways`)
 - ``grouped-nf4-gemm``, ``scattermoe``  where importable
 
 Routing is skewed (logits plus a fixed normal bias per expert), frozen bf16 or packed experts, bf16 factors.

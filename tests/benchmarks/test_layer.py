@@ -19,6 +19,8 @@ import layer_report
 import layer_variants
 from layer_case import SHAPES, SMOKE_SHAPES, Layer
 
+from fourfold.kernels import ways
+
 FOURFOLD = {"bf16-fourfold"} | {f"fourfold-{fmt}:default" for fmt in layer_variants.FORMATS}
 OTHERS = {"bf16", "bf16-no-lora", "bf16-paramwrapper", "parametrization"}
 PEERS = {"grouped-nf4-gemm", "grouped-nf4-gemm-fused", "scattermoe", "scattermoe-nf4"}
@@ -77,6 +79,40 @@ def test_time_limit_stops_between_pairs(tmp_path: Path, capsys: pytest.CaptureFi
     assert status == 0
     assert {r["tokens"] for r in content["records"]} == {1}
     assert "time limit: stopped before smoke-qwen3, 5 tokens" in capsys.readouterr().out
+
+
+def test_ways_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each asked-for way is a row of its own, and what its row computes goes that way."""
+    asked: dict[str, set[str | None]] = {}
+    choose, measure_one = ways.choose, layer.Session.measure_one
+    row = ""
+
+    def noted(problem: ways.Problem, way: str | None = None, where: str = "") -> str:
+        asked.setdefault(row, set()).add(way)
+        return choose(problem, way, where)
+
+    def measured(session: Any, made: Layer, inputs: Any, variant: Any, *rest: Any) -> Any:
+        nonlocal row
+        row = next(name for name, other in made_of.items() if other is variant)
+        return measure_one(session, made, inputs, variant, *rest)
+
+    made_of: dict[str, Any] = {}
+    make_variants = layer.Session.make_variants
+    monkeypatch.setattr(
+        layer.Session, "make_variants", lambda s, made: made_of.update(make_variants(s, made)) or made_of
+    )
+    monkeypatch.setattr(layer.Session, "measure_one", measured)
+    monkeypatch.setattr(ways, "choose", noted)
+    names = {f"fourfold-nf4:{way}": way for way in ("reference", "workspace", "workspace-64")}
+    names["bf16-fourfold:workspace"] = "workspace"
+    arguments = ("--shapes", "smoke-qwen3", "--tokens", "5", "--variants", *names)
+    status, content = run(
+        tmp_path / "layer.json", *arguments, "--ways", "reference", "workspace", "workspace-64"
+    )
+    assert status == 0
+    assert {r["variant"] for r in content["records"]} == {"bf16", *names}
+    for name, way in names.items():
+        assert asked[name] == {way.removesuffix("-64")}
 
 
 @pytest.mark.parametrize(

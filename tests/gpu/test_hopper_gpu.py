@@ -8,8 +8,9 @@ import torch
 from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.plain import PlainStack
 from fourfold.formats.quantize import pack_stack
+from fourfold.kernels import ways
 from fourfold.kernels.decode import decode
-from fourfold.kernels.hopper import hopper_product, refusal
+from fourfold.kernels.hopper import hopper_product
 from fourfold.kernels.linear import empty_rows
 
 pytestmark = [
@@ -54,7 +55,8 @@ def test_products(kind: PackFormat | str, transposed: bool) -> None:
         x.copy_(torch.randn(S, C + R, device="cuda"))
         shape = (len(counts), R, K) if transposed else (len(counts), N, R)
         factor = (torch.randn(shape, device="cuda") * max(R, 1) ** -0.5).to(dtype) if R else None
-        assert refusal(stack, dtype, x.device) is None
+        problem = ways.problem(x, stack, R, transposed=transposed)
+        assert ways.choose(problem) == "hopper"
         found = hopper_product(x, stack, offsets, factor, transposed=transposed).double()
         w = decode(stack, dtype).double()
         start = 0
@@ -101,17 +103,3 @@ def test_more_experts_than_a_warp_counts_at_a_time() -> None:
     expert = torch.repeat_interleave(torch.arange(E, device="cuda"), counts)
     wanted = torch.bmm(x.float().unsqueeze(1), w[expert].float().transpose(1, 2)).squeeze(1)
     assert (found - wanted).norm() < 0.003 * wanted.norm()
-
-
-def test_what_it_refuses() -> None:
-    cuda, bf16 = torch.device("cuda", 0), torch.bfloat16
-
-    def stack(fmt: PackFormat, N: int = 128, K: int = 128) -> PackedStack:
-        return PackedStack.empty(fmt, StackShape(2, N, K), "cuda")
-
-    assert refusal(stack(NF4), bf16, cuda) is None
-    assert "blocks of 64" in (refusal(stack(PackFormat("nf4", 32)), bf16, cuda) or "")
-    assert "multiples of 64" in (refusal(stack(NF4, 96), bf16, cuda) or "")
-    assert "bf16 or fp16" in (refusal(stack(NF4), torch.float32, cuda) or "")
-    plain = PlainStack(StackShape(2, 128, 128), torch.zeros(2, 128, 128, device="cuda"))
-    assert "not of torch.float32" in (refusal(plain, bf16, cuda) or "")

@@ -1,4 +1,4 @@
-"""The CUDA source for Hopper, compiled by NVRTC, every variant. (To run, it needs such a GPU: tests/gpu.)"""
+"""The kernel for Hopper without one: every variant compiles, and what it refuses. (tests/gpu runs it.)"""
 
 import ctypes
 import itertools
@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from fourfold.formats import PackFormat, StackShape
 from fourfold.kernels.hopper import compile as compiled
 from fourfold.kernels.hopper import products
 from fourfold.kernels.hopper.source import shared_bytes, source
@@ -51,3 +52,38 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         assert products.unavailable() == "libnvrtc was not found"
     finally:
         products.unavailable.cache_clear()
+
+
+BF16 = torch.bfloat16
+SHAPE = StackShape(2, 128, 128)
+TAKEN: dict[str, object] = {"fmt": PackFormat("nf4"), "shape": SHAPE, "dtype": BF16, "capability": (9, 0)}
+
+
+def test_it_takes_what_it_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "unavailable", lambda: None)  # (no driver without a GPU)
+    assert products.refusal(**TAKEN) is None  # type: ignore[arg-type]
+    assert products.refusal(**TAKEN | {"fmt": PackFormat("int8")}) is None  # type: ignore[arg-type]
+    plain = {"fmt": None, "plain": (BF16, (128 * 128, 1, 128))}
+    assert products.refusal(**TAKEN | plain) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"capability": None}, "NVIDIA"),
+        ({"capability": (8, 0)}, "capability 9.x; this GPU has 8.0"),
+        ({"capability": (10, 0)}, "this GPU has 10.0"),
+        ({"dtype": torch.float32}, "bf16 or fp16"),
+        ({"aligned": False}, "16 bytes"),
+        ({"fmt": PackFormat("nf4", 32)}, "blocks of 64"),
+        ({"shape": StackShape(2, 96, 128)}, "multiples of 64, not 96 x 128"),
+        ({"shape": StackShape(2, 128, 200)}, "multiples of 64, not 128 x 200"),
+        ({"shape": StackShape(1025, 128, 128)}, "1024 experts at most"),
+        ({"fmt": None, "plain": (torch.float32, (128 * 128, 128, 1))}, "not of torch.float32"),
+        ({"fmt": None, "plain": (BF16, (128 * 256, 256, 2))}, "in one piece"),
+        ({"fmt": None, "plain": (BF16, (128 * 132, 132, 1))}, "in one piece"),
+    ],
+    ids=str,
+)
+def test_what_it_refuses(changed: dict[str, object], reason: str) -> None:
+    assert reason in (products.refusal(**TAKEN | changed) or "")  # type: ignore[arg-type]

@@ -21,7 +21,8 @@ from fourfold.errors import UnsupportedExpertsError
 from fourfold.experts.own_precision import multiplies_in_fp32
 from fourfold.experts.shapes import ExpertsLayout, Projection
 from fourfold.formats import PackedStack
-from fourfold.kernels import LowRank, Routing, combine, dispatch, layer, packed_linear, route
+from fourfold.formats.plain import PlainStack
+from fourfold.kernels import LowRank, Routing, combine, dispatch, layer, packed_linear, route, ways
 
 if TYPE_CHECKING:
     from fourfold.experts.packed import PackedExperts
@@ -82,12 +83,30 @@ def _project(
     low_rank: LowRank | None,
 ) -> torch.Tensor:
     y_SN = packed_linear(
-        x_SK, module.stack(projection), routing.offsets_E, low_rank, workspace_bytes=module.workspace_bytes
+        x_SK,
+        module.stack(projection),
+        routing.offsets_E,
+        low_rank,
+        workspace_bytes=module.workspace_bytes,
+        way=module.way,
     )
     if projection.bias is not None:
         bias_EN = getattr(module, projection.bias)
         y_SN = y_SN + bias_EN[routing.expert_S].to(y_SN.dtype)
     return y_SN
+
+
+def _takes(
+    module: PackedExperts | PlainExperts,
+    stack: PackedStack | PlainStack,
+    routing: Routing,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether the product with these weights takes low-rank columns behind the rows."""
+    if isinstance(stack, PackedStack):
+        return True
+    rows_SM = routing.order_S.new_empty(routing.order_S.shape[0], 0, dtype=dtype)
+    return ways.WAYS[ways.choose(ways.problem(rows_SM, stack), module.way)].takes_plain
 
 
 def routed_forward(
@@ -118,10 +137,12 @@ def routed_forward(
         dtype = torch.float32
     routing = route(top_k_index, layout.num_experts)
     up, down = module.stack(layout.up), module.stack(layout.down)
+    if module.way is not None:  # an error here names the module
+        rows_SM = hidden_states.new_empty(routing.order_S.shape[0], 0, dtype=dtype)
+        ways.choose(ways.problem(rows_SM, up), module.way, module.fourfold_name)
     if (
-        isinstance(up, PackedStack)
-        and isinstance(down, PackedStack)
-        and layer.runs_on(hidden_states.device, dtype)
+        layer.runs_on(hidden_states.device, dtype)
+        and all(_takes(module, stack, routing, dtype) for stack in (up, down))
         and is_plain_silu(module, layout)
     ):
         return layer.silu_experts(
@@ -134,6 +155,7 @@ def routed_forward(
             low_rank.get(layout.down.name),
             compute_dtype=dtype,
             workspace_bytes=module.workspace_bytes,
+            way=module.way,
         )
     x_SH = dispatch(hidden_states.to(dtype), routing)
     up_SN = _project(module, layout.up, x_SH, routing, low_rank.get(layout.up.name))

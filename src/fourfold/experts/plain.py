@@ -27,6 +27,7 @@ class PlainExperts(Dynamic):
     fourfold_layout: ExpertsLayout
     compute_dtype: torch.dtype | None = None
     workspace_bytes: int | None = None
+    way: str | None = None
 
     @property
     def fourfold_dtype(self) -> torch.dtype:
@@ -77,6 +78,8 @@ def give_back_(module: nn.Module) -> nn.Module:
     """Undo `take_low_rank_` for one module, in place; returns it. Others are left as they are."""
     if isinstance(module, PlainExperts):
         del module.fourfold_name, module.fourfold_layout
+        for choice in ("compute_dtype", "workspace_bytes", "way"):  # where somebody made one
+            module.__dict__.pop(choice, None)
         give_class_back_(module)
     return module
 

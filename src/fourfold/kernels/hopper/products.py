@@ -24,32 +24,42 @@ _PRODUCT, _SCALES = "grouped_product", "scales_by_block"
 _kept = threading.local()  # launchers
 
 
-def refusal(stack: PackedStack | PlainStack, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the kernel cannot compute with these weights, or None."""
-    if stack.data.data_ptr() % 16:
-        return "it wants weights at a multiple of 16 bytes"
-    if isinstance(stack, PackedStack):
-        return _refusal(stack.fmt, stack.shape, dtype, device)
-    if stack.data.dtype != dtype:
-        return f"it multiplies {dtype} by weights of {dtype}, not of {stack.data.dtype}"
-    if 1 not in stack.data.stride()[1:] or any(s * 2 % 16 for s in stack.data.stride() if s != 1):
-        return f"it wants rows or columns of weights in one piece, not strides of {stack.data.stride()}"
-    return _refusal(None, stack.shape, dtype, device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _refusal(
-    fmt: PackFormat | None, shape: StackShape, dtype: torch.dtype, device: torch.device
+def refusal(
+    fmt: PackFormat | None,
+    shape: StackShape,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    *,
+    plain: tuple[torch.dtype, tuple[int, ...]] | None = None,
+    aligned: bool = True,
 ) -> str | None:
-    if device.type != "cuda" or torch.version.hip is not None:
+    """Why the kernel cannot compute on a GPU, or None.
+
+    Args:
+        fmt: how weights are packed; None where they are not.
+        shape: of the weights.
+        dtype: of rows.
+        capability: of the GPU; None: it is not NVIDIA's.
+        plain: dtype and strides of weights that are not packed.
+        aligned: the weights begin at a multiple of 16 bytes.
+    """
+    if capability is None or torch.version.hip is not None:
         return "it runs on NVIDIA GPUs"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major != 9:
-        return f"it is written in instructions of Hopper (capability 9.x; this GPU has {major}.{minor})"
-    if fmt is not None and fmt.is_4bit and fmt.blocksize < STEP:
-        return f"it reads blocks of {STEP} weights or more, not {fmt.blocksize}"
+    if capability[0] != 9:
+        had = ".".join(map(str, capability))
+        return f"it is written in instructions of Hopper (capability 9.x; this GPU has {had})"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"it multiplies in bf16 or fp16, not {dtype}"
+        return f"it multiplies in bf16 or fp16, not in {dtype}"
+    if not aligned:
+        return "it wants weights at a multiple of 16 bytes"
+    if plain is not None:
+        weights_dtype, strides = plain
+        if weights_dtype != dtype:
+            return f"it multiplies {dtype} by weights of {dtype}, not of {weights_dtype}"
+        if 1 not in strides[1:] or any(s * 2 % 16 for s in strides if s != 1):
+            return f"it wants rows or columns of weights in one piece, not strides of {strides}"
+    if fmt is not None and fmt.is_4bit and fmt.blocksize < STEP:
+        return f"it reads blocks of {STEP} weights or more, not of {fmt.blocksize}"
     if shape.rows % STEP or shape.columns % STEP:
         return f"it wants sides that are multiples of {STEP}, not {shape.rows} x {shape.columns}"
     if shape.experts > MAX_EXPERTS:
