@@ -33,8 +33,8 @@ def compute_dtype(
 ) -> torch.dtype:
     """The configured dtype, else autocast's, else that of the unquantized weights.
 
-    (`routed_forward` takes fp32 instead of the last two where the module's own forward asks for it. In stock's
-    loop autocast reaches products alone; here biases and gate would follow: 1.4 times stock's error.)
+    (`routed_forward` takes fp32 instead of the last two where the module's own forward asks for that. In its
+    own loop autocast reaches products alone; here biases and gate would follow: 1.4 times stock's error.)
 
     Autocast reaches no grouped products in stock, on any device: those stay in the weights' dtype, fp32 in a
     model in fp32. On a CPU the same is done here. On CUDA whoever asks for autocast asks for its speed.
