@@ -108,8 +108,8 @@ def relative_errors(
 def test_no_less_exact_than_product_by_product(
     fmt: PackFormat, case: tuple[int, ...], rank: int, dtype: torch.dtype
 ) -> None:
-    """Errors of several inputs are added in quadrature. Of one token `dw` is eight numbers: our error was 0.2 to
-    3.7 times the other's in single inputs, 0.70 to 0.76 of it in 48 (fp16, small experts).
+    """Errors of several inputs are added in quadrature. Of one token `dw` is eight numbers: our error was 0.2
+    to 3.7 times the other's in single inputs, 0.70 to 0.76 of it in 48 (fp16, small experts).
     """
     up, down = packed(fmt, case)
     _, tokens, k, _, _ = case
