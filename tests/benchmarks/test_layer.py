@@ -163,9 +163,10 @@ def wrong_scales(variant: layer_variants.Variant, made: Layer) -> None:
 
 def no_lora(variant: layer_variants.Variant, made: Layer) -> None:
     stock = variant.forward
-    nothing = sum(leaf.sum() * 0 for leaf in made.leaves)
     bare = layer_variants.packed(made, "nf4")
-    variant.forward = lambda i, x: bare(x, i.index_Tk, i.weights_Tk) + nothing
+    variant.forward = lambda i, x: (
+        bare(x, i.index_Tk, i.weights_Tk) + sum(leaf.sum() * 0 for leaf in made.leaves)
+    )
     assert stock is not variant.forward
 
 
@@ -214,6 +215,26 @@ def test_wrong_variants_are_not_timed(
     assert "step_ms" not in by_name["fourfold-nf4:default"]
     missed = [t for t in layer_report.targets(content["records"]) if t.variant == "fourfold-nf4:default"]
     assert [(t.what, t.met) for t in missed] == [("computes", False)]
+
+
+def wrong_on_one_input(variant: layer_variants.Variant, made: Layer) -> None:
+    stock, other = variant.forward, layer_case.make_inputs(made, 1, seed=5)
+    variant.forward = lambda i, x: stock(i, x) * (1.1 if torch.equal(i.x_TH, other.x_TH) else 1)
+
+
+def test_of_few_tokens_several_inputs_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "builders", damaged(wrong_on_one_input))
+    arguments = ("--shapes", "smoke-qwen3", "--tokens", "1", "--variants", "fourfold-nf4:default")
+    status, content = run(tmp_path / "layer.json", *arguments)
+    assert status == 1
+    assert {r["variant"]: r["status"] for r in content["records"]}["fourfold-nf4:default"] == "wrong"
+    assert [layer.number_of_draws(tokens) for tokens in (1, 5, 16, 33, 64, 8192)] == [8, 8, 4, 2, 1, 1]
+
+
+def test_errors_of_several_inputs_are_added_in_quadrature() -> None:
+    errors = layer_case.in_quadrature([{"x": 0.3, "y": 0.0}, {"x": 0.4, "y": layer_case.HOPELESS}])
+    assert errors["x"] == pytest.approx((0.125) ** 0.5)
+    assert errors["y"] > 1e8
 
 
 def test_a_wrong_baseline_excuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

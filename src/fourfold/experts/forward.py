@@ -34,9 +34,11 @@ def compute_dtype(
 ) -> torch.dtype:
     """The configured dtype, else autocast's, else that of the unquantized weights.
 
-    (`routed_forward` takes fp32 instead of the last where the module's own forward does.)
+    (`routed_forward` takes fp32 instead of the last two where the module's own forward asks for that. In its
+    own loop autocast reaches products alone; here biases and gate would follow: 1.4 times stock's error.)
 
-    On a CPU autocast does not reach grouped products, in stock either: those stay in the weights' dtype.
+    Autocast reaches no grouped products in stock, on any device: those stay in the weights' dtype, fp32 in a
+    model in fp32. On a CPU the same is done here. On CUDA whoever asks for autocast asks for its speed.
     """
     if module.compute_dtype is not None:
         return module.compute_dtype
@@ -128,12 +130,7 @@ def routed_forward(
     if hidden_states.shape[0] == 0:
         return torch.zeros_like(hidden_states)
     dtype = compute_dtype(module, hidden_states, grouped=True)
-    if (
-        dtype != torch.float32
-        and module.compute_dtype is None
-        and not torch.is_autocast_enabled(hidden_states.device.type)
-        and multiplies_in_fp32(module, layout)
-    ):
+    if dtype != torch.float32 and module.compute_dtype is None and multiplies_in_fp32(module, layout):
         dtype = torch.float32
     routing = route(top_k_index, layout.num_experts)
     up, down = module.stack(layout.up), module.stack(layout.down)
