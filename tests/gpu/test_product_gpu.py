@@ -149,14 +149,14 @@ def test_no_less_exact_than_the_workspace(fmt, dtype: torch.dtype, counts: list[
     ]
     wanted = gradients(torch.cat(pieces), *leaves)
     errors = {}
-    for way in ways.WAYS:
+    for way in ways.possible(ways.problem(x, stack, rank)):
         mine = [t.clone().requires_grad_() for t in (x, a, b)]
         y = packed_linear(mine[0], stack, offsets, LowRank(mine[1], mine[2]), way=way)
         errors[way] = [off(f, w) for f, w in zip(gradients(y, *mine), wanted, strict=True)]
-    for name, ours, theirs in zip(
-        ("y", "dx", "da", "db"), errors["in_product"], errors["workspace"], strict=True
-    ):
-        assert ours <= 1.05 * theirs, (name, errors)
+    assert "in_product" in errors
+    for way in errors.keys() & {"in_product", "hopper"}:
+        for name, ours, theirs in zip(("y", "dx", "da", "db"), errors[way], errors["workspace"], strict=True):
+            assert ours <= 1.05 * theirs, (way, name, errors)
 
 
 @pytest.mark.parametrize("M", [5, 16, 130])
