@@ -266,4 +266,8 @@ def packed_linear(
         ``[S, N]`` in the dtype of ``x_SK``.
     """
     a_ERK, b_ENR = padded_factors(low_rank, x_SK)
+    if torch.compiler.is_compiling():
+        from fourfold.kernels import operators
+
+        return operators.packed_linear(x_SK, a_ERK, b_ENR, stack, offsets_E, workspace_bytes)
     return _PackedLinear.apply(x_SK, a_ERK, b_ENR, stack, offsets_E, workspace_bytes)
