@@ -13,13 +13,14 @@ The same for every layout and format; what differs is read off `ExpertsLayout`. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from fourfold.errors import UnsupportedExpertsError
 from fourfold.experts.own_precision import multiplies_in_fp32
 from fourfold.experts.shapes import ExpertsLayout, Projection
+from fourfold.experts.subclass import Dynamic
 from fourfold.formats import PackedStack
 from fourfold.kernels import LowRank, Routing, combine, dispatch, layer, packed_linear, route
 
@@ -45,12 +46,47 @@ def compute_dtype(
     return module.fourfold_dtype
 
 
-def is_plain_silu(module: PackedExperts | PlainExperts, layout: ExpertsLayout) -> bool:
-    """Whether the experts are ``down(silu(gate(x)) * up(x))``, nothing added: what `kernels.layer` computes.
+class RoutedExperts(Dynamic):
+    """Base of what runs through `routed_forward`: questions about the module that are answered by trying it.
 
-    The gate is the module's own, so it is tried: on numbers of every size (some models clamp them) it must
-    give what that formula gives.
+    No compiler can trace them (they compare numbers, or watch products). It takes the answers as constants.
     """
+
+    fourfold_layout: Any
+    _fourfold_gate_tried: tuple[tuple[Any, ...] | None, bool] = (None, False)
+
+    @torch.compiler.assume_constant_result
+    def has_silu_gate(self) -> bool:
+        """Whether the gate is ``silu(gate) * up``: on numbers of every size (some models clamp them) it must
+        give what that formula gives. Tried again where the activation or the gate was replaced.
+        """
+        parts = (getattr(self, "act_fn", None), type(self)._apply_gate)
+        tried, answer = self._fourfold_gate_tried
+        if tried is None or any(a is not b for a, b in zip(tried, parts, strict=True)):
+            answer = _gives_silu(self)
+            self._fourfold_gate_tried = (parts, answer)
+        return answer
+
+    @torch.compiler.assume_constant_result
+    def multiplies_in_fp32(self) -> bool:
+        """See `own_precision.multiplies_in_fp32`."""
+        return multiplies_in_fp32(cast(Any, self), self.fourfold_layout)
+
+
+def _gives_silu(module: Any) -> bool:
+    sizes = torch.logspace(-4, 4, 33, device="cpu")
+    gate, up = torch.cartesian_prod(torch.cat([-sizes, sizes]), torch.cat([-sizes, sizes])).unbind(1)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            found = module._apply_gate(torch.stack([gate, gate, up, up], dim=1))
+            wanted = (torch.nn.functional.silu(gate) * up).unsqueeze(1).expand(-1, 2)
+            return torch.allclose(found, wanted, rtol=1e-5, atol=1e-20)
+    except Exception:  # a gate that wants something else
+        return False
+
+
+def is_plain_silu(module: RoutedExperts, layout: ExpertsLayout) -> bool:
+    """Whether the experts are ``down(silu(gate(x)) * up(x))``, nothing added: what `kernels.layer` computes."""
     if (
         not (layout.has_gate and layout.is_concatenated)
         or layout.has_post_expert_norm
@@ -58,19 +94,12 @@ def is_plain_silu(module: PackedExperts | PlainExperts, layout: ExpertsLayout) -
         or layout.down.bias is not None
     ):
         return False
-    parts = (getattr(module, "act_fn", None), type(module)._apply_gate)
-    tried, answer = module._fourfold_gate_tried
-    if tried is None or any(a is not b for a, b in zip(tried, parts, strict=True)):
-        sizes = torch.logspace(-4, 4, 33, device="cpu")
-        gate, up = torch.cartesian_prod(torch.cat([-sizes, sizes]), torch.cat([-sizes, sizes])).unbind(1)
-        try:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                found = module._apply_gate(torch.stack([gate, gate, up, up], dim=1))
-                wanted = (torch.nn.functional.silu(gate) * up).unsqueeze(1).expand(-1, 2)
-                answer = torch.allclose(found, wanted, rtol=1e-5, atol=1e-20)
-        except Exception:  # a gate that wants something else
-            answer = False
-        module._fourfold_gate_tried = (parts, answer)
+    answer = module.has_silu_gate()
+    if torch.compiler.is_compiling():
+        # What a compiler has read, it asks for again before it runs what it made: that this module (of
+        # several that share the code) was tried with this answer, and has an activation of this type.
+        isinstance(getattr(module, "act_fn", None), torch.nn.Module)
+        return module._fourfold_gate_tried[1]
     return answer
 
 
@@ -113,7 +142,8 @@ def routed_forward(
         dtype != torch.float32
         and module.compute_dtype is None
         and not torch.is_autocast_enabled(hidden_states.device.type)
-        and multiplies_in_fp32(module, layout)
+        and getattr(getattr(module, "config", None), "_experts_implementation", None) == "eager"
+        and module.multiplies_in_fp32()
     ):
         dtype = torch.float32
     routing = route(top_k_index, layout.num_experts)
