@@ -45,6 +45,15 @@ def route(top_k_index_Tk: torch.Tensor, num_experts: int) -> Routing:
 
 @torch.no_grad()
 def _route(top_k_index_Tk: torch.Tensor, num_experts: int) -> Routing:
+    if top_k_index_Tk.is_cuda and HAS_TRITON and top_k_index_Tk.numel():
+        from fourfold.kernels.route_triton import route_triton
+
+        return Routing(*route_triton(top_k_index_Tk, num_experts))
+    return route_sorted(top_k_index_Tk, num_experts)
+
+
+def route_sorted(top_k_index_Tk: torch.Tensor, num_experts: int) -> Routing:
+    """`route` with torch's own sort: on CPUs, and what the kernels are compared with."""
     narrow = torch.int16 if num_experts < 2**15 else torch.int32  # fewer passes of the radix sort
     expert_S, order_S = torch.sort(top_k_index_Tk.reshape(-1).to(narrow), stable=True)
     position_S = torch.empty_like(order_S)
