@@ -15,8 +15,8 @@ Stack: TypeAlias = PackedStack | PlainStack
 
 LIBRARY = torch.library.Library("fourfold", "DEF")
 
-# The kernels take rows as they lie in eager mode (strides of whole 16 bytes, contiguous gradients).
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+# The kernels take rows as they lie in eager mode: contiguous, or with strides of whole 16 bytes.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 STACK = "Tensor {0}data, Tensor? {0}absmax, Tensor? {0}scale, Tensor? {0}offset, str {0}fmt, int[] {0}shape"
 PLAIN = "plain"
