@@ -49,7 +49,9 @@ def random_batch(tokens: int, dtype: torch.dtype = torch.float32) -> list[torch.
     return [x.requires_grad_(), index, torch.rand(tokens, 2, requires_grad=True)]
 
 
-def leaves_of(module: nn.Module, batch: list[torch.Tensor], low_rank: dict[str, LowRank]) -> list[torch.Tensor]:
+def leaves_of(
+    module: nn.Module, batch: list[torch.Tensor], low_rank: dict[str, LowRank]
+) -> list[torch.Tensor]:
     factors = [t for f in low_rank.values() for t in (f.a_ERK, f.b_ENR)]
     return [batch[0], batch[2], *factors, *(p for p in module.parameters() if p.requires_grad)]
 
@@ -74,7 +76,8 @@ def test_equals_eager(kind: str, fmt: PackFormat, adapted: bool) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     leaves = leaves_of(module, batch, low_rank)
     equal(
-        results(compiled(*batch, low_rank=low_rank), leaves), results(module(*batch, low_rank=low_rank), leaves)
+        results(compiled(*batch, low_rank=low_rank), leaves),
+        results(module(*batch, low_rank=low_rank), leaves),
     )
 
 

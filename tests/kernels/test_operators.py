@@ -1,4 +1,4 @@
-"""The steps as operators: what their fake implementations claim is true, and bits are those of the functions."""
+"""The steps as operators: their fake implementations tell the truth, and bits are those of the functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from fourfold.kernels.operators.define import stack_arguments
 
 ops = torch.ops.fourfold
 FORMATS = [PackFormat("nf4"), PackFormat("nf4", 64, True), PackFormat("fp4", 32), PackFormat("int8")]
-E, T, TOP_K, H, I = 4, 9, 2, 36, 20
+E, T, TOP_K, H = 4, 9, 2, 36
+I = 20  # noqa: E741
 
 
 def packed(fmt: PackFormat | None, n: int, k: int, parts: int = 1) -> PackedStack | PlainStack:
@@ -96,9 +97,7 @@ def test_fakes_of_a_whole_layer(ranks: tuple[int, int]) -> None:
     arguments = (*frozen, torch.float32, *tail)
     out, *kept = ops.silu_experts.default(*arguments, wanted)
     saved = [t if t.numel() else None for t in kept]
-    opcheck(
-        ops.silu_experts_backward.default, (torch.randn_like(out), *saved, *frozen[1:], *tail, wanted)
-    )
+    opcheck(ops.silu_experts_backward.default, (torch.randn_like(out), *saved, *frozen[1:], *tail, wanted))
     opcheck(ops.silu_experts.default, (*arguments, [False] * 6))
     assert all(t.numel() == 0 for t in ops.silu_experts.default(*arguments, [False] * 6)[1:])
 

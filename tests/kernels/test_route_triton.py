@@ -20,7 +20,7 @@ CASES = [(1, 1, 1), (37, 3, 6), (300, 4, 8), (1366, 3, 60), (2, 4, 257), (130, 8
 def random_index(T: int, k: int, E: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     """Skewed, like a router's; the last expert of several gets no row."""
     scores = torch.randn(T, E) + 2 * torch.randn(E)
-    if E > k:
+    if k < E:
         scores[:, -1] = -1e4
     return scores.topk(k).indices.to(dtype)
 

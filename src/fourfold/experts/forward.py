@@ -86,7 +86,7 @@ def _gives_silu(module: Any) -> bool:
 
 
 def is_plain_silu(module: RoutedExperts, layout: ExpertsLayout) -> bool:
-    """Whether the experts are ``down(silu(gate(x)) * up(x))``, nothing added: what `kernels.layer` computes."""
+    """Whether the experts are ``down(silu(gate(x)) * up(x))``, nothing added: a layer in one step."""
     if (
         not (layout.has_gate and layout.is_concatenated)
         or layout.has_post_expert_norm

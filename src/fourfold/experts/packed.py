@@ -20,7 +20,7 @@ from torch import nn
 from fourfold.errors import UnsupportedExpertsError
 from fourfold.experts.forward import RoutedExperts, routed_forward
 from fourfold.experts.layout import read_layout
-from fourfold.experts.shapes import Layout, Projection
+from fourfold.experts.shapes import ExpertsLayout, Layout, Projection
 from fourfold.experts.subclass import subclass
 from fourfold.formats import PackedStack, PackFormat, decode_stack
 from fourfold.formats.quantize import pack_stack
@@ -122,7 +122,7 @@ def prepare_module_(
     assert isinstance(module, PackedExperts)
     module.fourfold_name, module.fourfold_layout, module.fourfold_format = name, layout, fmt
     module.fourfold_dtype, module.compute_dtype, module.workspace_bytes = dtype, compute_dtype, None
-    if layout.routed and layout.has_gate:
+    if isinstance(layout, ExpertsLayout) and layout.has_gate:
         module.has_silu_gate()  # (now, so that modules that share compiled code answer alike from the start)
     # transformers initialises what a checkpoint lacks, with normal numbers; on packed bytes that is an error
     # from the inside of torch. The loader's own check names what is missing.

@@ -1,22 +1,22 @@
-"""Sorting routed rows by expert in few launches: what `routing.route` does with six operations of torch.
+"""Sorting routed rows by expert in few launches, where `routing.route_sorted` takes six operations of torch.
 
 Their host time is what a small layer waits for (150 us on an H100's host, 63 of them the sort alone; a launch
 of Triton takes 29). A row's place is
 
     rows of smaller experts + rows of the same expert before it
 
-and both are counts, so nothing is compared with anything but the experts' numbers. The order is that of a stable
-sort and always the same: every output has one writer, and there are no atomics.
+and both are counts. The order is that of a stable sort and always the same: every output has one writer, and
+there are no atomics between programs.
 
 *Few rows or experts* (`ONE_LAUNCH` of their product): one launch. The program of an expert reads all rows
-twice: it counts those below it and its own, then numbers its own. All programs together read E times S
-numbers, from the L2 cache: 8 million take tens of microseconds.
+twice: it counts those below it and its own, then numbers its own. So all programs together read E times S
+numbers, from the L2 cache.
 
-*More*: a histogram of each tile of rows (one launch), a running sum over ``[E, tiles]`` (torch), and each row's
-place from the sum before its tile and from the tile's rows before it (one launch).
+*More*: a histogram of each tile of rows (one launch), a running sum over ``[E, tiles]`` (torch), and each
+row's place from the sum before its tile and from the tile's rows before it (one launch).
 
-An index that is no expert's goes last, behind the last offset: what is computed of such a row is undefined, as
-everywhere, but it is a row (`order_S` is a permutation whatever the indices are).
+An index that is no expert's goes last, behind the last offset: what is computed of such a row is undefined,
+as everywhere, but it is a row (`order_S` is a permutation whatever the indices are).
 
 S = T*k routed rows, E experts.
 """
@@ -40,9 +40,7 @@ def _expert_of(index_ptr, row, S, E):
 
 
 @triton.jit(do_not_specialize=["S"])
-def _by_expert_kernel(
-    index_ptr, order_ptr, position_ptr, expert_ptr, offsets_ptr, S, E, ROWS: tl.constexpr
-):
+def _by_expert_kernel(index_ptr, order_ptr, position_ptr, expert_ptr, offsets_ptr, S, E, ROWS: tl.constexpr):
     mine = tl.program_id(0)
     below = tl.zeros((ROWS,), dtype=tl.int32)
     own = tl.zeros((ROWS,), dtype=tl.int32)

@@ -54,9 +54,7 @@ def _run(
 ) -> tuple[torch.Tensor, ...]:
     frozen, limit, wanted = _split(rest)
     ctx: Any = Context(wanted)
-    out = _SiluExperts.forward(
-        ctx, x, weights, a_up, b_up, a_down, b_down, _experts(frozen, limit), dtype
-    )
+    out = _SiluExperts.forward(ctx, x, weights, a_up, b_up, a_down, b_down, _experts(frozen, limit), dtype)
     like = x.new_empty(0, dtype=dtype)
     x_rows, up_rows, h_up, h_down = ctx.saved_tensors[:4]
     if not any(wanted):
@@ -138,8 +136,8 @@ def _backward_fake(
 
 _backward_operator = define(
     "silu_experts_backward",
-    "(Tensor grad, Tensor? x_rows, Tensor up_rows, Tensor? h_up, Tensor? h_down, Tensor weights, Tensor? a_up, "
-    f"Tensor? b_up, Tensor? a_down, Tensor? b_down, {_FROZEN}, int? limit, bool[] wanted) "
+    "(Tensor grad, Tensor? x_rows, Tensor up_rows, Tensor? h_up, Tensor? h_down, Tensor weights, "
+    f"Tensor? a_up, Tensor? b_up, Tensor? a_down, Tensor? b_down, {_FROZEN}, int? limit, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_run,
     _backward_fake,
@@ -181,8 +179,8 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tens
 
 _operator = define(
     "silu_experts",
-    "(Tensor x, Tensor weights, Tensor? a_up, Tensor? b_up, Tensor? a_down, Tensor? b_down, ScalarType dtype, "
-    f"{_FROZEN}, int? limit, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor weights, Tensor? a_up, Tensor? b_up, Tensor? a_down, Tensor? b_down, "
+    f"ScalarType dtype, {_FROZEN}, int? limit, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
     (_setup, _backward),

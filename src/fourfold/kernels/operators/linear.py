@@ -115,7 +115,11 @@ def _backward_fake(
     limit: int | None,
     wanted: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    sizes = ((grad.shape[0], shape[2]), a.shape if a is not None else (0,), b.shape if b is not None else (0,))
+    sizes = (
+        (grad.shape[0], shape[2]),
+        a.shape if a is not None else (0,),
+        b.shape if b is not None else (0,),
+    )
     made = [grad.new_empty(size if want else (0,)) for size, want in zip(sizes, wanted, strict=True)]
     return made[0], made[1], made[2]
 
