@@ -11,8 +11,16 @@ from fourfold.kernels.layer import silu_experts
 pytestmark = pytest.mark.gpu
 FORMATS = [PackFormat("nf4"), PackFormat("nf4", 64, True), PackFormat("fp4", 32), PackFormat("int8")]
 NAMES = ("y", "dx", "dw", "a_up", "b_up", "a_down", "b_down")
-# E, T, k, H, I: even, few rows an expert, inner sizes that are no multiple of a block, one expert a token
-CASES = [(8, 512, 2, 256, 384), (64, 40, 8, 512, 128), (7, 333, 3, 200, 88), (128, 1, 8, 1024, 768)]
+# E, T, k, H, I: even, few rows an expert, inner sizes that are no multiple of a block, one expert a token,
+# rows that grouped_mm pads to 16 bytes
+CASES = [
+    (8, 512, 2, 256, 384),
+    (64, 40, 8, 512, 128),
+    (7, 333, 3, 200, 88),
+    (128, 1, 8, 1024, 768),
+    (5, 200, 2, 136, 90),
+    (5, 200, 2, 100, 91),
+]
 
 
 def made(fmt: PackFormat, case: tuple[int, ...], rank: int):

@@ -9,7 +9,7 @@ factors.
 Nothing is computed here. An operator runs the forward or backward of the autograd function of the same step
 with a stand-in for autograd's context, so the bits are the same either way. Outside of a compiler the
 functions are used: one costs the host 24 us a call (of an H100), an operator with a gradient is one of those
-with a dispatch around it (13 us). `torch.compiler.is_compiling()` decides, in `linear`, `layer` and `routing`.
+with a dispatch around it (13 us). `linear`, `layer` and `routing` ask `torch.compiler.is_compiling()`.
 
 What a function saves for backward is a result of its operator, for an operator may return nothing that
 shares memory with what it was given: a result that is not kept (or is an input) is an empty tensor. The fake
