@@ -153,6 +153,25 @@ def test_layers_share_compiled_code() -> None:
     assert counter.frame_count == 1
 
 
+def test_tables_of_codes_are_made_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where recording a CUDA graph is the first thing that runs, they would lie in the graph's memory."""
+    made: list[str] = []
+
+    def note(quant_type: str, device: torch.device) -> None:
+        assert type(torch.zeros(1)) is torch.Tensor  # not a compiler's stand-in, which would be kept
+        made.append(f"{quant_type} {device}")
+
+    monkeypatch.setattr("fourfold.experts.forward.four_bit_codes", note)
+    module, batch = packed_experts("mixtral", FORMATS[1]), random_batch(9)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        assert made == ["fp4 cpu"]
+        return graph.forward
+
+    torch.compile(module, fullgraph=True, backend=backend)(*batch)
+    assert made == ["fp4 cpu"]
+
+
 class _OneAndAHalf(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 1.5 * nn.functional.silu(x)

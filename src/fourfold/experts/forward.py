@@ -22,6 +22,7 @@ from fourfold.experts.own_precision import multiplies_in_fp32
 from fourfold.experts.shapes import ExpertsLayout, Projection
 from fourfold.experts.subclass import Dynamic
 from fourfold.formats import PackedStack
+from fourfold.formats.codebooks import absmax_codes, four_bit_codes
 from fourfold.kernels import LowRank, Routing, combine, dispatch, layer, packed_linear, route
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class RoutedExperts(Dynamic):
     """
 
     fourfold_layout: Any
+    fourfold_format: Any
     _fourfold_gate_tried: tuple[tuple[Any, ...] | None, bool] = (None, False)
 
     @torch.compiler.assume_constant_result
@@ -66,6 +68,17 @@ class RoutedExperts(Dynamic):
             answer = _gives_silu(self)
             self._fourfold_gate_tried = (parts, answer)
         return answer
+
+    @torch.compiler.assume_constant_result
+    def has_tables(self) -> bool:
+        """Make the tables of codes where the weights are. They are made once and kept, so the first use must
+        not be while a CUDA graph is recorded: what is made then lies in the graph's own memory.
+        """
+        fmt, device = self.fourfold_format, next(iter(self._parameters.values())).device
+        if fmt.is_4bit and device.type != "meta":
+            four_bit_codes(fmt.quant_type, device)
+            absmax_codes(device)
+        return True
 
     @torch.compiler.assume_constant_result
     def multiplies_in_fp32(self) -> bool:
@@ -148,6 +161,8 @@ def routed_forward(
         dtype = torch.float32
     routing = route(top_k_index, layout.num_experts)
     up, down = module.stack(layout.up), module.stack(layout.down)
+    if torch.compiler.is_compiling() and isinstance(up, PackedStack):
+        module.has_tables()
     if (
         isinstance(up, PackedStack)
         and isinstance(down, PackedStack)
