@@ -101,7 +101,7 @@ for kernel, rows, warps in (
 """
 
 
-@pytest.mark.parametrize("experts", [128, 1024])
+@pytest.mark.parametrize("experts", [6, 128, 1024])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_for_every_card(capability: int, experts: int) -> None:
     """Without a GPU; and nothing in memory that other programs see is written atomically."""
