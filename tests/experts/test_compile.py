@@ -129,7 +129,13 @@ def test_in_what_training_puts_around(kind: str, around: str, dtype: torch.dtype
     equal(results(compiled(), leaves), results(run(), leaves))
 
 
-def test_another_number_of_tokens_is_not_compiled_again() -> None:
+@pytest.mark.parametrize("in_one_step", [False, True])
+def test_another_number_of_tokens_is_not_compiled_again(
+    in_one_step: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_one_step:
+        needs.triton()
+        monkeypatch.setattr(layer, "runs_on", lambda device, dtype: True)
     module = packed_experts("mixtral", FORMATS[0])
     low_rank, counter = random_factors(module), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter)

@@ -62,7 +62,7 @@ class RoutedExperts(Dynamic):
         """Whether the gate is ``silu(gate) * up``: on numbers of every size (some models clamp them) it must
         give what that formula gives. Tried again where the activation or the gate was replaced.
         """
-        parts = (getattr(self, "act_fn", None), type(self)._apply_gate)
+        parts = (getattr(self, "act_fn", None), getattr(type(self), "_apply_gate", None))
         tried, answer = self._fourfold_gate_tried
         if tried is None or any(a is not b for a, b in zip(tried, parts, strict=True)):
             answer = _gives_silu(self)
