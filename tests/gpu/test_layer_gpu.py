@@ -15,8 +15,16 @@ pytestmark = pytest.mark.gpu
 FORMATS = [PackFormat("nf4"), PackFormat("nf4", 64, True), PackFormat("fp4", 32), PackFormat("int8")]
 NAMES = ("y", "dx", "dw", "a_up", "b_up", "a_down", "b_down")
 ROWS = 512  # routed, of which errors are compared at least
-# E, T, k, H, I: even, few rows an expert, inner sizes that are no multiple of a block, one token
-CASES = [(8, 512, 2, 256, 384), (64, 40, 8, 512, 128), (7, 333, 3, 200, 88), (128, 1, 8, 1024, 768)]
+# E, T, k, H, I: even, few rows an expert, inner sizes that are no multiple of a block, one token, rows that
+# grouped_mm pads to 16 bytes
+CASES = [
+    (8, 512, 2, 256, 384),
+    (64, 40, 8, 512, 128),
+    (7, 333, 3, 200, 88),
+    (128, 1, 8, 1024, 768),
+    (5, 200, 2, 136, 90),
+    (5, 200, 2, 100, 91),
+]
 # (Every format with every case; of ranks and dtypes every pair.)
 PAIRWISE = [
     (fmt, case, (5, 16)[(f + c) % 2], (torch.bfloat16, torch.float16)[(f // 2 + c) % 2])

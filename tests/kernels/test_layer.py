@@ -6,7 +6,7 @@ import torch
 import needs
 from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.quantize import pack_stack
-from fourfold.kernels import LowRank, combine, dispatch, packed_linear, reference_linear, route
+from fourfold.kernels import LowRank, combine, dispatch, grouped, packed_linear, reference_linear, route
 from fourfold.kernels.layer import silu_experts
 
 triton = needs.triton()
@@ -86,6 +86,47 @@ def test_equals_a_loop_over_experts(
         torch.testing.assert_close(
             mine, theirs, rtol=1e-5, atol=2e-5, msg=lambda m, number=number: f"result {number}: {m}"
         )
+
+
+def test_products_whose_rows_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As grouped_mm returns them on CUDA: rows begin at multiples of 16 bytes."""
+    inside: list[int] = []
+
+    def padded_product(a: torch.Tensor, b: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+        rows = [(0 if e == 0 else int(offsets_E[e - 1]), int(stop)) for e, stop in enumerate(offsets_E)]
+        if b.ndim == 2:
+            return torch.stack([a[:, i:j] @ b[i:j] for i, j in rows])
+        columns = b.shape[2]
+        inside.append(columns % 4)
+        y = a.new_full((a.shape[0], columns + -columns % 4), 7.0)[:, :columns]
+        for e, (i, j) in enumerate(rows):
+            y[i:j] = a[i:j] @ b[e]
+        return y
+
+    monkeypatch.setattr(grouped, "uses_native", lambda *operands: True)
+    monkeypatch.setattr(grouped, "_native_grouped_mm", padded_product)
+    x, weights, index, up, down, low_up, low_down = case(PackFormat("nf4"), 4, 4, H=70, I=37)
+    routing = route(index, up.shape.experts)
+    compared = (x, weights, low_up, low_down)
+
+    def ours():
+        return silu_experts(
+            x,
+            weights,
+            routing,
+            up,
+            down,
+            low_up,
+            low_down,
+            compute_dtype=torch.float32,
+            workspace_bytes=10**9,  # (all experts in one product)
+        )
+
+    found = results(ours, *compared)
+    wanted = results(lambda: reference(x, weights, index, up, down, low_up, low_down), *compared)
+    for name, mine, theirs in zip(NAMES, found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert any(inside)
 
 
 def test_swapped_factors_show() -> None:

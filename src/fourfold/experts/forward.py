@@ -13,15 +13,16 @@ The same for every layout and format; what differs is read off `ExpertsLayout`. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from fourfold.errors import UnsupportedExpertsError
 from fourfold.experts.own_precision import multiplies_in_fp32
 from fourfold.experts.shapes import ExpertsLayout, Projection
+from fourfold.experts.subclass import Dynamic
 from fourfold.formats import PackedStack
-from fourfold.formats.plain import PlainStack
+from fourfold.formats.codebooks import absmax_codes, four_bit_codes
 from fourfold.kernels import LowRank, Routing, combine, dispatch, layer, packed_linear, route, ways
 
 if TYPE_CHECKING:
@@ -48,12 +49,75 @@ def compute_dtype(
     return module.fourfold_dtype
 
 
-def is_plain_silu(module: PackedExperts | PlainExperts, layout: ExpertsLayout) -> bool:
-    """Whether the experts are ``down(silu(gate(x)) * up(x))``, nothing added: what `kernels.layer` computes.
+class RoutedExperts(Dynamic):
+    """Base of what runs through `routed_forward`: questions about the module that are answered by trying it.
 
-    The gate is the module's own, so it is tried: on numbers of every size (some models clamp them) it must
-    give what that formula gives.
+    No compiler can trace them (they compare numbers, or watch products). It takes the answers as constants.
     """
+
+    fourfold_name: str
+    fourfold_layout: Any
+    fourfold_format: Any
+    way: str | None
+    _fourfold_gate_tried: tuple[tuple[Any, ...] | None, bool] = (None, False)
+
+    @torch.compiler.assume_constant_result
+    def has_silu_gate(self) -> bool:
+        """Whether the gate is ``silu(gate) * up``: on numbers of every size (some models clamp them) it must
+        give what that formula gives. Tried again where the activation or the gate was replaced.
+        """
+        parts = (getattr(self, "act_fn", None), getattr(type(self), "_apply_gate", None))
+        tried, answer = self._fourfold_gate_tried
+        if tried is None or any(a is not b for a, b in zip(tried, parts, strict=True)):
+            answer = _gives_silu(self)
+            self._fourfold_gate_tried = (parts, answer)
+        return answer
+
+    @torch.compiler.assume_constant_result
+    def has_tables(self) -> bool:
+        """Make the tables of codes where the weights are. They are made once and kept, so the first use must
+        not be while a CUDA graph is recorded: what is made then lies in the graph's own memory.
+        """
+        fmt, device = self.fourfold_format, next(iter(self._parameters.values())).device
+        if fmt.is_4bit and device.type != "meta":
+            four_bit_codes(fmt.quant_type, device)
+            absmax_codes(device)
+        return True
+
+    @torch.compiler.assume_constant_result
+    def takes_wide_rows(self, dtype: torch.dtype) -> bool:
+        """Whether the products with these weights take low-rank columns behind the rows."""
+        stacks = [cast(Any, self).stack(projection) for projection in self.fourfold_layout.projections]
+        return all(
+            isinstance(stack, PackedStack)
+            or ways.WAYS[
+                ways.choose(
+                    ways.problem(stack.data.new_empty(1, 0, dtype=dtype), stack), self.way, self.fourfold_name
+                )
+            ].takes_plain
+            for stack in stacks
+        )
+
+    @torch.compiler.assume_constant_result
+    def multiplies_in_fp32(self) -> bool:
+        """See `own_precision.multiplies_in_fp32`."""
+        return multiplies_in_fp32(cast(Any, self), self.fourfold_layout)
+
+
+def _gives_silu(module: Any) -> bool:
+    sizes = torch.logspace(-4, 4, 33, device="cpu")
+    gate, up = torch.cartesian_prod(torch.cat([-sizes, sizes]), torch.cat([-sizes, sizes])).unbind(1)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            found = module._apply_gate(torch.stack([gate, gate, up, up], dim=1))
+            wanted = (torch.nn.functional.silu(gate) * up).unsqueeze(1).expand(-1, 2)
+            return torch.allclose(found, wanted, rtol=1e-5, atol=1e-20)
+    except Exception:  # a gate that wants something else
+        return False
+
+
+def is_plain_silu(module: RoutedExperts, layout: ExpertsLayout) -> bool:
+    """Whether the experts are ``down(silu(gate(x)) * up(x))``, nothing added: a layer in one step."""
     if (
         not (layout.has_gate and layout.is_concatenated)
         or layout.has_post_expert_norm
@@ -61,19 +125,12 @@ def is_plain_silu(module: PackedExperts | PlainExperts, layout: ExpertsLayout) -
         or layout.down.bias is not None
     ):
         return False
-    parts = (getattr(module, "act_fn", None), type(module)._apply_gate)
-    tried, answer = module._fourfold_gate_tried
-    if tried is None or any(a is not b for a, b in zip(tried, parts, strict=True)):
-        sizes = torch.logspace(-4, 4, 33, device="cpu")
-        gate, up = torch.cartesian_prod(torch.cat([-sizes, sizes]), torch.cat([-sizes, sizes])).unbind(1)
-        try:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                found = module._apply_gate(torch.stack([gate, gate, up, up], dim=1))
-                wanted = (torch.nn.functional.silu(gate) * up).unsqueeze(1).expand(-1, 2)
-                answer = torch.allclose(found, wanted, rtol=1e-5, atol=1e-20)
-        except Exception:  # a gate that wants something else
-            answer = False
-        module._fourfold_gate_tried = (parts, answer)
+    answer = module.has_silu_gate()
+    if torch.compiler.is_compiling():
+        # What a compiler has read, it asks for again before it runs what it made: that this module (of
+        # several that share the code) was tried with this answer, and has an activation of this type.
+        isinstance(getattr(module, "act_fn", None), torch.nn.Module)
+        return module._fourfold_gate_tried[1]
     return answer
 
 
@@ -98,19 +155,6 @@ def _project(
     return y_SN
 
 
-def _takes(
-    module: PackedExperts | PlainExperts,
-    stack: PackedStack | PlainStack,
-    routing: Routing,
-    dtype: torch.dtype,
-) -> bool:
-    """Whether the product with these weights takes low-rank columns behind the rows."""
-    if isinstance(stack, PackedStack):
-        return True
-    rows_SM = routing.order_S.new_empty(routing.order_S.shape[0], 0, dtype=dtype)
-    return ways.WAYS[ways.choose(ways.problem(rows_SM, stack), module.way)].takes_plain
-
-
 def routed_forward(
     module: PackedExperts | PlainExperts,
     hidden_states: torch.Tensor,
@@ -130,16 +174,18 @@ def routed_forward(
     if hidden_states.shape[0] == 0:
         return torch.zeros_like(hidden_states)
     dtype = compute_dtype(module, hidden_states, grouped=True)
-    if dtype != torch.float32 and module.compute_dtype is None and multiplies_in_fp32(module, layout):
+    if dtype != torch.float32 and module.compute_dtype is None and module.multiplies_in_fp32():
         dtype = torch.float32
     routing = route(top_k_index, layout.num_experts)
     up, down = module.stack(layout.up), module.stack(layout.down)
+    if torch.compiler.is_compiling() and isinstance(up, PackedStack):
+        module.has_tables()
     if module.way is not None:  # an error here names the module
         rows_SM = hidden_states.new_empty(routing.order_S.shape[0], 0, dtype=dtype)
         ways.choose(ways.problem(rows_SM, up), module.way, module.fourfold_name)
     if (
         layer.runs_on(hidden_states.device, dtype)
-        and all(_takes(module, stack, routing, dtype) for stack in (up, down))
+        and module.takes_wide_rows(dtype)
         and is_plain_silu(module, layout)
     ):
         return layer.silu_experts(

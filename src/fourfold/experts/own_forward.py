@@ -327,6 +327,7 @@ def _lenders(reader: nn.Module) -> list[OwnForwardExperts]:
     return [m for m in reader.modules() if isinstance(m, OwnForwardExperts) and m.own_layout.reader]
 
 
+@torch.compiler.disable  # what shows decoded weights, and saves them by name, cannot be traced
 def _run(
     modules: list[OwnForwardExperts],
     own: Any,

@@ -18,16 +18,16 @@ import torch
 from torch import nn
 
 from fourfold.errors import UnsupportedExpertsError
-from fourfold.experts.forward import routed_forward
+from fourfold.experts.forward import RoutedExperts, routed_forward
 from fourfold.experts.layout import read_layout
-from fourfold.experts.shapes import Layout, Projection
-from fourfold.experts.subclass import Dynamic, subclass
+from fourfold.experts.shapes import ExpertsLayout, Layout, Projection
+from fourfold.experts.subclass import subclass
 from fourfold.formats import PackedStack, PackFormat, decode_stack
 from fourfold.formats.quantize import pack_stack
 from fourfold.kernels import LowRank
 
 
-class PackedExperts(Dynamic):
+class PackedExperts(RoutedExperts):
     """Mixin of packed experts modules.
 
     Attributes:
@@ -125,7 +125,8 @@ def prepare_module_(
     module.fourfold_name, module.fourfold_layout, module.fourfold_format = name, layout, fmt
     module.fourfold_dtype, module.compute_dtype, module.workspace_bytes = dtype, compute_dtype, None
     module.way = None
-    module._fourfold_gate_tried = (None, False)  # see `experts.forward.is_plain_silu`
+    if isinstance(layout, ExpertsLayout) and layout.has_gate:
+        module.has_silu_gate()  # (now, so that modules that share compiled code answer alike from the start)
     # transformers initialises what a checkpoint lacks, with normal numbers; on packed bytes that is an error
     # from the inside of torch. The loader's own check names what is missing.
     module._is_hf_initialized = True
@@ -204,7 +205,6 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
     for attribute in (
         "fourfold_name",
         "fourfold_layout",
-        "_fourfold_gate_tried",
         "fourfold_format",
         "fourfold_dtype",
         "compute_dtype",
@@ -212,6 +212,7 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
         "way",
     ):
         delattr(module, attribute)
+    module.__dict__.pop("_fourfold_gate_tried", None)
     return give_class_back_(module)
 
 

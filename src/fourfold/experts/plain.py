@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fourfold.experts.forward import routed_forward
+from fourfold.experts.forward import RoutedExperts, routed_forward
 from fourfold.experts.layout import find_experts
 from fourfold.experts.packed import PackedExperts, give_class_back_, rebind_hooked_forward
 from fourfold.experts.shapes import ExpertsLayout, Projection
-from fourfold.experts.subclass import Dynamic, subclass
+from fourfold.experts.subclass import subclass
 from fourfold.formats.plain import PlainStack
 from fourfold.kernels import LowRank
 
@@ -20,7 +20,7 @@ from fourfold.kernels import LowRank
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class PlainExperts(Dynamic):
+class PlainExperts(RoutedExperts):
     """Mixin of unquantized, decorated experts modules that take LoRA factors."""
 
     fourfold_name: str

@@ -7,9 +7,11 @@
 - `workspace`, `product_triton`: two of them, decoding before the product and inside of it.
 - `linear`: the product over packed weights with its low-rank addition, forward and backward.
 - `layer`: a whole layer of the common kind in one differentiable step, on CUDA.
+- `operators`: these steps as operators of torch, for `torch.compile`.
 - `reference`: the same in a plain loop over experts, as oracle.
 """
 
+from fourfold.kernels import operators  # noqa: F401  (defined before a compiler asks for them)
 from fourfold.kernels.linear import LowRank, packed_linear
 from fourfold.kernels.reference import reference_linear
 from fourfold.kernels.routing import Routing, combine, dispatch, route

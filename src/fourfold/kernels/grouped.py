@@ -84,7 +84,8 @@ def _groups(offsets_E: torch.Tensor) -> Iterator[tuple[int, int, int]]:
 def grouped_rows(x_SK: torch.Tensor, w_EKN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
     """``y[s] = x[s] @ w[e(s)]``, ``[S, N]``; rows past the last offset are undefined."""
     if uses_native(x_SK, w_EKN):
-        return _native_grouped_mm(x_SK, w_EKN, offsets_E)
+        # Its rows begin at multiples of 16 bytes; kernels over rows want them one behind the other.
+        return _native_grouped_mm(x_SK, w_EKN, offsets_E).contiguous()
     if uses_triton(x_SK):
         return _dense_product(x_SK, w_EKN, offsets_E)
     y_SN = x_SK.new_empty(x_SK.shape[0], w_EKN.shape[2])

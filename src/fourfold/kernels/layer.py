@@ -173,6 +173,9 @@ def silu_experts(
     a_up, b_up = padded_factors(low_rank_up, like)
     a_down, b_down = padded_factors(low_rank_down, like)
     experts = Experts(up, down, routing, How(workspace_bytes, way))
-    return _SiluExperts.apply(
-        x_TH.contiguous(), weights_Tk.contiguous(), a_up, b_up, a_down, b_down, experts, compute_dtype
-    )
+    arguments = (x_TH.contiguous(), weights_Tk.contiguous(), a_up, b_up, a_down, b_down)
+    if torch.compiler.is_compiling():
+        from fourfold.kernels import operators
+
+        return operators.silu_experts(*arguments, experts, compute_dtype)
+    return _SiluExperts.apply(*arguments, experts, compute_dtype)

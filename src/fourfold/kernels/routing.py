@@ -34,9 +34,26 @@ class Routing:
     offsets_E: torch.Tensor
 
 
-@torch.no_grad()
 def route(top_k_index_Tk: torch.Tensor, num_experts: int) -> Routing:
     """Sort the routed rows by expert, on the device. Every index must be in ``[0, num_experts)``."""
+    if torch.compiler.is_compiling():
+        from fourfold.kernels import operators
+
+        return operators.route(top_k_index_Tk, num_experts)
+    return _route(top_k_index_Tk, num_experts)
+
+
+@torch.no_grad()
+def _route(top_k_index_Tk: torch.Tensor, num_experts: int) -> Routing:
+    if top_k_index_Tk.is_cuda and HAS_TRITON and top_k_index_Tk.numel():
+        from fourfold.kernels.route_triton import route_triton
+
+        return Routing(*route_triton(top_k_index_Tk, num_experts))
+    return route_sorted(top_k_index_Tk, num_experts)
+
+
+def route_sorted(top_k_index_Tk: torch.Tensor, num_experts: int) -> Routing:
+    """`route` with torch's own sort: on CPUs, and what the kernels are compared with."""
     narrow = torch.int16 if num_experts < 2**15 else torch.int32  # fewer passes of the radix sort
     expert_S, order_S = torch.sort(top_k_index_Tk.reshape(-1).to(narrow), stable=True)
     position_S = torch.empty_like(order_S)
@@ -105,6 +122,10 @@ class _Combine(torch.autograd.Function):
 
 def dispatch(x_TH: torch.Tensor, routing: Routing) -> torch.Tensor:
     """The routed rows in sorted order, ``[S, H]``."""
+    if torch.compiler.is_compiling():
+        from fourfold.kernels import operators
+
+        return operators.dispatch(x_TH, routing)
     return _Dispatch.apply(x_TH, routing)
 
 
@@ -112,4 +133,8 @@ def combine(
     rows_SH: torch.Tensor, weights_Tk: torch.Tensor, routing: Routing, dtype: torch.dtype
 ) -> torch.Tensor:
     """Weighted sum of each token's rows, ``[T, H]`` in ``dtype``; summed in fp32 in a fixed order."""
+    if torch.compiler.is_compiling():
+        from fourfold.kernels import operators
+
+        return operators.combine(rows_SH.contiguous(), weights_Tk, routing, dtype)
     return _Combine.apply(rows_SH.contiguous(), weights_Tk, routing, dtype)
