@@ -9,8 +9,8 @@ from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.plain import PlainStack
 from fourfold.formats.quantize import pack_stack
 from fourfold.kernels import ways
+from fourfold.kernels.cuda.hopper import hopper_product
 from fourfold.kernels.decode import decode
-from fourfold.kernels.hopper import hopper_product
 from fourfold.kernels.linear import empty_rows
 
 pytestmark = [

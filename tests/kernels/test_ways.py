@@ -16,7 +16,7 @@ from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.plain import PlainStack
 from fourfold.formats.quantize import pack_stack
 from fourfold.kernels import LowRank, packed_linear, ways
-from fourfold.kernels.hopper import products
+from fourfold.kernels.cuda import hopper as products
 from fourfold.kernels.layer import silu_experts
 from fourfold.kernels.routing import route
 

@@ -138,6 +138,12 @@ def grouped_sums(
 
 def grouped_outer(x_SM: torch.Tensor, y_SN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
     """``out[e] = x[rows of e].T @ y[rows of e]``, ``[E, M, N]``; zero for a group without rows."""
+    if x_SM.is_cuda and x_SM.dtype == y_SN.dtype:
+        from fourfold.kernels.cuda import outer
+
+        narrow = min(x_SM.shape[1], y_SN.shape[1])
+        if outer.can(x_SM.dtype, x_SM.device, narrow) and outer.takes(x_SM, y_SN):
+            return outer.outer(x_SM, y_SN, offsets_E)
     if uses_native(x_SM, y_SN):
         return _native_grouped_mm(x_SM.t(), y_SN, offsets_E)
     if uses_triton(x_SM):

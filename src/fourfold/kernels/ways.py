@@ -9,7 +9,7 @@ differ in where those lie meanwhile:
 - ``workspace``    a projection of the layer is decoded (or as much of it as ``workspace_bytes`` allows) and
   multiplied by `grouped_mm`
 - ``in_product``   weights are decoded inside the product, in registers; experts without rows are not read
-- ``hopper``       the same in instructions of GPUs of capability 9.x (`kernels.hopper`)
+- ``hopper``       the same in instructions of GPUs of capability 9.x (`kernels.cuda.hopper`)
 
 `RULE` is read from the top; the first line that fits, and whose way can do the problem, decides. To add a way
 is to add an entry to `WAYS` and a line to `RULE`. Nothing is read from the environment: a module's ``way``
@@ -172,7 +172,7 @@ def _in_product(
 def _cannot_hopper(problem: Problem) -> str | None:
     if problem.device != "cuda":
         return f"it runs on CUDA, and the rows are on {problem.device}"
-    from fourfold.kernels import hopper
+    from fourfold.kernels.cuda import hopper
 
     shape = StackShape(problem.experts, problem.out, problem.columns)
     return hopper.refusal(
@@ -189,7 +189,7 @@ def _hopper(
     *,
     transposed: bool,
 ) -> torch.Tensor:
-    from fourfold.kernels import hopper
+    from fourfold.kernels.cuda import hopper
 
     return hopper.hopper_product(rows_SM, stack, offsets_E, factor, transposed=transposed)
 

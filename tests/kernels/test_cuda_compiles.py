@@ -1,4 +1,4 @@
-"""The kernel for Hopper without one: every variant compiles, and what it refuses. (tests/gpu runs it.)"""
+"""CUDA kernels without a GPU: every variant compiles; what they refuse. (tests/gpu runs them.)"""
 
 import ctypes
 import itertools
@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fourfold.formats import PackFormat, StackShape
-from fourfold.kernels.hopper import compile as compiled
-from fourfold.kernels.hopper import products
-from fourfold.kernels.hopper.source import shared_bytes, source
+from fourfold.kernels.cuda import compile as compiled
+from fourfold.kernels.cuda import hopper as products
+from fourfold.kernels.cuda import outer
+from fourfold.kernels.cuda.hopper_source import shared_bytes, source
 
 VARIANTS = [
     products._Variant(transposed, dtype, bits, wide)
@@ -87,3 +88,15 @@ def test_it_takes_what_it_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_it_refuses(changed: dict[str, object], reason: str) -> None:
     assert reason in (products.refusal(**TAKEN | changed) or "")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+def test_factor_gradients_compile_for_every_card(capability: tuple[int, int]) -> None:
+    for wide_first, dtype in itertools.product((False, True), (torch.bfloat16, torch.float16)):
+        assert b"grouped_outer" in outer._cubin(wide_first, dtype, capability)
+
+
+def test_shared_memory_of_factor_gradients() -> None:
+    checked = outer._source() + f"static_assert(STAGES * STAGE_BYTES == {outer.SHARED_BYTES});\n"
+    compiled.cubin(checked, "sm_80", ("WIDE_FIRST=0", "HALF=0"))
+    assert outer.SHARED_BYTES <= 99 * 1024  # of a block on 8.6 and 8.9

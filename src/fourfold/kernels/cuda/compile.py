@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,7 +68,7 @@ def cubin(text: str, architecture: str, definitions: tuple[str, ...]) -> bytes:
     """
     nvrtc = _nvrtc()
     program = ctypes.c_void_p()
-    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"products.cu", 0, None, None):
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None):
         raise CompilerMissingError("NVRTC made no program")
     try:
         options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{d}" for d in definitions)]
@@ -125,6 +127,17 @@ class Launcher:
             ),
             "launching a kernel",
         )
+
+
+_kept = threading.local()
+
+
+def launchers() -> dict[Any, Launcher]:
+    """This thread's launchers, by whatever tells them apart."""
+    if not hasattr(_kept, "launchers"):
+        _kept.launchers = {}
+    found: dict[Any, Launcher] = _kept.launchers
+    return found
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The source of the kernel: `products.cu` with its matrix instructions written out."""
+"""The source of the kernel: `hopper.cu` with its matrix instructions written out."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def source() -> str:
             f"    float (&d)[BOXES * 32], {parameters}, u64 rows);\n"
         )
         parts += [_instruction(boxes, name, parameters, inputs) for boxes in (1, 2, 3, 4)]
-    text = (Path(__file__).parent / "products.cu").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "hopper.cu").read_text(encoding="utf-8")
     return text.replace("//WGMMA", "".join(parts))
 
 
@@ -63,7 +63,7 @@ CLUSTER = 2
 
 
 def shared_bytes(bits: int) -> int:
-    """Dynamic shared memory of a block, as `products.cu` lays it out; of weights of 4, 8 or 16 bits."""
+    """Dynamic shared memory of a block, as `hopper.cu` lays it out; of weights of 4, 8 or 16 bits."""
     rows, weights, scales = 4 * 256 * 64 * 2, 4 * 128 * 64 * bits // 8, 4 * 128 * 4
     table = 256 * 16 * 8 if bits == 4 else 0
     staged, tiles, barriers = 2 * 64 * 64 * 2, (1024 + 4) * 4, 2 * 4 * 8

@@ -1,10 +1,9 @@
-"""Products over packed experts by the Hopper kernel (`products.cu`): what it can do, and its launch."""
+"""Products over packed experts by the Hopper kernel (`hopper.cu`): what it can do, and its launch."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +11,8 @@ import torch
 from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.codebooks import absmax_codes, four_bit_codes
 from fourfold.formats.plain import PlainStack
-from fourfold.kernels.hopper import compile as compiled
-from fourfold.kernels.hopper.source import CLUSTER, THREADS, shared_bytes, source
+from fourfold.kernels.cuda import compile as compiled
+from fourfold.kernels.cuda.hopper_source import CLUSTER, THREADS, shared_bytes, source
 
 STEP = 64  # weights of a row that are decoded together
 MAX_EXPERTS = 1024
@@ -21,7 +20,6 @@ _UINT8, _UINT16 = 0, 1  # CU_TENSOR_MAP_DATA_TYPE
 _SWIZZLE = {32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE of bytes
 _PROMOTE_256 = 3  # CU_TENSOR_MAP_L2_PROMOTION
 _PRODUCT, _SCALES = "grouped_product", "scales_by_block"
-_kept = threading.local()  # launchers
 
 
 def refusal(
@@ -98,25 +96,20 @@ def _cubin(variant: _Variant) -> bytes:
 
 
 def _launcher(variant: _Variant, device: int) -> compiled.Launcher:
-    found: compiled.Launcher | None = _launchers().get((variant, device))
+    found: compiled.Launcher | None = compiled.launchers().get((_PRODUCT, variant, device))
     if found is None:
         kernel = compiled.function(_cubin(variant), _PRODUCT, shared_bytes(variant.bits), device)
-        found = _launchers()[variant, device] = compiled.Launcher(kernel, maps=2, pointers=5, ints=5)
+        found = compiled.launchers()[_PRODUCT, variant, device] = compiled.Launcher(
+            kernel, maps=2, pointers=5, ints=5
+        )
     return found
 
 
 def _scales_launcher(device: int) -> compiled.Launcher:
-    found: compiled.Launcher | None = _launchers().get(device)
+    found: compiled.Launcher | None = compiled.launchers().get((_SCALES, device))
     if found is None:
         kernel = compiled.function(_cubin(_Variant(False, torch.bfloat16, 4, False)), _SCALES, 0, device)
-        found = _launchers()[device] = compiled.Launcher(kernel, maps=0, pointers=6, ints=7)
-    return found
-
-
-def _launchers() -> dict[Any, compiled.Launcher]:
-    if not hasattr(_kept, "launchers"):
-        _kept.launchers = {}
-    found: dict[Any, compiled.Launcher] = _kept.launchers
+        found = compiled.launchers()[_SCALES, device] = compiled.Launcher(kernel, maps=0, pointers=6, ints=7)
     return found
 
 
