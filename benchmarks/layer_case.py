@@ -7,7 +7,8 @@ intermediate, N out, K in, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,3 +244,11 @@ def relative_errors(found: Results, truth: Results) -> dict[str, float]:
     for name, gradient in truth.gradients.items():
         errors[name] = error(found.gradients[name], gradient) if name in found.gradients else HOPELESS
     return errors
+
+
+def in_quadrature(errors: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Root of the mean square of each error, over several inputs."""
+    every = list(errors)
+    return {
+        name: min(HOPELESS, math.sqrt(sum(one[name] ** 2 for one in every) / len(every))) for name in every[0]
+    }

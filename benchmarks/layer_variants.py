@@ -20,10 +20,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fourfold.experts.packed import PackedExperts, pack_module_
-from fourfold.experts.plain import take_low_rank_
+from fourfold.experts.plain import PlainExperts, take_low_rank_
 from fourfold.experts.shapes import Projection
 from fourfold.formats import PackFormat, decode_stack
 from fourfold.kernels import LowRank
+from fourfold.kernels.ways import WAYS as PRODUCT_WAYS
 
 FORMATS = {
     "nf4": PackFormat("nf4"),
@@ -33,19 +34,22 @@ FORMATS = {
 }
 
 
-def _workspace(mebibytes: int) -> Callable[[PackedExperts], None]:
-    def choose(module: PackedExperts) -> None:
-        module.workspace_bytes = mebibytes * 2**20
+def _way(way: str | None, mebibytes: int | None = None) -> Callable[[PackedExperts | PlainExperts], None]:
+    def choose(module: PackedExperts | PlainExperts) -> None:
+        module.way = way
+        module.workspace_bytes = None if mebibytes is None else mebibytes * 2**20
 
     return choose
 
 
-# How a packed module is told to compute; "default" is what a user gets. Kernels that offer a choice add a
-# line.
-WAYS: dict[str, Callable[[PackedExperts], None]] = {
-    "default": lambda module: None,
-    "workspace-64": _workspace(64),  # experts in chunks: less memory, and the host waits for the offsets
-    "workspace-256": _workspace(256),
+# How a module is told to compute; "default" is what a user gets, the others are those of the kernels.
+WAYS: dict[str, Callable[[PackedExperts | PlainExperts], None]] = {
+    "default": _way(None),
+    **{name: _way(name) for name in PRODUCT_WAYS},
+    "workspace-64": _way(
+        "workspace", 64
+    ),  # chunks of experts: less memory, and the host waits for the offsets
+    "workspace-256": _way("workspace", 256),
 }
 
 
@@ -217,14 +221,18 @@ def low_rank(layer: Layer) -> dict[str, LowRank]:
     return {name: LowRank(pair.a_ERK, pair.b_ENR) for name, pair in layer.factors.items()}
 
 
-def _bf16_fourfold(layer: Layer) -> Variant:
-    holder = _Holder(share(layer.module))
-    take_low_rank_(holder)
+def _bf16_fourfold(way: str) -> Callable[[Layer], Variant]:
+    def build(layer: Layer) -> Variant:
+        holder = _Holder(share(layer.module))
+        take_low_rank_(holder)
+        WAYS[way](holder.experts)
 
-    def forward(inputs: Inputs, x_TH: torch.Tensor) -> torch.Tensor:
-        return holder.experts(x_TH, inputs.index_Tk, inputs.weights_Tk, low_rank=low_rank(layer))
+        def forward(inputs: Inputs, x_TH: torch.Tensor) -> torch.Tensor:
+            return holder.experts(x_TH, inputs.index_Tk, inputs.weights_Tk, low_rank=low_rank(layer))
 
-    return Variant("bf16", forward, layer.leaves)
+        return Variant("bf16", forward, layer.leaves)
+
+    return build
 
 
 def _fourfold(fmt: str, way: str) -> Callable[[Layer], Variant]:
@@ -310,6 +318,7 @@ def _parametrization(layer: Layer) -> Variant:
 
 
 BASELINE = "bf16"
+UNPACKED_WAYS = ("workspace", "in_product")  # of those asked for, what makes a difference without decoding
 STARTING_SYSTEM = "parametrization"
 
 
@@ -326,10 +335,13 @@ def builders(ways: Sequence[str], formats: Sequence[str]) -> dict[str, Callable[
     found: dict[str, Callable[[Layer], Variant]] = {
         BASELINE: _bf16,
         "bf16-no-lora": _bf16_no_lora,
-        "bf16-fourfold": _bf16_fourfold,
+        "bf16-fourfold": _bf16_fourfold("default"),
         "bf16-paramwrapper": _peft,
         STARTING_SYSTEM: _parametrization,
     }
+    for way in ways:
+        if way in UNPACKED_WAYS:
+            found[f"bf16-fourfold:{way}"] = _bf16_fourfold(way)
     for fmt in formats:
         # Ways other than the default one concern the products, not the format: NF4 stands for all.
         for way in ways if fmt == "nf4" else ways[:1]:

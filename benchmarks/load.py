@@ -13,7 +13,8 @@ kept, what was measured is on disk after each run), in one invocation:
 - ``fourfold``           experts and Linears in NF4 with double quantization, packed while loading
 - ``fourfold-int8``      experts and Linears in INT8, packed while loading
 - ``fourfold-quantize``  `fourfold quantize` of the checkpoint to a packed one on disk (memory: of the GPU)
-- ``fourfold-reload``    loading that packed checkpoint
+- ``fourfold-reload``    loading that packed checkpoint; how many bytes came through the reader of packed
+  tensors (pinned memory, threads of its own) is shown and kept as ``read_ahead_bytes``
 
 Every packed model is checked after it was timed: `fourfold.verify`, and the first and the last expert of
 the first and the last layer against the matrices in the checkpoint.
@@ -108,6 +109,8 @@ def run_variant(variant: str, checkpoint: str) -> dict[str, Any]:
     }
     if model is not None and variant.startswith("fourfold"):
         result["largest_weight_error"] = check(model, checkpoint)
+    if variant == "fourfold-reload":
+        result["read_ahead_bytes"] = model.hf_quantizer.read_ahead_bytes
     return result
 
 
@@ -123,6 +126,9 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         errors = [run["largest_weight_error"] for run in own if "largest_weight_error" in run]
         if errors:
             record["largest_weight_error"] = max(errors)
+        ahead = [run["read_ahead_bytes"] for run in own if "read_ahead_bytes" in run]
+        if ahead:
+            record["read_ahead_bytes"] = ahead
         summary.append(record)
     return summary
 
@@ -182,7 +188,8 @@ def main() -> int:
             else:
                 runs.append(run)
                 peak = run["peak_bytes"] / GIB
-                print(f"{variant}: {run['seconds']:.2f} s, peak {peak:.2f} GiB", flush=True)
+                ahead = f", {run['read_ahead_bytes'] / GIB:.2f} GiB read ahead" if reload else ""
+                print(f"{variant}: {run['seconds']:.2f} s, peak {peak:.2f} GiB{ahead}", flush=True)
             record["results"] = summarise(runs)
             arguments.out.write_text(json.dumps(record, indent=1))
     print(json.dumps(record["versions"]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rounding
-from fourfold.experts import find_experts
+from fourfold.experts import find_experts, forward
 from fourfold.experts.own_precision import multiplies_in_fp32
 
 
@@ -49,6 +49,42 @@ def test_a_rounding_more_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "models", models)
     with pytest.raises(AssertionError, match=r"^output: 1\.\d+ \+- 0\.0"):
         rounding.check("step3p5", "nf4", "bf16")
+
+
+@pytest.fixture
+def grouped_in_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our grouped products take autocast's dtype on a CPU too, as they do on CUDA."""
+    chosen = forward.compute_dtype
+    monkeypatch.setattr(forward, "compute_dtype", lambda module, x, *, grouped=False: chosen(module, x))
+
+
+@pytest.mark.usefixtures("grouped_in_autocast")
+@pytest.mark.parametrize("form", ["nf4", "unquantized"])
+@pytest.mark.parametrize("kind", rounding.DECORATED)
+def test_where_autocast_decides_grouped_products_as_on_cuda(kind: str, form: str) -> None:
+    if not rounding.is_known(kind):
+        pytest.skip(f"this transformers has no {kind}")
+    rounding.check(kind, form, "autocast", autocast_groups=True)
+
+
+@pytest.mark.usefixtures("grouped_in_autocast")
+def test_there_stock_stays_in_fp32_and_is_no_yardstick() -> None:
+    errors = rounding.measure("qwen3_moe", "nf4", "autocast", autocast_groups=False)
+    assert max(errors["output"].stock) < 1e-5
+    assert min(errors["output"].ours) > 1e-3
+
+
+@pytest.mark.usefixtures("grouped_in_autocast")
+def test_there_a_rounding_more_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each product, off bf16's grid: our error of the output, else 0.7 of stock's, becomes as large."""
+    product = forward.packed_linear
+
+    def rounded(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return ((product(*args, **kwargs) * 1.3).bfloat16() / 1.3).bfloat16()
+
+    monkeypatch.setattr(forward, "packed_linear", rounded)
+    with pytest.raises(AssertionError, match=r"^d hidden_states: 1\.\d+ \+- 0\.0"):
+        rounding.check("qwen3_moe", "nf4", "autocast", autocast_groups=True)
 
 
 def test_the_spread_of_a_ratio_shrinks_with_the_seeds() -> None:

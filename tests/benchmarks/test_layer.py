@@ -19,6 +19,8 @@ import layer_report
 import layer_variants
 from layer_case import SHAPES, SMOKE_SHAPES, Layer
 
+from fourfold.kernels import ways
+
 FOURFOLD = {"bf16-fourfold"} | {f"fourfold-{fmt}:default" for fmt in layer_variants.FORMATS}
 OTHERS = {"bf16", "bf16-no-lora", "bf16-paramwrapper", "parametrization"}
 PEERS = {"grouped-nf4-gemm", "grouped-nf4-gemm-fused", "scattermoe", "scattermoe-nf4"}
@@ -79,6 +81,40 @@ def test_time_limit_stops_between_pairs(tmp_path: Path, capsys: pytest.CaptureFi
     assert "time limit: stopped before smoke-qwen3, 5 tokens" in capsys.readouterr().out
 
 
+def test_ways_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each asked-for way is a row of its own, and what its row computes goes that way."""
+    asked: dict[str, set[str | None]] = {}
+    choose, measure_one = ways.choose, layer.Session.measure_one
+    row = ""
+
+    def noted(problem: ways.Problem, way: str | None = None, where: str = "") -> str:
+        asked.setdefault(row, set()).add(way)
+        return choose(problem, way, where)
+
+    def measured(session: Any, made: Layer, inputs: Any, variant: Any, *rest: Any) -> Any:
+        nonlocal row
+        row = next(name for name, other in made_of.items() if other is variant)
+        return measure_one(session, made, inputs, variant, *rest)
+
+    made_of: dict[str, Any] = {}
+    make_variants = layer.Session.make_variants
+    monkeypatch.setattr(
+        layer.Session, "make_variants", lambda s, made: made_of.update(make_variants(s, made)) or made_of
+    )
+    monkeypatch.setattr(layer.Session, "measure_one", measured)
+    monkeypatch.setattr(ways, "choose", noted)
+    names = {f"fourfold-nf4:{way}": way for way in ("reference", "workspace", "workspace-64")}
+    names["bf16-fourfold:workspace"] = "workspace"
+    arguments = ("--shapes", "smoke-qwen3", "--tokens", "5", "--variants", *names)
+    status, content = run(
+        tmp_path / "layer.json", *arguments, "--ways", "reference", "workspace", "workspace-64"
+    )
+    assert status == 0
+    assert {r["variant"] for r in content["records"]} == {"bf16", *names}
+    for name, way in names.items():
+        assert asked[name] == {way.removesuffix("-64")}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("--shapes", "qwen4"), ("--variants", "bf17"), ("--skip", "bf16"), ("--report",), ("--ways", "fast")],
@@ -127,9 +163,10 @@ def wrong_scales(variant: layer_variants.Variant, made: Layer) -> None:
 
 def no_lora(variant: layer_variants.Variant, made: Layer) -> None:
     stock = variant.forward
-    nothing = sum(leaf.sum() * 0 for leaf in made.leaves)
     bare = layer_variants.packed(made, "nf4")
-    variant.forward = lambda i, x: bare(x, i.index_Tk, i.weights_Tk) + nothing
+    variant.forward = lambda i, x: (
+        bare(x, i.index_Tk, i.weights_Tk) + sum(leaf.sum() * 0 for leaf in made.leaves)
+    )
     assert stock is not variant.forward
 
 
@@ -178,6 +215,26 @@ def test_wrong_variants_are_not_timed(
     assert "step_ms" not in by_name["fourfold-nf4:default"]
     missed = [t for t in layer_report.targets(content["records"]) if t.variant == "fourfold-nf4:default"]
     assert [(t.what, t.met) for t in missed] == [("computes", False)]
+
+
+def wrong_on_one_input(variant: layer_variants.Variant, made: Layer) -> None:
+    stock, other = variant.forward, layer_case.make_inputs(made, 1, seed=5)
+    variant.forward = lambda i, x: stock(i, x) * (1.1 if torch.equal(i.x_TH, other.x_TH) else 1)
+
+
+def test_of_few_tokens_several_inputs_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "builders", damaged(wrong_on_one_input))
+    arguments = ("--shapes", "smoke-qwen3", "--tokens", "1", "--variants", "fourfold-nf4:default")
+    status, content = run(tmp_path / "layer.json", *arguments)
+    assert status == 1
+    assert {r["variant"]: r["status"] for r in content["records"]}["fourfold-nf4:default"] == "wrong"
+    assert [layer.number_of_draws(tokens) for tokens in (1, 5, 16, 33, 64, 8192)] == [8, 8, 4, 2, 1, 1]
+
+
+def test_errors_of_several_inputs_are_added_in_quadrature() -> None:
+    errors = layer_case.in_quadrature([{"x": 0.3, "y": 0.0}, {"x": 0.4, "y": layer_case.HOPELESS}])
+    assert errors["x"] == pytest.approx((0.125) ** 0.5)
+    assert errors["y"] > 1e8
 
 
 def test_a_wrong_baseline_excuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

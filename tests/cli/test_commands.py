@@ -198,6 +198,20 @@ def test_inspect(capsys: pytest.CaptureFixture[str], moe_folder: Path) -> None:
     assert main(["inspect", str(moe_folder / "config.json")]) == 0
     out = capsys.readouterr().out
     assert "lora_target_parameters: mlp.experts.gate_up_proj, mlp.experts.down_proj" in out
+    assert "in_product" not in out
+
+
+def test_inspect_shows_how_products_are_computed(
+    capsys: pytest.CaptureFixture[str], moe_folder: Path
+) -> None:
+    from fourfold.kernels.ways import RULE, describe
+
+    status, data, _ = run_json(capsys, "inspect", str(moe_folder), "--ways")
+    assert status == 0
+    assert data["ways"] == describe()
+    assert main(["inspect", str(moe_folder), "--ways"]) == 0
+    out = capsys.readouterr().out
+    assert all(str(line) in out for line in RULE)
 
 
 def test_inspect_a_dense_model(capsys: pytest.CaptureFixture[str], dense_folder: Path) -> None:

@@ -165,7 +165,7 @@ def test_fakes_of_a_whole_layer(ranks: tuple[int, int]) -> None:
     routing = route(index, E)
     places = (routing.order_S, routing.position_Tk, routing.expert_S, routing.offsets_E)
     wanted = [t is not None for t in leaves]
-    tail = (*places, *stack_arguments(up), *stack_arguments(down), None, wanted)
+    tail = (*places, *stack_arguments(up), *stack_arguments(down), None, None, wanted)
     out, *kept = torch.ops.fourfold.silu_experts.default(*leaves, dtype, *tail)
     saved = [t if t.numel() else None for t in kept]
     backward = torch.ops.fourfold.silu_experts_backward.default

@@ -174,7 +174,7 @@ def test_a_packed_checkpoint_is_read_ahead_into_its_places(tmp_path, monkeypatch
     import tiny
     from fourfold.loading import ahead
 
-    config = tiny.qwen3_moe(hidden_size=256, moe_intermediate_size=512, num_experts=32)
+    config = tiny.qwen3_moe(hidden_size=256, moe_intermediate_size=512, num_experts=32, num_hidden_layers=6)
     tiny.save(config, tmp_path / "plain")
     settings = fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4", bnb_4bit_use_double_quant=True)
     arguments = {"device_map": {"": "cuda:0"}, "dtype": torch.bfloat16}
@@ -183,21 +183,14 @@ def test_a_packed_checkpoint_is_read_ahead_into_its_places(tmp_path, monkeypatch
     )
     model.save_pretrained(tmp_path / "packed")
     wanted = model.state_dict()
-    taken, take = [], ahead.AheadReader.take
-
-    def counted(self, name):
-        taken.append(name)
-        return take(self, name)
-
-    monkeypatch.setattr(ahead.AheadReader, "take", counted)
+    packed = [p.nbytes for p in model.parameters() if not p.is_floating_point()]
     monkeypatch.setattr(ahead, "PIECE_BYTES", 2**20)
     for device_map in ({"": 0}, "auto"):
-        taken.clear()
         again = AutoModelForCausalLM.from_pretrained(
             tmp_path / "packed", device_map=device_map, dtype=torch.bfloat16
         )
-        assert taken
-        assert all("experts" in name for name in taken)
+        # (What a thread of the loader has begun is left to it: one or another of them.)
+        assert sum(packed) >= again.hf_quantizer.read_ahead_bytes >= sum(packed) / 2, device_map
         for name, tensor in again.state_dict().items():
             assert tensor.is_cuda, name
             assert torch.equal(tensor, wanted[name]), name

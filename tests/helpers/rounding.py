@@ -7,6 +7,10 @@ routing weights) and of each factor. Errors are relative norms, mean of six adap
 
 Inputs and the output's gradient are numbers of bf16, and weights those of both sides, so that only the
 computation is measured.
+
+Autocast reaches no grouped products: stock's are in their weights' dtype, fp32 in a model in fp32. On a CPU
+ours are as well. On CUDA ours are in autocast's dtype, so stock is measured as it computes in that: there its
+grouped experts have their weights in bf16 (the rest of it and all factors stay in fp32).
 """
 
 from __future__ import annotations
@@ -69,8 +73,14 @@ class Errors:
         return statistics.stdev(ratios) / len(ratios) ** 0.5
 
 
-def models(kind: str, form: str, dtype: torch.dtype) -> tuple[PeftModel, PeftModel, PeftModel]:
-    """Ours, stock's on the same numbers, and that in fp64; with one LoRA each, on a CPU."""
+def models(
+    kind: str, form: str, dtype: torch.dtype, grouped: torch.dtype | None = None
+) -> tuple[PeftModel, PeftModel, PeftModel]:
+    """Ours, stock's on the same numbers, and that in fp64; with one LoRA each, on a CPU.
+
+    Args:
+        grouped: dtype of the weights of stock's experts that multiply by groups, if another than ``dtype``.
+    """
     model = parity.build(kind).bfloat16().to(dtype)
     fmt = FORMATS[form]
     implementation = getattr(model.config, "_experts_implementation", None)
@@ -83,6 +93,11 @@ def models(kind: str, form: str, dtype: torch.dtype) -> tuple[PeftModel, PeftMod
     if implementation is not None:
         exact.config._experts_implementation = "eager"  # (grouped products know no fp64)
         stock.config._experts_implementation = implementation  # (its own choice, not the loop)
+    if grouped is not None and implementation not in (None, "eager"):
+        for found in find_experts(stock):
+            if getattr(found.layout, "routed", False):
+                for weight in found.module.parameters(recurse=False):
+                    weight.data = weight.data.to(grouped)
     lora = [own_forward.lora(each, r=5, lora_alpha=7) for each in (ours, stock, exact)]
     return lora[0].train(), lora[1].train(), lora[2].double().train()
 
@@ -177,7 +192,9 @@ def results(
     return {n: t.double().cpu() for n, t in found.items()}
 
 
-def measure(kind: str, form: str, way: str, device: str = "cpu") -> dict[str, Errors]:
+def measure(
+    kind: str, form: str, way: str, device: str = "cpu", *, autocast_groups: bool | None = None
+) -> dict[str, Errors]:
     """Errors of every result of every experts module of a kind, in the model's order.
 
     Args:
@@ -185,9 +202,17 @@ def measure(kind: str, form: str, way: str, device: str = "cpu") -> dict[str, Er
         form: of `FORMATS`.
         way: of `WAYS`; autocast is of a model in fp32.
         device: of what is measured; the reference is computed on the CPU.
+        autocast_groups: whether grouped products are in autocast's dtype; unset: as ours on that device.
     """
     autocast = way == "autocast"
-    ours, stock, exact = lora = models(kind, form, torch.float32 if autocast else torch.bfloat16)
+    if autocast_groups is None:
+        autocast_groups = device != "cpu"
+    ours, stock, exact = lora = models(
+        kind,
+        form,
+        torch.float32 if autocast else torch.bfloat16,
+        torch.bfloat16 if autocast and autocast_groups else None,
+    )
     readers_ = list(readers(ours.get_base_model()))
     arguments = {n: names_of(exact.get_base_model().get_submodule(n)) for n in readers_}
     seeds = range(SEEDS if autocast else MORE_SEEDS.get(kind, SEEDS))
@@ -215,11 +240,15 @@ def worst(errors: dict[str, Errors]) -> str:
     return max(errors, key=lambda name: errors[name].ratio)
 
 
-def check(kind: str, form: str, way: str, device: str = "cpu") -> None:
-    """Raises:
-    AssertionError: a result is further off than stock's, or than bf16 explains.
+def check(
+    kind: str, form: str, way: str, device: str = "cpu", *, autocast_groups: bool | None = None
+) -> None:
+    """See `measure`.
+
+    Raises:
+        AssertionError: a result is further off than stock's, or than bf16 explains.
     """
-    errors = measure(kind, form, way, device)
+    errors = measure(kind, form, way, device, autocast_groups=autocast_groups)
     factors = 2 * sum(name.endswith(" A") for name in errors)
     assert len(errors) >= factors + 2  # an output and an input
     assert factors >= 2

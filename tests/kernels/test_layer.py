@@ -55,10 +55,12 @@ def results(function, x, weights, low_up, low_down):
 
 
 @pytest.mark.usefixtures("poison_memory")
-@pytest.mark.parametrize("limit", [None, 1])
+@pytest.mark.parametrize(("limit", "way"), [(None, None), (1, "workspace"), (None, "in_product")])
 @pytest.mark.parametrize("ranks", [(5, 3), (0, 0), (16, 0), (0, 20)], ids=str)
 @pytest.mark.parametrize("fmt", [PackFormat("nf4", 64, True), PackFormat("int8")], ids=str)
-def test_equals_a_loop_over_experts(fmt: PackFormat, ranks: tuple[int, int], limit: int | None) -> None:
+def test_equals_a_loop_over_experts(
+    fmt: PackFormat, ranks: tuple[int, int], limit: int | None, way: str | None
+) -> None:
     x, weights, index, up, down, low_up, low_down = case(fmt, *ranks)
     routing = route(index, up.shape.experts)
 
@@ -73,6 +75,7 @@ def test_equals_a_loop_over_experts(fmt: PackFormat, ranks: tuple[int, int], lim
             low_down,
             compute_dtype=torch.float32,
             workspace_bytes=limit,
+            way=way,
         )
 
     found = results(ours, x, weights, low_up, low_down)

@@ -44,7 +44,10 @@ def results(function, x, a, b):
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_equals_the_reference(fmt: PackFormat, counts: list[int], limit: int | None) -> None:
     stack, x, a, b, offsets = setup(fmt, counts, rank=5)
-    ours = results(lambda: packed_linear(x, stack, offsets, LowRank(a, b), workspace_bytes=limit), x, a, b)
+    way = None if limit is None else "workspace"  # (on a CPU the rule takes one expert at a time)
+    ours = results(
+        lambda: packed_linear(x, stack, offsets, LowRank(a, b), workspace_bytes=limit, way=way), x, a, b
+    )
     theirs = results(lambda: reference_linear(x, stack, offsets, a, b), x, a, b)
     for name, mine, wanted in zip(("y", "dx", "da", "db"), ours, theirs, strict=True):
         torch.testing.assert_close(

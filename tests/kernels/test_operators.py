@@ -67,16 +67,15 @@ def test_fakes_of_the_product(fmt: PackFormat | None, rank: int, dtype: torch.dt
         stack = PlainStack(StackShape(E, N, H), torch.randn(E, H, N, dtype=dtype).transpose(1, 2))
     else:
         stack = packed(fmt, N, H)
-    tail = (*stack_arguments(stack), routing.offsets_E, None)
+    tail = (*stack_arguments(stack), routing.offsets_E, None, None)
     wanted = [True, bool(rank), bool(rank)]
     opcheck(ops.packed_linear.default, (x, a, b, *tail, wanted))
     frozen = [None if t is None else t.detach() for t in (x, a, b)]
-    _, rows, h = ops.packed_linear.default(*frozen, *tail, wanted)
-    kept = rows if rows.numel() else frozen[0]
+    _, h = ops.packed_linear.default(*frozen, *tail, wanted)
     grad = torch.randn(T * TOP_K, N, dtype=dtype)
     for wanted in ([True, True, True], [False, True, False], [True, False, False]):
         if rank or not wanted[1]:
-            saved = (kept if wanted[1] else None, h if wanted[2] else None)
+            saved = (frozen[0] if wanted[1] else None, h if wanted[2] else None)
             opcheck(ops.packed_linear_backward.default, (grad, *saved, *frozen[1:], *tail, wanted))
 
 
@@ -90,7 +89,7 @@ def test_fakes_of_a_whole_layer(ranks: tuple[int, int]) -> None:
     for rank, n, k in ((ranks[0], 2 * I, H), (ranks[1], H, I)):
         factors += random_factors(rank, n, k, torch.float32) if rank else (None, None)
     places = (routing.order_S, routing.position_Tk, routing.expert_S, routing.offsets_E)
-    tail = (*places, *stack_arguments(up), *stack_arguments(down), None)
+    tail = (*places, *stack_arguments(up), *stack_arguments(down), None, None)
     wanted = [t is not None for t in (x, weights, *factors)]
     opcheck(ops.silu_experts.default, (x, weights, *factors, torch.float32, *tail, wanted))
     frozen = [None if t is None else t.detach() for t in (x, weights, *factors)]

@@ -27,7 +27,7 @@ _, shared = rows_triton._launch(65536, torch.zeros(128, dtype=torch.int32), rank
 options = {name: shared.pop(name) for name in ("num_warps", "num_stages")}
 types = {"order_ptr": "*i64", "offsets_ptr": "*i32", "weights_ptr": "*fp32", "grad_weights_ptr": "*fp32"}
 for kernel, own in (
-    (rows_triton._gather_kernel, {"BK": rows_triton.gather_columns(rank)}),
+    (rows_triton._gather_kernel, {"BK": rows_triton.gather_columns(rank), "WEIGHTED": True}),
     (rows_triton._silu_mul_kernel, {"BK": rows_triton.GATE_COLUMNS}),
     (rows_triton._silu_mul_backward_kernel, {"BK": rows_triton.GATE_COLUMNS, "KEEP_ACT": True}),
 ):

@@ -1,4 +1,7 @@
-"""``fourfold inspect MODEL``: experts modules, their sizes in bf16, 4 and 8 bit, and their LoRA targets."""
+"""``fourfold inspect MODEL``: experts modules, their sizes in bf16, 4 and 8 bit, and their LoRA targets.
+
+``--ways`` adds how products with packed experts are computed on this machine.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument(
         "model", help="a folder, a config.json, or a model's id on the hub; no weight is read"
+    )
+    parser.add_argument(
+        "--ways", action="store_true", help="also how this machine multiplies with packed experts, and when"
     )
 
 
@@ -58,4 +64,10 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
         say(console, f"lora_target_parameters: {targets}")
     else:
         console.print("no experts: a dense model")
-    return Outcome(data=found.to_dict())
+    data = found.to_dict()
+    if args.ways:
+        from fourfold.kernels.ways import describe
+
+        data["ways"] = describe()
+        say(console, *data["ways"].splitlines())
+    return Outcome(data=data)

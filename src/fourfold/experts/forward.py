@@ -23,7 +23,8 @@ from fourfold.experts.shapes import ExpertsLayout, Projection
 from fourfold.experts.subclass import Dynamic
 from fourfold.formats import PackedStack
 from fourfold.formats.codebooks import absmax_codes, four_bit_codes
-from fourfold.kernels import LowRank, Routing, combine, dispatch, layer, packed_linear, route
+from fourfold.formats.plain import PlainStack
+from fourfold.kernels import LowRank, Routing, combine, dispatch, layer, packed_linear, route, ways
 
 if TYPE_CHECKING:
     from fourfold.experts.packed import PackedExperts
@@ -35,9 +36,11 @@ def compute_dtype(
 ) -> torch.dtype:
     """The configured dtype, else autocast's, else that of the unquantized weights.
 
-    (`routed_forward` takes fp32 instead of the last where the module's own forward does.)
+    (`routed_forward` takes fp32 instead of the last two where the module's own forward asks for that. In its
+    own loop autocast reaches products alone; here biases and gate would follow: 1.4 times stock's error.)
 
-    On a CPU autocast does not reach grouped products, in stock either: those stay in the weights' dtype.
+    Autocast reaches no grouped products in stock, on any device: those stay in the weights' dtype, fp32 in a
+    model in fp32. On a CPU the same is done here. On CUDA whoever asks for autocast asks for its speed.
     """
     if module.compute_dtype is not None:
         return module.compute_dtype
@@ -85,13 +88,40 @@ class RoutedExperts(Dynamic):
         """See `own_precision.multiplies_in_fp32`."""
         return multiplies_in_fp32(cast(Any, self), self.fourfold_layout)
 
+    @torch.compiler.assume_constant_result
+    def takes_low_rank_columns(self, dtype: torch.dtype) -> bool:
+        """Whether the products with these weights take low-rank columns behind the rows, however many rows."""
+        module: Any = self
+        stacks = [module.stack(p) for p in self.fourfold_layout.projections]
+        return all(
+            isinstance(stack, PackedStack) or ways.WAYS[_way(module, stack, dtype, rows)].takes_plain
+            for stack in stacks
+            for rows in (1, 2**20)
+        )
+
+    @torch.compiler.assume_constant_result
+    def can_go_its_way(self, dtype: torch.dtype) -> bool:
+        """Whether `way` can do its first product.
+
+        Raises:
+            ConfigurationError: it cannot, or there is no such way; the module is named.
+        """
+        module: Any = self
+        _way(module, module.stack(self.fourfold_layout.up), dtype, 1)
+        return True
+
+
+def _way(module: Any, stack: PackedStack | PlainStack, dtype: torch.dtype, rows: int) -> str:
+    rows_SM = torch.empty(rows, 0, dtype=dtype, device=stack.data.device)
+    return ways.choose(ways.problem(rows_SM, stack), module.way, module.fourfold_name)
+
 
 def _gives_silu(module: Any) -> bool:
     sizes = torch.logspace(-4, 4, 33, device="cpu")
     gate, up = torch.cartesian_prod(torch.cat([-sizes, sizes]), torch.cat([-sizes, sizes])).unbind(1)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            found = module._apply_gate(torch.stack([gate, gate, up, up], dim=1))
+            found = module._apply_gate(torch.cat([t.unsqueeze(1) for t in (gate, gate, up, up)], dim=1))
             wanted = (torch.nn.functional.silu(gate) * up).unsqueeze(1).expand(-1, 2)
             return torch.allclose(found, wanted, rtol=1e-5, atol=1e-20)
     except Exception:  # a gate that wants something else
@@ -124,7 +154,12 @@ def _project(
     low_rank: LowRank | None,
 ) -> torch.Tensor:
     y_SN = packed_linear(
-        x_SK, module.stack(projection), routing.offsets_E, low_rank, workspace_bytes=module.workspace_bytes
+        x_SK,
+        module.stack(projection),
+        routing.offsets_E,
+        low_rank,
+        workspace_bytes=module.workspace_bytes,
+        way=module.way,
     )
     if projection.bias is not None:
         bias_EN = getattr(module, projection.bias)
@@ -154,7 +189,6 @@ def routed_forward(
     if (
         dtype != torch.float32
         and module.compute_dtype is None
-        and not torch.is_autocast_enabled(hidden_states.device.type)
         and getattr(getattr(module, "config", None), "_experts_implementation", None) == "eager"
         and module.multiplies_in_fp32()
     ):
@@ -163,10 +197,11 @@ def routed_forward(
     up, down = module.stack(layout.up), module.stack(layout.down)
     if torch.compiler.is_compiling() and isinstance(up, PackedStack):
         module.has_tables()
+    if module.way is not None:  # an error here names the module
+        module.can_go_its_way(dtype)
     if (
-        isinstance(up, PackedStack)
-        and isinstance(down, PackedStack)
-        and layer.runs_on(hidden_states.device, dtype)
+        layer.runs_on(hidden_states.device, dtype)
+        and (isinstance(up, PackedStack) or module.takes_low_rank_columns(dtype))
         and is_plain_silu(module, layout)
     ):
         return layer.silu_experts(
@@ -179,6 +214,7 @@ def routed_forward(
             low_rank.get(layout.down.name),
             compute_dtype=dtype,
             workspace_bytes=module.workspace_bytes,
+            way=module.way,
         )
     x_SH = dispatch(hidden_states.to(dtype), routing)
     up_SN = _project(module, layout.up, x_SH, routing, low_rank.get(layout.up.name))

@@ -25,6 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fourfold.errors import ConfigurationError
 from fourfold.experts.forward import compute_dtype
 from fourfold.experts.own_precision import PRODUCTS
 from fourfold.experts.packed import PackedExperts, give_class_back_
@@ -340,6 +341,12 @@ def _run(
     a quantized Linear does. Autocast's holds for the products alone (`_Products`). Other threads, and other
     calls of the same modules within this one, have scopes of their own.
     """
+    for module in modules:
+        if module.way is not None:
+            raise ConfigurationError(
+                f"{module.fourfold_name}: way={module.way!r} says how grouped products are computed; these "
+                "experts run their own forward on decoded weights. Leave it None here"
+            )
     floats = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point())
     first = next(floats, None)
     given = modules[0].fourfold_dtype if first is None else first.dtype

@@ -42,7 +42,7 @@ class _Watch(TorchFunctionMode):
 
 
 def multiplies_in_fp32(module: PackedExperts | PlainExperts, layout: ExpertsLayout) -> bool:
-    """Whether the forward that the model's configuration chooses does, outside of autocast."""
+    """Whether the forward that the model's configuration chooses asks for that."""
     if getattr(getattr(module, "config", None), "_experts_implementation", None) != "eager":
         return False  # (grouped products are in the weights' dtype)
     own, *_ = type(module).fourfold_made_of

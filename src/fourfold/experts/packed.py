@@ -37,6 +37,7 @@ class PackedExperts(RoutedExperts):
         fourfold_dtype: dtype of the unquantized parameters.
         compute_dtype: dtype of the products; None follows autocast and the input.
         workspace_bytes: limit of the decoding workspace; None is one projection of the layer.
+        way: how products are computed (`fourfold.kernels.ways`); None leaves it to the rule.
     """
 
     fourfold_name: str
@@ -45,6 +46,7 @@ class PackedExperts(RoutedExperts):
     fourfold_dtype: torch.dtype
     compute_dtype: torch.dtype | None
     workspace_bytes: int | None
+    way: str | None
 
     def stack(self, projection: Projection) -> PackedStack:
         """The packed weights of one projection."""
@@ -122,6 +124,7 @@ def prepare_module_(
     assert isinstance(module, PackedExperts)
     module.fourfold_name, module.fourfold_layout, module.fourfold_format = name, layout, fmt
     module.fourfold_dtype, module.compute_dtype, module.workspace_bytes = dtype, compute_dtype, None
+    module.way = None
     if isinstance(layout, ExpertsLayout) and layout.has_gate:
         module.has_silu_gate()  # (now, so that modules that share compiled code answer alike from the start)
     # transformers initialises what a checkpoint lacks, with normal numbers; on packed bytes that is an error
@@ -206,6 +209,7 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
         "fourfold_dtype",
         "compute_dtype",
         "workspace_bytes",
+        "way",
     ):
         delattr(module, attribute)
     module.__dict__.pop("_fourfold_gate_tried", None)

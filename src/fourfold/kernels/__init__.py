@@ -3,6 +3,8 @@
 - `routing`: rows sorted by expert, gathered, and summed back; deterministic, no host synchronisation.
 - `decode`: a packed stack into a workspace (Triton on CUDA, plain torch elsewhere).
 - `grouped`: grouped matrix products on decoded weights.
+- `ways`: the ways to multiply with packed weights, and the rule that chooses one.
+- `workspace`, `product_triton`: two of them, decoding before the product and inside of it.
 - `linear`: the product over packed weights with its low-rank addition, forward and backward.
 - `layer`: a whole layer of the common kind in one differentiable step, on CUDA.
 - `operators`: these steps as operators of torch, for `torch.compile`.

@@ -25,9 +25,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fourfold.formats import PackedStack
+from fourfold.formats.plain import PlainStack
 from fourfold.kernels.decode import HAS_TRITON
 from fourfold.kernels.grouped import grouped_outer
-from fourfold.kernels.linear import LowRank, empty_rows, padded_factors, product
+from fourfold.kernels.linear import How, LowRank, empty_rows, padded_factors, product
 from fourfold.kernels.routing import Routing, sum_rows
 
 
@@ -35,10 +36,10 @@ from fourfold.kernels.routing import Routing, sum_rows
 class Experts:
     """What a layer computes with that is not differentiated."""
 
-    up: PackedStack
-    down: PackedStack
+    up: PackedStack | PlainStack
+    down: PackedStack | PlainStack
     routing: Routing
-    workspace_bytes: int | None
+    how: How
 
 
 def runs_on(device: torch.device, compute_dtype: torch.dtype) -> bool:
@@ -61,7 +62,7 @@ class _SiluExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         from fourfold.kernels.rows_triton import gather_triton, silu_mul_triton
 
-        routing, limit = experts.routing, experts.workspace_bytes
+        routing, how = experts.routing, experts.how
         offsets_E = routing.offsets_E
         S, H = routing.order_S.shape[0], x_TH.shape[1]
         I = experts.down.shape.columns  # noqa: E741
@@ -71,18 +72,18 @@ class _SiluExperts(torch.autograd.Function):
             x_Ss = empty_rows(like, S, H, rank)
             inner = None if a_up is None else a_up.transpose(1, 2)
             h_up = gather_triton(x_TH, routing.order_S, weights_Tk.shape[1], offsets_E, x_Ss, inner)
-            up_SN = product(x_Ss[:, : H + rank], experts.up, offsets_E, limit, b_up, transposed=False)
+            up_SN = product(x_Ss[:, : H + rank], experts.up, offsets_E, how, b_up, transposed=False)
             keep_x = a_up is not None and ctx.needs_input_grad[2]
             x_SH = x_Ss[:, :H] if keep_x else None
             del x_Ss
             rank = 0 if a_down is None else a_down.shape[1]
             act_Ss = empty_rows(like, S, I, rank)
-            h_down = silu_mul_triton(up_SN, offsets_E, act_Ss, a_down)
-            rows_SH = product(act_Ss[:, : I + rank], experts.down, offsets_E, limit, b_down, transposed=False)
+            weighted_h_down = silu_mul_triton(up_SN, weights_Tk, routing.order_S, offsets_E, act_Ss, a_down)
+            rows_SH = product(act_Ss[:, : I + rank], experts.down, offsets_E, how, b_down, transposed=False)
             del act_Ss
             out_TH = sum_rows(rows_SH, routing.position_Tk, weights_Tk, x_TH.dtype)
         ctx.experts, ctx.compute_dtype = experts, compute_dtype
-        ctx.save_for_backward(x_SH, up_SN, h_up, h_down, weights_Tk, a_up, b_up, a_down, b_down)
+        ctx.save_for_backward(x_SH, up_SN, h_up, weighted_h_down, weights_Tk, a_up, b_up, a_down, b_down)
         return out_TH
 
     @staticmethod
@@ -90,22 +91,23 @@ class _SiluExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         from fourfold.kernels.rows_triton import gather_triton, silu_mul_backward_triton
 
-        x_SH, up_SN, h_up, h_down, weights_Tk, a_up, b_up, a_down, b_down = ctx.saved_tensors
+        x_SH, up_SN, h_up, weighted_h_down, weights_Tk, a_up, b_up, a_down, b_down = ctx.saved_tensors
         experts: Experts = ctx.experts
-        routing, limit = experts.routing, experts.workspace_bytes
+        routing, how = experts.routing, experts.how
         offsets_E, order_S = routing.offsets_E, routing.order_S
         S, k = order_S.shape[0], weights_Tk.shape[1]
         H, N = grad_TH.shape[1], up_SN.shape[1]
         needs_x, needs_w, needs_a_up, needs_b_up, needs_a_down, needs_b_down = ctx.needs_input_grad[:6]
         grad_a_up = grad_b_up = grad_a_down = grad_b_down = grad_x = None
-        weights_S1 = weights_Tk.reshape(-1)[order_S].unsqueeze(1)
         with torch.autocast(grad_TH.device.type, enabled=False):
             rank = 0 if b_down is None else b_down.shape[2]
             grad_Ss = empty_rows(up_SN, S, H, rank)
-            low = gather_triton(grad_TH.contiguous(), order_S, k, offsets_E, grad_Ss, b_down)
-            grad_SI = product(grad_Ss[:, : H + rank], experts.down, offsets_E, limit, a_down, transposed=True)
+            weighted_low = gather_triton(
+                grad_TH.contiguous(), order_S, k, offsets_E, grad_Ss, b_down, weights_Tk
+            )
+            grad_SI = product(grad_Ss[:, : H + rank], experts.down, offsets_E, how, a_down, transposed=True)
             if needs_b_down:
-                grad_b_down = grouped_outer(grad_Ss[:, :H], (h_down * weights_S1).to(up_SN.dtype), offsets_E)
+                grad_b_down = grouped_outer(grad_Ss[:, :H], weighted_h_down, offsets_E)
             del grad_Ss
             rank = 0 if b_up is None else b_up.shape[2]
             grad_up_Ss = empty_rows(up_SN, S, N, rank)
@@ -121,7 +123,7 @@ class _SiluExperts(torch.autograd.Function):
             )
             del grad_SI
             if needs_a_down:
-                grad_a_down = grouped_outer((low * weights_S1).to(up_SN.dtype), act_SI, offsets_E)
+                grad_a_down = grouped_outer(weighted_low, act_SI, offsets_E)
             del act_SI
             if needs_b_up:
                 grad_b_up = grouped_outer(grad_up_Ss[:, :N], h_up, offsets_E)
@@ -129,7 +131,7 @@ class _SiluExperts(torch.autograd.Function):
                 grad_a_up = grouped_outer(low_up, x_SH, offsets_E)
             if needs_x:
                 rows_SH = product(
-                    grad_up_Ss[:, : N + rank], experts.up, offsets_E, limit, a_up, transposed=True
+                    grad_up_Ss[:, : N + rank], experts.up, offsets_E, how, a_up, transposed=True
                 )
                 del grad_up_Ss
                 grad_x = sum_rows(rows_SH, routing.position_Tk, None, grad_TH.dtype)
@@ -141,13 +143,14 @@ def silu_experts(
     x_TH: torch.Tensor,
     weights_Tk: torch.Tensor,
     routing: Routing,
-    up: PackedStack,
-    down: PackedStack,
+    up: PackedStack | PlainStack,
+    down: PackedStack | PlainStack,
     low_rank_up: LowRank | None,
     low_rank_down: LowRank | None,
     *,
     compute_dtype: torch.dtype,
     workspace_bytes: int | None = None,
+    way: str | None = None,
 ) -> torch.Tensor:
     """``sum_k weight * down(silu(gate(x)) * up(x))`` over the experts of each token.
 
@@ -155,12 +158,13 @@ def silu_experts(
         x_TH: hidden states; the result and its gradient have their dtype.
         weights_Tk: routing weights.
         routing: of `route`.
-        up: packed ``[E, 2I, H]``, gate above up.
-        down: packed ``[E, H, I]``.
+        up: ``[E, 2I, H]``, gate above up; packed, or for a way that takes others too.
+        down: ``[E, H, I]``, likewise.
         low_rank_up: LoRA of either projection, differentiable.
         low_rank_down: likewise.
         compute_dtype: of products and everything kept for backward.
         workspace_bytes: as `packed_linear`.
+        way: likewise, for all four products.
 
     Returns:
         ``[T, H]``.
@@ -168,7 +172,7 @@ def silu_experts(
     like = torch.empty(0, dtype=compute_dtype, device=x_TH.device)
     a_up, b_up = padded_factors(low_rank_up, like)
     a_down, b_down = padded_factors(low_rank_down, like)
-    experts = Experts(up, down, routing, workspace_bytes)
+    experts = Experts(up, down, routing, How(workspace_bytes, way))
     arguments = (x_TH.contiguous(), weights_Tk.contiguous(), a_up, b_up, a_down, b_down)
     if torch.compiler.is_compiling():
         from fourfold.kernels import operators

@@ -2,8 +2,8 @@
 
 For the rows of expert e:   ``y = x W_e^T + (x A_e^T) B_e^T``
 
-W is frozen and packed. It is decoded into a workspace that lives only as long as the product and decoded
-again in backward, so no bf16 stack is kept for it (stock PEFT keeps ``W + BA`` of a whole layer: 1.2 GB in
+W is frozen and packed. It is decoded for the product alone (into a workspace, or inside of it) and again in
+backward, so no bf16 stack is kept for it (stock PEFT keeps ``W + BA`` of a whole layer: 1.2 GB in
 Qwen3-30B). LoRA stays in low-rank form: nothing of the size of W or BA is formed for it, and a small update
 is not rounded away by adding it to a large weight. What is saved for backward: x (only where A needs a
 gradient), ``x A^T`` and the factors.
@@ -13,20 +13,20 @@ gradient), ``x A^T`` and the factors.
 The two terms of y, and of dx, are one product: ``[x, x A^T] [W, B]^T`` and ``[dy, dy B] [W; A]``. W is
 decoded into a workspace with room for the factors, the rows have room for their low-rank columns. So the sum
 is taken in the product's fp32 accumulators and rounded once, and no pass over ``[S, N]`` is made for it.
-(In fp32 one more rounding is nothing: there the terms are added. Unquantized weights lie where they are: some
-columns of them at a time are copied into such a workspace. Adding the terms made up to 1.11 times the error
-of stock, which adds BA to the weights.)
+(In fp32 one more rounding is nothing: there the terms are added. Unquantized weights lie where they are: what
+multiplies decoded workspaces copies some columns of them at a time into one. Adding the terms made up to 1.11
+times the error of stock, which adds BA to the weights.)
 
-Workspace: by default one projection of the whole layer on CUDA, one launch and no host synchronisation; on a
-CPU one expert at a time. A smaller ``workspace_bytes`` on CUDA works through the experts in chunks and reads
-the offsets on the host (one synchronisation a product).
+How the product is computed, `kernels.ways` chooses. Its workspace is one projection of the whole layer on
+CUDA, one launch and no host synchronisation; on a CPU one expert at a time. A smaller ``workspace_bytes`` on
+CUDA works through the experts in chunks and reads the offsets on the host (one synchronisation a product);
+decoding inside the product needs no workspace.
 
 S rows sorted by expert, K in, N out, R rank, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,8 @@ from torch.autograd.function import once_differentiable
 
 from fourfold.formats import PackedStack
 from fourfold.formats.plain import PlainStack
-from fourfold.kernels.decode import ROW_MULTIPLE, decode, decode_wide
+from fourfold.kernels import ways
+from fourfold.kernels.decode import ROW_MULTIPLE
 from fourfold.kernels.grouped import (
     RANK_MULTIPLE,
     add_grouped_rows_,
@@ -43,6 +44,7 @@ from fourfold.kernels.grouped import (
     grouped_rows,
     grouped_sums,
 )
+from fourfold.kernels.workspace import matrices
 
 
 @dataclass(frozen=True)
@@ -59,30 +61,28 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Experts ``start`` to ``stop`` and their rows; ``rows`` None means all of them."""
+class How:
+    """What the caller says on how to compute.
 
-    start: int
-    stop: int
-    rows: slice | None
+    Attributes:
+        workspace_bytes: at most this much decoded weight at a time; None is a projection of the layer.
+        way: a name of `ways.WAYS`; None leaves it to the rule.
+    """
 
+    workspace_bytes: int | None = None
+    way: str | None = None
 
-def _chunks(
-    stack: PackedStack | PlainStack, dtype: torch.dtype, offsets_E: torch.Tensor, limit: int | None
-) -> Iterator[_Chunk]:
-    E, N, K = stack.shape.experts, stack.shape.rows, stack.shape.columns
-    per_expert = N * K * dtype.itemsize
-    if limit is None:
-        limit = E * per_expert if offsets_E.is_cuda else per_expert
-    step = max(1, limit // per_expert)
-    if step >= E:
-        yield _Chunk(0, E, None)
-        return
-    ends = [0, *offsets_E.tolist()]
-    for start in range(0, E, step):
-        stop = min(start + step, E)
-        if ends[stop] > ends[start]:
-            yield _Chunk(start, stop, slice(ends[start], ends[stop]))
+    def way_of(
+        self,
+        rows_SM: torch.Tensor,
+        stack: PackedStack | PlainStack,
+        factor: torch.Tensor | None,
+        *,
+        transposed: bool,
+    ) -> ways.Way:
+        """The way of one product."""
+        rank = 0 if factor is None else factor.shape[1 if transposed else 2]
+        return ways.WAYS[ways.choose(ways.problem(rows_SM, stack, rank, transposed=transposed), self.way)]
 
 
 def empty_rows(like: torch.Tensor, rows: int, columns: int, extra: int) -> torch.Tensor:
@@ -90,33 +90,11 @@ def empty_rows(like: torch.Tensor, rows: int, columns: int, extra: int) -> torch
     return like.new_empty(rows, columns + extra + -(columns + extra) % ROW_MULTIPLE)
 
 
-def _matrices(
-    stack: PackedStack | PlainStack,
-    dtype: torch.dtype,
-    factor: torch.Tensor | None,
-    *,
-    transposed: bool,
-) -> torch.Tensor:
-    """What rows are multiplied with: ``[E, K (+ R), N]``, or transposed ``[E, N (+ R), K]``."""
-    if factor is None or isinstance(stack, PlainStack):
-        w_ENK = decode(stack, dtype)
-        return w_ENK if transposed else w_ENK.transpose(1, 2)
-    N, K = stack.shape.rows, stack.shape.columns
-    if transposed:
-        w_EnK = decode_wide(stack, dtype, extra_rows=factor.shape[1])[..., :K]
-        w_EnK[:, N:] = factor
-        return w_EnK
-    R = factor.shape[2]
-    w_ENk = decode_wide(stack, dtype, extra_columns=R)[..., : K + R]
-    w_ENk[..., K:] = factor
-    return w_ENk.transpose(1, 2)
-
-
 def product(
-    x_SK: torch.Tensor,
+    rows_SM: torch.Tensor,
     stack: PackedStack | PlainStack,
     offsets_E: torch.Tensor,
-    limit: int | None,
+    how: How,
     factor: torch.Tensor | None = None,
     *,
     transposed: bool,
@@ -125,25 +103,8 @@ def product(
 
     With a factor (B ``[E, N, R]``; transposed, A ``[E, R, K]``) the rows hold R low-rank columns as well.
     """
-    out: torch.Tensor | None = None
-    for chunk in _chunks(stack, x_SK.dtype, offsets_E, limit):
-        if chunk.rows is None:
-            return grouped_rows(x_SK, _matrices(stack, x_SK.dtype, factor, transposed=transposed), offsets_E)
-        experts = slice(chunk.start, chunk.stop)
-        w = _matrices(
-            stack.experts(chunk.start, chunk.stop),
-            x_SK.dtype,
-            None if factor is None else factor[experts],
-            transposed=transposed,
-        )
-        if out is None:
-            out = x_SK.new_empty(x_SK.shape[0], w.shape[2])
-        out[chunk.rows] = grouped_rows(x_SK[chunk.rows], w, offsets_E[experts] - chunk.rows.start)
-        del w  # else two chunks would be decoded at a time
-    if out is None:  # no rows at all
-        width = stack.shape.columns if transposed else stack.shape.rows
-        return x_SK.new_empty(x_SK.shape[0], width)
-    return out
+    way = how.way_of(rows_SM, stack, factor, transposed=transposed)
+    return way.product(rows_SM, stack, offsets_E, factor, how.workspace_bytes, transposed=transposed)
 
 
 def _with_low_rank(
@@ -152,7 +113,7 @@ def _with_low_rank(
     outer: torch.Tensor,
     stack: PackedStack | PlainStack,
     offsets_E: torch.Tensor,
-    limit: int | None,
+    how: How,
     *,
     transposed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -167,18 +128,23 @@ def _with_low_rank(
     """
     K, R = x_SK.shape[1], inner.shape[2]
     h_SR = grouped_rows(x_SK, inner, offsets_E)
-    if isinstance(stack, PlainStack) and x_SK.dtype != torch.float32:
-        w = _matrices(stack, x_SK.dtype, None, transposed=transposed)
+    way = how.way_of(x_SK, stack, outer, transposed=transposed)
+    if not way.wide:
+        y = way.product(x_SK, stack, offsets_E, outer, None, transposed=transposed, h_SR=h_SR)
+        return y, h_SR, x_SK
+    if isinstance(stack, PlainStack) and x_SK.dtype != torch.float32 and not way.takes_plain:
+        w = matrices(stack, x_SK.dtype, None, transposed=transposed)
         outer_ERN = outer if transposed else outer.transpose(1, 2)
         return grouped_sums(x_SK, w, h_SR, outer_ERN, offsets_E), h_SR, x_SK
+    limit = how.workspace_bytes
     if x_SK.dtype == torch.float32:
-        y = product(x_SK, stack, offsets_E, limit, transposed=transposed)
+        y = way.product(x_SK, stack, offsets_E, None, limit, transposed=transposed)
         outer_ERN = outer if transposed else outer.transpose(1, 2)
         return add_grouped_rows_(y, h_SR, outer_ERN, offsets_E), h_SR, x_SK
     wide_Ss = empty_rows(x_SK, len(x_SK), K, R)
     wide_Ss[:, :K] = x_SK
     wide_Ss[:, K : K + R] = h_SR
-    y = product(wide_Ss[:, : K + R], stack, offsets_E, limit, outer, transposed=transposed)
+    y = way.product(wide_Ss[:, : K + R], stack, offsets_E, outer, limit, transposed=transposed)
     return y, h_SR, wide_Ss[:, :K]
 
 
@@ -191,17 +157,17 @@ class _PackedLinear(torch.autograd.Function):
         b_ENR: torch.Tensor | None,
         stack: PackedStack | PlainStack,
         offsets_E: torch.Tensor,
-        limit: int | None,
+        how: How,
     ) -> torch.Tensor:
-        ctx.stack, ctx.limit = stack, limit
+        ctx.stack, ctx.how = stack, how
         h_SR = None
         with torch.autocast(x_SK.device.type, enabled=False):
             if a_ERK is None or b_ENR is None:
-                y_SN = product(x_SK, stack, offsets_E, limit, transposed=False)
+                y_SN = product(x_SK, stack, offsets_E, how, transposed=False)
             else:
                 inner_EKR = a_ERK.transpose(1, 2)
                 y_SN, h_SR, x_SK = _with_low_rank(
-                    x_SK, inner_EKR, b_ENR, stack, offsets_E, limit, transposed=False
+                    x_SK, inner_EKR, b_ENR, stack, offsets_E, how, transposed=False
                 )
         keep_x = ctx.needs_input_grad[1]
         keep_h = ctx.needs_input_grad[2]
@@ -218,10 +184,10 @@ class _PackedLinear(torch.autograd.Function):
         with torch.autocast(grad_SN.device.type, enabled=False):
             if needs_x and b_ENR is not None:
                 grad_x, grad_h_SR, _ = _with_low_rank(
-                    grad_SN, b_ENR, a_ERK, ctx.stack, offsets_E, ctx.limit, transposed=True
+                    grad_SN, b_ENR, a_ERK, ctx.stack, offsets_E, ctx.how, transposed=True
                 )
             elif needs_x:
-                grad_x = product(grad_SN, ctx.stack, offsets_E, ctx.limit, transposed=True)
+                grad_x = product(grad_SN, ctx.stack, offsets_E, ctx.how, transposed=True)
             elif needs_a:
                 grad_h_SR = grouped_rows(grad_SN, b_ENR, offsets_E)
             if needs_a:
@@ -252,6 +218,7 @@ def packed_linear(
     low_rank: LowRank | None = None,
     *,
     workspace_bytes: int | None = None,
+    way: str | None = None,
 ) -> torch.Tensor:
     """Grouped product of sorted rows with packed weights and low-rank factors.
 
@@ -261,13 +228,18 @@ def packed_linear(
         offsets_E: end of each expert's rows, int32; the last one must be S.
         low_rank: LoRA factors, differentiable; cast here to the dtype of ``x_SK``.
         workspace_bytes: at most this much decoded weight at a time (but never less than one expert).
+        way: how to compute it (a name of `ways.WAYS`); None leaves it to the rule.
 
     Returns:
         ``[S, N]`` in the dtype of ``x_SK``.
+
+    Raises:
+        ConfigurationError: there is no such way, or it cannot do this.
     """
     a_ERK, b_ENR = padded_factors(low_rank, x_SK)
+    how = How(workspace_bytes, way)
     if torch.compiler.is_compiling():
         from fourfold.kernels import operators
 
-        return operators.packed_linear(x_SK, a_ERK, b_ENR, stack, offsets_E, workspace_bytes)
-    return _PackedLinear.apply(x_SK, a_ERK, b_ENR, stack, offsets_E, workspace_bytes)
+        return operators.packed_linear(x_SK, a_ERK, b_ENR, stack, offsets_E, how)
+    return _PackedLinear.apply(x_SK, a_ERK, b_ENR, stack, offsets_E, how)

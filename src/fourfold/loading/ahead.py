@@ -10,6 +10,7 @@ the final tensors. Nothing beside those and a few pieces is allocated.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -39,68 +40,79 @@ def _copy_piece(source: torch.Tensor, place: torch.Tensor, stream: torch.cuda.St
 
 
 class AheadReader:
-    """Reads whole tensors, all that were asked for, from the moment when the first is taken.
+    """Reads whole tensors from the moment when each is begun, in that order.
+
+    Nothing waits for the loader to come to the first of them: it goes through the tensors by name, and would
+    first sit out the output layer and the embeddings, a quarter of a 12-layer Qwen3-30B-A3B in NF4.
 
     Args:
         stored: the checkpoint's files.
-        wanted: name of a parameter to its shape, dtype and device.
+        wanted: name of a parameter to its shape and dtype.
+        device_map: of parameters or of the modules that hold them.
+
+    Attributes:
+        device_map: as above; an automatic one is known only after the converters are made, and set then.
+        nbytes: of all tensors begun.
     """
 
     def __init__(
         self,
         stored: StoredTensors,
-        wanted: Mapping[str, tuple[torch.Size, torch.dtype, torch.device]],
+        wanted: Mapping[str, tuple[torch.Size, torch.dtype]],
+        device_map: Mapping[str, Any] | None,
     ) -> None:
         self.stored = stored
+        self.device_map = device_map
+        self.nbytes = 0
         self._wanted = wanted
-        self._asked: list[tuple[str, str]] = []
         self._reading: dict[str, tuple[torch.Tensor, list[Future[None]]]] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="fourfold-read")
+        # A load that raises elsewhere never closes its reader; what is queued would go on being read into
+        # memory that nobody has.
+        self._abandon = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AheadReader:
         return self  # the loader copies converters for every key
 
-    def ask(self, name: str, key: str) -> bool:
-        """Whether ``key`` will be read here as parameter ``name``."""
-        wanted = self._wanted.get(name)
-        if wanted is None or key not in self.stored.headers or self._pool is not None:
-            return False
-        shape, dtype, device = wanted
-        header = self.stored.headers[key]
-        if device.type not in _DEVICES or (header.shape, header.dtype) != (tuple(shape), DTYPE_NAMES[dtype]):
-            return False
-        self._asked.append((name, key))
-        return True
+    def converters(self) -> list[AheadConverter]:
+        """One for every last component of a name."""
+        return [AheadConverter.of(leaf, self) for leaf in {n.rpartition(".")[2]: None for n in self._wanted}]
 
-    def withdraw(self) -> None:
-        """The last `ask` is not needed after all."""
-        self._asked.pop()
+    def _device(self, name: str) -> torch.device:
+        return torch.device(expand_device_map(self.device_map, [name])[name])
+
+    def reads(self, name: str, key: str) -> bool:
+        """Whether stored tensor ``key`` can be read here as parameter ``name``: nothing to convert."""
+        wanted, header = self._wanted.get(name), self.stored.headers.get(key)
+        if wanted is None or header is None or self._device(name).type not in _DEVICES:
+            return False
+        return (header.shape, header.dtype) == (tuple(wanted[0]), DTYPE_NAMES[wanted[1]])
+
+    def begin(self, name: str, key: str) -> None:
+        """Start reading ``key`` as parameter ``name``."""
+        (shape, dtype), device = self._wanted[name], self._device(name)
+        with torch.device("cpu"):  # models are made under another default
+            source = self.stored.slice(key)[...]
+        place = torch.empty(shape, dtype=dtype, device=device)
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        source_b, place_b = (t.contiguous().view(-1).view(torch.uint8) for t in (source, place))
+        pieces = zip(source_b.split(PIECE_BYTES), place_b.split(PIECE_BYTES), strict=True)
+        self._reading[name] = (place, [self._pool.submit(_copy_piece, a, b, stream) for a, b in pieces])
+        self.nbytes += place.nbytes
 
     def take(self, name: str) -> torch.Tensor:
-        """The tensor, on its device; waits for it."""
-        if self._pool is None:
-            self._start()
+        """The tensor, on its device; waits for it. What a piece raised is raised, and ends all reading."""
         place, pieces = self._reading.pop(name)
-        for piece in pieces:
-            piece.result()
+        try:
+            for piece in pieces:
+                piece.result()
+        except BaseException:
+            self.close()
+            raise
         return place
 
-    def _start(self) -> None:
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="fourfold-read")
-        for name, key in self._asked:
-            shape, dtype, device = self._wanted[name]
-            with torch.device("cpu"):  # models are made under another default
-                source = self.stored.slice(key)[...]
-            place = torch.empty(shape, dtype=dtype, device=device)
-            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-            source_b, place_b = (t.contiguous().view(-1).view(torch.uint8) for t in (source, place))
-            pieces = zip(source_b.split(PIECE_BYTES), place_b.split(PIECE_BYTES), strict=True)
-            running = [self._pool.submit(_copy_piece, a, b, stream) for a, b in pieces]
-            self._reading[name] = (place, running)
-
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
         self._reading.clear()
         self.stored.close()
 
@@ -122,11 +134,14 @@ class AheadConverter(WeightConverter):
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         reader: AheadReader | None = getattr(self, "reader", None)
-        if reader is not None and isinstance(future, Future) and reader.ask(target_key, source_key):
-            if future.cancel():
-                future = _Ahead(reader, target_key)
-            else:
-                reader.withdraw()
+        if (
+            reader is not None
+            and isinstance(future, Future)
+            and reader.reads(target_key, source_key)
+            and future.cancel()
+        ):
+            reader.begin(target_key, source_key)
+            future = _Ahead(reader, target_key)
         super().add_tensor(target_key, source_key, source_pattern, future)
 
 
@@ -140,15 +155,14 @@ class _Ahead:
         return self.reader.take(self.name)
 
 
-def packed_places(
-    model: Any, names: Iterable[str], device_map: Mapping[str, Any] | None
-) -> dict[str, tuple[torch.Size, torch.dtype, torch.device]]:
-    """Shape, dtype and device of every packed tensor of the modules called ``names``."""
-    tensors = {
-        f"{name}.{leaf}": tensor
-        for name in names
+def packed_tensors(model: Any, modules: Iterable[str]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of every packed tensor of the modules called ``modules``, by full name.
+
+    (What is floating point is not packed, and the loader may want it in another dtype.)
+    """
+    return {
+        f"{name}.{leaf}": (tensor.shape, tensor.dtype)
+        for name in modules
         for leaf, tensor in model.get_submodule(name).named_parameters(recurse=False)
-        if not tensor.is_floating_point()  # else not packed, and the loader may want it in another dtype
+        if not tensor.is_floating_point()
     }
-    devices = expand_device_map(device_map, list(tensors))
-    return {name: (t.shape, t.dtype, torch.device(devices[name])) for name, t in tensors.items()}

@@ -36,7 +36,7 @@ from fourfold.experts import (
 from fourfold.experts.layout import name_suffix
 from fourfold.formats import COMPANION_SUFFIXES
 from fourfold.formats.quantize import FP16_MAX
-from fourfold.loading.ahead import AheadConverter, AheadReader, packed_places
+from fourfold.loading.ahead import AheadReader, packed_tensors
 from fourfold.loading.complete import (
     check_complete,
     check_finite,
@@ -62,6 +62,7 @@ class FourfoldQuantizer(HfQuantizer):
         linears: transformers' bitsandbytes quantizer for Linears, or None where experts alone are quantized.
         packed: names of the packed experts modules.
         left_on_request: names of experts modules in high precision because the configuration says so.
+        read_ahead_bytes: of what an `AheadReader` read of a packed checkpoint.
     """
 
     requires_calibration = False
@@ -88,6 +89,7 @@ class FourfoldQuantizer(HfQuantizer):
         self._headers: Mapping[str, Header] = {}
         self._loading: weakref.ref[PreTrainedModel] | None = None
         self._ahead: AheadReader | None = None
+        self.read_ahead_bytes = 0
         self._shapes: dict[str, tuple[int, ...]] = {}
         # transformers logs what a conversion raises and goes on; the first error is kept and raised at the
         # end.
@@ -97,8 +99,10 @@ class FourfoldQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict):  # (called again when "auto" has become a map)
+        if isinstance(device_map, dict):  # (called again when "auto" has become a map, after conversions)
             self._device_map = device_map
+            if self._ahead is not None:
+                self._ahead.device_map = device_map
         import bitsandbytes  # noqa: F401  (a dependency; registers the quantization operators)
 
         if self.linears is not None:
@@ -287,16 +291,16 @@ class FourfoldQuantizer(HfQuantizer):
         if model is None and self._loading is not None:  # older versions do not say
             model = self._loading()
         if self._names_are_the_models and self.packed and model is not None:
-            places = packed_places(model, self.packed, self._device_map)
-            self._ahead = AheadReader(StoredTensors(self._headers, model_dtype(model)), places)
-            leaves = dict.fromkeys(name.rpartition(".")[2] for name in places)
-            conversions += [AheadConverter.of(leaf, self._ahead) for leaf in leaves]
+            stored = StoredTensors(self._headers, model_dtype(model))
+            self._ahead = AheadReader(stored, packed_tensors(model, self.packed), self._device_map)
+            conversions += self._ahead.converters()
         return conversions
 
     # --- after loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self._ahead is not None:
+            self.read_ahead_bytes = self._ahead.nbytes
             self._ahead.close()
             self._ahead = None
         self._loading, self._headers = None, {}

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from fourfold.formats import PackedStack
 from fourfold.kernels.decode import ROW_MULTIPLE
 from fourfold.kernels.layer import Experts, _SiluExperts
+from fourfold.kernels.linear import How
 from fourfold.kernels.operators.define import (
     STACK,
     Context,
@@ -30,16 +30,14 @@ _FROZEN = f"Tensor order, Tensor position, Tensor expert, Tensor offsets, {STACK
 _FROZEN_ARGUMENTS = 4 + 6 + 6
 
 
-def _experts(frozen: Sequence[Any], limit: int | None) -> Experts:
-    up, down = stack_of(*frozen[4:10]), stack_of(*frozen[10:16])
-    assert isinstance(up, PackedStack)
-    assert isinstance(down, PackedStack)
-    return Experts(up, down, Routing(*frozen[:4]), limit)
+def _experts(frozen: Sequence[Any], how: How) -> Experts:
+    return Experts(stack_of(*frozen[4:10]), stack_of(*frozen[10:16]), Routing(*frozen[:4]), how)
 
 
-def _split(rest: Sequence[Any]) -> tuple[Sequence[Any], Any, Any]:
-    """Frozen inputs and the last two arguments."""
-    return rest[:_FROZEN_ARGUMENTS], *rest[_FROZEN_ARGUMENTS:]
+def _split(rest: Sequence[Any]) -> tuple[Sequence[Any], How, Sequence[bool]]:
+    """Frozen inputs, how to compute, and which gradients are wanted."""
+    limit, way, wanted = rest[_FROZEN_ARGUMENTS:]
+    return rest[:_FROZEN_ARGUMENTS], How(limit, way), wanted
 
 
 def _run(
@@ -52,9 +50,9 @@ def _run(
     dtype: torch.dtype,
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
-    frozen, limit, wanted = _split(rest)
+    frozen, how, wanted = _split(rest)
     ctx: Any = Context(wanted)
-    out = _SiluExperts.forward(ctx, x, weights, a_up, b_up, a_down, b_down, _experts(frozen, limit), dtype)
+    out = _SiluExperts.forward(ctx, x, weights, a_up, b_up, a_down, b_down, _experts(frozen, how), dtype)
     like = x.new_empty(0, dtype=dtype)
     x_rows, up_rows, h_up, h_down = ctx.saved_tensors[:4]
     if not any(wanted):
@@ -107,9 +105,9 @@ def _backward_run(
     b_down: torch.Tensor | None,
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
-    frozen, limit, wanted = _split(rest)
+    frozen, how, wanted = _split(rest)
     ctx: Any = Context(wanted, [x_rows, up_rows, h_up, h_down, weights, a_up, b_up, a_down, b_down])
-    ctx.experts, ctx.compute_dtype = _experts(frozen, limit), up_rows.dtype
+    ctx.experts, ctx.compute_dtype = _experts(frozen, how), up_rows.dtype
     return tuple(or_empty(g, grad).contiguous() for g in _SiluExperts.backward(ctx, grad)[:6])
 
 
@@ -137,7 +135,7 @@ def _backward_fake(
 _backward_operator = define(
     "silu_experts_backward",
     "(Tensor grad, Tensor? x_rows, Tensor up_rows, Tensor? h_up, Tensor? h_down, Tensor weights, "
-    f"Tensor? a_up, Tensor? b_up, Tensor? a_down, Tensor? b_down, {_FROZEN}, int? limit, bool[] wanted) "
+    f"Tensor? a_up, Tensor? b_up, Tensor? a_down, Tensor? b_down, {_FROZEN}, int? limit, str? way, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_run,
     _backward_fake,
@@ -146,12 +144,12 @@ _backward_operator = define(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     _, weights, a_up, b_up, a_down, b_down, _, *rest = inputs
-    frozen, limit, wanted = _split(rest)
+    frozen, how, wanted = _split(rest)
     _, x_rows, up_rows, h_up, h_down = output
     ctx.mark_non_differentiable(x_rows, up_rows, h_up, h_down)
     ctx.set_materialize_grads(False)
     ctx.numbers = [None if isinstance(f, torch.Tensor) else f for f in frozen]
-    ctx.limit = limit
+    ctx.how = how
     ctx.save_for_backward(
         or_none(x_rows, a_up is not None and wanted[2]),
         up_rows,
@@ -167,20 +165,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
 
 
 def _backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-    rest = (None,) * (1 + _FROZEN_ARGUMENTS + 2)
+    rest = (None,) * (1 + _FROZEN_ARGUMENTS + 3)
     if grad is None:
         return *(None,) * 6, *rest
     wanted = list(ctx.needs_input_grad[:6])
     tensors, frozen = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
     frozen = [t if n is None else n for t, n in zip(frozen, ctx.numbers, strict=True)]
-    grads = _backward_operator(grad, *tensors, *frozen, ctx.limit, wanted)
+    grads = _backward_operator(grad, *tensors, *frozen, ctx.how.workspace_bytes, ctx.how.way, wanted)
     return *(or_none(g, want) for g, want in zip(grads, wanted, strict=True)), *rest
 
 
 _operator = define(
     "silu_experts",
     "(Tensor x, Tensor weights, Tensor? a_up, Tensor? b_up, Tensor? a_down, Tensor? b_down, "
-    f"ScalarType dtype, {_FROZEN}, int? limit, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"ScalarType dtype, {_FROZEN}, int? limit, str? way, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
     (_setup, _backward),
@@ -212,7 +211,8 @@ def silu_experts(
         *frozen,
         *stack_arguments(experts.up),
         *stack_arguments(experts.down),
-        experts.workspace_bytes,
+        experts.how.workspace_bytes,
+        experts.how.way,
         wanted,
     )
     return out_TH

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from fourfold.kernels.decode import ROW_MULTIPLE
-from fourfold.kernels.linear import _PackedLinear
+from fourfold.kernels.linear import How, _PackedLinear
 from fourfold.kernels.operators.define import (
-    PLAIN,
     STACK,
     Context,
     Stack,
@@ -26,11 +24,6 @@ from fourfold.kernels.operators.define import (
 _STACK_AT, _AFTER = 3, 9
 
 
-def _keeps_wide_rows(x: torch.Tensor, a: torch.Tensor | None, fmt: str, wanted: Sequence[bool]) -> bool:
-    """Whether the rows kept for A's gradient are a copy, with room for low-rank columns behind them."""
-    return wanted[1] and a is not None and fmt != PLAIN and x.dtype != torch.float32
-
-
 def _run(
     x: torch.Tensor,
     a: torch.Tensor | None,
@@ -43,14 +36,15 @@ def _run(
     shape: Sequence[int],
     offsets: torch.Tensor,
     limit: int | None,
+    way: str | None,
     wanted: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     ctx: Any = Context(wanted)
     stack = stack_of(data, absmax, scale, offset, fmt, shape)
-    y = _PackedLinear.forward(ctx, x, a, b, stack, offsets, limit)
-    rows, h = ctx.saved_tensors[:2]
-    # (grouped_mm pads rows to 16 bytes)
-    return y.contiguous(), or_empty(None if rows is x else rows, x), or_empty(h, x).contiguous()
+    y = _PackedLinear.forward(ctx, x, a, b, stack, offsets, How(limit, way))
+    # What it keeps of x may be a copy with low-rank columns behind it, which is up to the way and so to the
+    # number of rows. No result may depend on that: x itself is kept.
+    return y.contiguous(), or_empty(ctx.saved_tensors[1], x).contiguous()
 
 
 def _fake(
@@ -65,16 +59,12 @@ def _fake(
     shape: Sequence[int],
     offsets: torch.Tensor,
     limit: int | None,
+    way: str | None,
     wanted: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    S, K = x.shape
-    rows, h = x.new_empty(0), x.new_empty(0)
-    if a is not None and _keeps_wide_rows(x, a, fmt, wanted):
-        width = K + a.shape[1]
-        rows = x.new_empty_strided((S, K), (width + -width % ROW_MULTIPLE, 1))
-    if a is not None and wanted[2]:
-        h = x.new_empty(S, a.shape[1])
-    return x.new_empty(S, shape[1]), rows, h
+) -> tuple[torch.Tensor, torch.Tensor]:
+    S = x.shape[0]
+    h = x.new_empty(S, a.shape[1]) if a is not None and wanted[2] else x.new_empty(0)
+    return x.new_empty(S, shape[1]), h
 
 
 def _backward_run(
@@ -91,10 +81,11 @@ def _backward_run(
     shape: Sequence[int],
     offsets: torch.Tensor,
     limit: int | None,
+    way: str | None,
     wanted: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     ctx: Any = Context(wanted, [x, h, a, b, offsets])
-    ctx.stack, ctx.limit = stack_of(data, absmax, scale, offset, fmt, shape), limit
+    ctx.stack, ctx.how = stack_of(data, absmax, scale, offset, fmt, shape), How(limit, way)
     grad_x, grad_a, grad_b = (or_empty(g, grad) for g in _PackedLinear.backward(ctx, grad)[:3])
     return grad_x.contiguous(), grad_a.contiguous(), grad_b.contiguous()
 
@@ -113,6 +104,7 @@ def _backward_fake(
     shape: Sequence[int],
     offsets: torch.Tensor,
     limit: int | None,
+    way: str | None,
     wanted: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     sizes = (
@@ -127,7 +119,7 @@ def _backward_fake(
 _backward_operator = define(
     "packed_linear_backward",
     f"(Tensor grad, Tensor? x, Tensor? h, Tensor? a, Tensor? b, {STACK.format('')}, Tensor offsets, "
-    "int? limit, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    "int? limit, str? way, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     _backward_run,
     _backward_fake,
 )
@@ -136,29 +128,28 @@ _backward_operator = define(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     x, a, b = inputs[:_STACK_AT]
     *tensors, fmt, shape = inputs[_STACK_AT:_AFTER]
-    offsets, limit, wanted = inputs[_AFTER:]
-    _, rows, h = output
-    ctx.mark_non_differentiable(rows, h)
+    offsets, limit, way, wanted = inputs[_AFTER:]
+    _, h = output
+    ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)
-    kept = rows if _keeps_wide_rows(x, a, fmt, wanted) else or_none(x, wanted[1])
-    ctx.save_for_backward(kept, or_none(h, wanted[2]), a, b, *tensors, offsets)
-    ctx.fmt, ctx.shape, ctx.limit = fmt, shape, limit
+    ctx.save_for_backward(or_none(x, wanted[1]), or_none(h, wanted[2]), a, b, *tensors, offsets)
+    ctx.fmt, ctx.shape, ctx.how = fmt, shape, (limit, way)
 
 
 def _backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
-    rest = (None,) * 9
+    rest = (None,) * 10
     if grad is None:
         return None, None, None, *rest
     wanted = list(ctx.needs_input_grad[:_STACK_AT])
     *tensors, offsets = ctx.saved_tensors
-    grads = _backward_operator(grad, *tensors, ctx.fmt, ctx.shape, offsets, ctx.limit, wanted)
+    grads = _backward_operator(grad, *tensors, ctx.fmt, ctx.shape, offsets, *ctx.how, wanted)
     return *(or_none(g, want) for g, want in zip(grads, wanted, strict=True)), *rest
 
 
 _operator = define(
     "packed_linear",
-    f"(Tensor x, Tensor? a, Tensor? b, {STACK.format('')}, Tensor offsets, int? limit, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"(Tensor x, Tensor? a, Tensor? b, {STACK.format('')}, Tensor offsets, int? limit, str? way, "
+    "bool[] wanted) -> (Tensor, Tensor)",
     _run,
     _fake,
     (_setup, _backward),
@@ -171,9 +162,10 @@ def packed_linear(
     b_ENR: torch.Tensor | None,
     stack: Stack,
     offsets_E: torch.Tensor,
-    limit: int | None,
+    how: How,
 ) -> torch.Tensor:
     """`linear.packed_linear`, its factors cast and padded."""
     wanted = needs(x_SK, a_ERK, b_ENR)
-    y_SN, _, _ = _operator(x_SK, a_ERK, b_ENR, *stack_arguments(stack), offsets_E, limit, wanted)
+    rest = (offsets_E, how.workspace_bytes, how.way, wanted)
+    y_SN, _ = _operator(x_SK, a_ERK, b_ENR, *stack_arguments(stack), *rest)
     return y_SN

@@ -1,0 +1,138 @@
+"""Compiling CUDA C++ at first use and launching it: NVRTC and the driver, both by way of ctypes.
+
+torch's CUDA builds bring NVRTC along, so nothing has to be installed: no toolkit, no compiler, no headers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+class CompilerMissingError(RuntimeError):
+    """NVRTC or the driver's library cannot be found or does not do what is needed."""
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """libcuda."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CompilerMissingError(f"the CUDA driver's library: {error}") from None
+
+
+def _load_nvrtc(path: str) -> ctypes.CDLL:
+    # NVRTC opens its builtins by name when it compiles, and finds them only if they are loaded already.
+    for builtins in Path(path).parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(builtins))
+    return ctypes.CDLL(path)
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    name = f"libnvrtc.so.{(torch.version.cuda or '*').split('.')[0]}"
+    packages = Path(torch.__file__).parent.parent / "nvidia"
+    for candidate in (*map(str, packages.glob(f"*/lib/{name}")), name):
+        try:
+            return _load_nvrtc(candidate)
+        except OSError:
+            continue
+    raise CompilerMissingError(f"{name} (it comes with torch's CUDA builds) was not found")
+
+
+def check(status: int, what: str) -> None:
+    """Raises:
+    RuntimeError: the driver refused.
+    """
+    if status:
+        text = ctypes.c_char_p()
+        driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"{what}: {(text.value or b'unknown error').decode()} ({status})")
+
+
+@functools.cache
+def cubin(text: str, architecture: str, definitions: tuple[str, ...]) -> bytes:
+    """Compiled code.
+
+    Raises:
+        CompilerMissingError: there is no NVRTC, or it knows no such architecture.
+    """
+    nvrtc = _nvrtc()
+    program = ctypes.c_void_p()
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"products.cu", 0, None, None):
+        raise CompilerMissingError("NVRTC made no program")
+    try:
+        options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{d}" for d in definitions)]
+        array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        status = nvrtc.nvrtcCompileProgram(program, len(options), array)
+        size = ctypes.c_size_t()
+        if status:
+            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise CompilerMissingError(f"NVRTC for {architecture}: {log.value.decode()[-2000:]}")
+        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+class Launcher:
+    """Launches one kernel whose arguments are tensor maps, then pointers, then ints.
+
+    The memory of the arguments is kept (making ctypes' arrays anew costs more than the launch); so a
+    launcher belongs to one thread.
+    """
+
+    def __init__(self, kernel: ctypes.c_void_p, maps: int, pointers: int, ints: int) -> None:
+        self.kernel = kernel
+        self._maps = maps
+        self._pointers = (ctypes.c_uint64 * pointers)()
+        self._ints = (ctypes.c_int * ints)()
+        places = [
+            *(ctypes.addressof(self._pointers) + 8 * i for i in range(pointers)),
+            *(ctypes.addressof(self._ints) + 4 * i for i in range(ints)),
+        ]
+        self._places = (ctypes.c_void_p * (maps + len(places)))(*(0,) * maps, *places)
+        self._launch = driver().cuLaunchKernel
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        stream: int,
+        maps: Sequence[ctypes.Array[ctypes.c_char]],
+        pointers: Sequence[int],
+        ints: Sequence[int],
+    ) -> None:
+        for i, each in enumerate(maps):
+            self._places[i] = ctypes.addressof(each)
+        self._pointers[:] = list(pointers)
+        self._ints[:] = list(ints)
+        check(
+            self._launch(
+                self.kernel, *grid, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), self._places, None
+            ),
+            "launching a kernel",
+        )
+
+
+@functools.cache
+def function(code: bytes, name: str, shared_bytes: int, device: int) -> ctypes.c_void_p:
+    """A kernel of compiled code on a device, whose context must be current."""
+    module, found = ctypes.c_void_p(), ctypes.c_void_p()
+    check(driver().cuModuleLoadData(ctypes.byref(module), code), "loading a kernel")
+    check(driver().cuModuleGetFunction(ctypes.byref(found), module, name.encode()), f"kernel {name}")
+    status = driver().cuFuncSetAttribute(found, _MAX_DYNAMIC_SHARED, shared_bytes)
+    check(status, f"{shared_bytes} bytes of shared memory for {name}")
+    return found

@@ -1,0 +1,89 @@
+"""The kernel for Hopper without one: every variant compiles, and what it refuses. (tests/gpu runs it.)"""
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+
+from fourfold.formats import PackFormat, StackShape
+from fourfold.kernels.hopper import compile as compiled
+from fourfold.kernels.hopper import products
+from fourfold.kernels.hopper.source import shared_bytes, source
+
+VARIANTS = [
+    products._Variant(transposed, dtype, bits, wide)
+    for transposed, dtype, (bits, wide) in itertools.product(
+        (False, True), (torch.bfloat16, torch.float16), ((4, False), (8, False), (16, False), (16, True))
+    )
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_it_compiles(variant: products._Variant) -> None:
+    code = products._cubin(variant)
+    assert code[:4] == b"\x7fELF"
+    assert b"grouped_product" in code
+
+
+def test_a_mistake_is_told() -> None:
+    with pytest.raises(compiled.CompilerMissingError, match="expected a"):
+        compiled.cubin("int wrong", "sm_90a", ())
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_its_shared_memory_is_what_is_asked_for(bits: int) -> None:
+    # a block of Hopper can have 227 KiB
+    assert shared_bytes(bits) <= 227 * 1024
+    checked = source() + f"static_assert(AT_BARRIERS + 2 * STAGES * 8 == {shared_bytes(bits)});\n"
+    compiled.cubin(checked, "sm_90a", ("TRANSPOSED=0", "HALF=0", f"WEIGHTS={bits}", "WIDE=0"))
+    wrong = source() + f"static_assert(AT_BARRIERS + 2 * STAGES * 8 != {shared_bytes(bits)});\n"
+    with pytest.raises(compiled.CompilerMissingError, match="static assertion"):
+        compiled.cubin(wrong, "sm_90a", ("TRANSPOSED=0", "HALF=0", f"WEIGHTS={bits}", "WIDE=0"))
+
+
+def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> ctypes.CDLL:
+        raise compiled.CompilerMissingError("libnvrtc was not found")
+
+    monkeypatch.setattr(compiled, "driver", missing)
+    products.unavailable.cache_clear()
+    try:
+        assert products.unavailable() == "libnvrtc was not found"
+    finally:
+        products.unavailable.cache_clear()
+
+
+BF16 = torch.bfloat16
+SHAPE = StackShape(2, 128, 128)
+TAKEN: dict[str, object] = {"fmt": PackFormat("nf4"), "shape": SHAPE, "dtype": BF16, "capability": (9, 0)}
+
+
+def test_it_takes_what_it_is_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "unavailable", lambda: None)  # (no driver without a GPU)
+    assert products.refusal(**TAKEN) is None  # type: ignore[arg-type]
+    assert products.refusal(**TAKEN | {"fmt": PackFormat("int8")}) is None  # type: ignore[arg-type]
+    plain = {"fmt": None, "plain": (BF16, (128 * 128, 1, 128))}
+    assert products.refusal(**TAKEN | plain) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"capability": None}, "NVIDIA"),
+        ({"capability": (8, 0)}, "capability 9.x; this GPU has 8.0"),
+        ({"capability": (10, 0)}, "this GPU has 10.0"),
+        ({"dtype": torch.float32}, "bf16 or fp16"),
+        ({"aligned": False}, "16 bytes"),
+        ({"fmt": PackFormat("nf4", 32)}, "blocks of 64"),
+        ({"shape": StackShape(2, 96, 128)}, "multiples of 64, not 96 x 128"),
+        ({"shape": StackShape(2, 128, 200)}, "multiples of 64, not 128 x 200"),
+        ({"shape": StackShape(1025, 128, 128)}, "1024 experts at most"),
+        ({"fmt": None, "plain": (torch.float32, (128 * 128, 128, 1))}, "not of torch.float32"),
+        ({"fmt": None, "plain": (BF16, (128 * 256, 256, 2))}, "in one piece"),
+        ({"fmt": None, "plain": (BF16, (128 * 132, 132, 1))}, "in one piece"),
+    ],
+    ids=str,
+)
+def test_what_it_refuses(changed: dict[str, object], reason: str) -> None:
+    assert reason in (products.refusal(**TAKEN | changed) or "")  # type: ignore[arg-type]
