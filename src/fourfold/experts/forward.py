@@ -90,7 +90,7 @@ class RoutedExperts(Dynamic):
 
     @torch.compiler.assume_constant_result
     def takes_low_rank_columns(self, dtype: torch.dtype) -> bool:
-        """Whether the products with these weights take low-rank columns behind the rows, however many rows."""
+        """Whether products with these weights take low-rank columns behind the rows, however many rows."""
         module: Any = self
         stacks = [module.stack(p) for p in self.fourfold_layout.projections]
         return all(

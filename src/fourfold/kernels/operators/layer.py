@@ -135,8 +135,8 @@ def _backward_fake(
 _backward_operator = define(
     "silu_experts_backward",
     "(Tensor grad, Tensor? x_rows, Tensor up_rows, Tensor? h_up, Tensor? h_down, Tensor weights, "
-    f"Tensor? a_up, Tensor? b_up, Tensor? a_down, Tensor? b_down, {_FROZEN}, int? limit, str? way, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? a_up, Tensor? b_up, Tensor? a_down, Tensor? b_down, {_FROZEN}, int? limit, str? way, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_run,
     _backward_fake,
 )
