@@ -15,8 +15,8 @@ pytestmark = pytest.mark.gpu
 FORMATS = [PackFormat("nf4"), PackFormat("nf4", 64, True), PackFormat("fp4", 32), PackFormat("int8")]
 NAMES = ("y", "dx", "dw", "a_up", "b_up", "a_down", "b_down")
 ROWS = 512  # routed, of which errors are compared at least
-# E, T, k, H, I: even, few rows an expert, inner sizes that are no multiple of a block, one
-# token, rows that grouped_mm pads to 16 bytes
+# E, T, k, H, I: even, few rows an expert, inner sizes that are no multiple of a block, one token, rows that
+# grouped_mm pads to 16 bytes
 CASES = [
     (8, 512, 2, 256, 384),
     (64, 40, 8, 512, 128),

@@ -23,7 +23,6 @@ from fourfold.experts.shapes import ExpertsLayout, Projection
 from fourfold.experts.subclass import Dynamic
 from fourfold.formats import PackedStack
 from fourfold.formats.codebooks import absmax_codes, four_bit_codes
-from fourfold.formats.plain import PlainStack
 from fourfold.kernels import LowRank, Routing, combine, dispatch, layer, packed_linear, route, ways
 
 if TYPE_CHECKING:
@@ -56,8 +55,10 @@ class RoutedExperts(Dynamic):
     No compiler can trace them (they compare numbers, or watch products). It takes the answers as constants.
     """
 
+    fourfold_name: str
     fourfold_layout: Any
     fourfold_format: Any
+    way: str | None
     _fourfold_gate_tried: tuple[tuple[Any, ...] | None, bool] = (None, False)
 
     @torch.compiler.assume_constant_result
@@ -84,36 +85,34 @@ class RoutedExperts(Dynamic):
         return True
 
     @torch.compiler.assume_constant_result
-    def multiplies_in_fp32(self) -> bool:
-        """See `own_precision.multiplies_in_fp32`."""
-        return multiplies_in_fp32(cast(Any, self), self.fourfold_layout)
-
-    @torch.compiler.assume_constant_result
-    def takes_low_rank_columns(self, dtype: torch.dtype) -> bool:
-        """Whether products with these weights take low-rank columns behind the rows, however many rows."""
-        module: Any = self
-        stacks = [module.stack(p) for p in self.fourfold_layout.projections]
+    def takes_wide_rows(self, dtype: torch.dtype) -> bool:
+        """Whether the products with these weights take low-rank columns behind the rows."""
+        stacks = [cast(Any, self).stack(projection) for projection in self.fourfold_layout.projections]
         return all(
-            isinstance(stack, PackedStack) or ways.WAYS[_way(module, stack, dtype, rows)].takes_plain
+            isinstance(stack, PackedStack)
+            or ways.WAYS[
+                ways.choose(
+                    ways.problem(stack.data.new_empty(1, 0, dtype=dtype), stack), self.way, self.fourfold_name
+                )
+            ].takes_plain
             for stack in stacks
-            for rows in (1, 2**20)
         )
 
     @torch.compiler.assume_constant_result
     def can_go_its_way(self, dtype: torch.dtype) -> bool:
-        """Whether `way` can do its first product.
+        """True.
 
         Raises:
-            ConfigurationError: it cannot, or there is no such way; the module is named.
+            ConfigurationError: there is no such way, or it cannot do the first product; the module is named.
         """
-        module: Any = self
-        _way(module, module.stack(self.fourfold_layout.up), dtype, 1)
+        up = cast(Any, self).stack(self.fourfold_layout.up)
+        ways.choose(ways.problem(up.data.new_empty(1, 0, dtype=dtype), up), self.way, self.fourfold_name)
         return True
 
-
-def _way(module: Any, stack: PackedStack | PlainStack, dtype: torch.dtype, rows: int) -> str:
-    rows_SM = torch.empty(rows, 0, dtype=dtype, device=stack.data.device)
-    return ways.choose(ways.problem(rows_SM, stack), module.way, module.fourfold_name)
+    @torch.compiler.assume_constant_result
+    def multiplies_in_fp32(self) -> bool:
+        """See `own_precision.multiplies_in_fp32`."""
+        return multiplies_in_fp32(cast(Any, self), self.fourfold_layout)
 
 
 def _gives_silu(module: Any) -> bool:
@@ -186,22 +185,17 @@ def routed_forward(
     if hidden_states.shape[0] == 0:
         return torch.zeros_like(hidden_states)
     dtype = compute_dtype(module, hidden_states, grouped=True)
-    if (
-        dtype != torch.float32
-        and module.compute_dtype is None
-        and getattr(getattr(module, "config", None), "_experts_implementation", None) == "eager"
-        and module.multiplies_in_fp32()
-    ):
+    if dtype != torch.float32 and module.compute_dtype is None and module.multiplies_in_fp32():
         dtype = torch.float32
     routing = route(top_k_index, layout.num_experts)
     up, down = module.stack(layout.up), module.stack(layout.down)
     if torch.compiler.is_compiling() and isinstance(up, PackedStack):
         module.has_tables()
-    if module.way is not None:  # an error here names the module
+    if module.way is not None:
         module.can_go_its_way(dtype)
     if (
         layer.runs_on(hidden_states.device, dtype)
-        and (isinstance(up, PackedStack) or module.takes_low_rank_columns(dtype))
+        and module.takes_wide_rows(dtype)
         and is_plain_silu(module, layout)
     ):
         return layer.silu_experts(

@@ -92,7 +92,8 @@ def problem(rows_SM: torch.Tensor, stack: Stack, rank: int = 0, *, transposed: b
         rank,
         transposed,
         (stack.data.dtype, stack.data.stride()) if isinstance(stack, PlainStack) else None,
-        stack.data.data_ptr() % 16 == 0,
+        # (what torch allocates on a GPU begins at a multiple of 512; a compiler's tensors have no address)
+        stack.data.storage_offset() * stack.data.element_size() % 16 == 0,
     )
 
 

@@ -34,8 +34,8 @@ def _experts(frozen: Sequence[Any], how: How) -> Experts:
     return Experts(stack_of(*frozen[4:10]), stack_of(*frozen[10:16]), Routing(*frozen[:4]), how)
 
 
-def _split(rest: Sequence[Any]) -> tuple[Sequence[Any], How, Sequence[bool]]:
-    """Frozen inputs, how to compute, and which gradients are wanted."""
+def _split(rest: Sequence[Any]) -> tuple[Sequence[Any], How, Any]:
+    """Frozen inputs, how to compute, and the last argument."""
     limit, way, wanted = rest[_FROZEN_ARGUMENTS:]
     return rest[:_FROZEN_ARGUMENTS], How(limit, way), wanted
 

@@ -42,8 +42,8 @@ def _run(
     ctx: Any = Context(wanted)
     stack = stack_of(data, absmax, scale, offset, fmt, shape)
     y = _PackedLinear.forward(ctx, x, a, b, stack, offsets, How(limit, way))
-    # What it keeps of x may be a copy with low-rank columns behind it, which is up to the way and so to the
-    # number of rows. No result may depend on that: x itself is kept.
+    # (grouped_mm pads rows to 16 bytes. The rows that eager mode keeps may be a copy, by some ways; here the
+    # input itself is kept.)
     return y.contiguous(), or_empty(ctx.saved_tensors[1], x).contiguous()
 
 
@@ -62,9 +62,10 @@ def _fake(
     way: str | None,
     wanted: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    S = x.shape[0]
-    h = x.new_empty(S, a.shape[1]) if a is not None and wanted[2] else x.new_empty(0)
-    return x.new_empty(S, shape[1]), h
+    h = x.new_empty(0)
+    if a is not None and wanted[2]:
+        h = x.new_empty(x.shape[0], a.shape[1])
+    return x.new_empty(x.shape[0], shape[1]), h
 
 
 def _backward_run(
@@ -148,8 +149,8 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tens
 
 _operator = define(
     "packed_linear",
-    f"(Tensor x, Tensor? a, Tensor? b, {STACK.format('')}, Tensor offsets, int? limit, str? way, "
-    "bool[] wanted) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor? a, Tensor? b, {STACK.format('')}, Tensor offsets, int? limit, str? way, bool[] "
+    "wanted) -> (Tensor, Tensor)",
     _run,
     _fake,
     (_setup, _backward),
@@ -166,6 +167,7 @@ def packed_linear(
 ) -> torch.Tensor:
     """`linear.packed_linear`, its factors cast and padded."""
     wanted = needs(x_SK, a_ERK, b_ENR)
-    rest = (offsets_E, how.workspace_bytes, how.way, wanted)
-    y_SN, _ = _operator(x_SK, a_ERK, b_ENR, *stack_arguments(stack), *rest)
+    y_SN, _ = _operator(
+        x_SK, a_ERK, b_ENR, *stack_arguments(stack), offsets_E, how.workspace_bytes, how.way, wanted
+    )
     return y_SN
