@@ -93,6 +93,35 @@ def test_in_one_step_equals_eager(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     assert bool(called) is (kind == "mixtral")
 
 
+@pytest.mark.parametrize("way", ["reference", "workspace", "in_product"])
+def test_a_way_is_gone_and_another_is_compiled_anew(way: str) -> None:
+    if way == "in_product":
+        needs.triton()
+    module, batch = packed_experts("gpt_oss", FORMATS[0]), random_batch(9)
+    low_rank, seen = random_factors(module), []
+    leaves = leaves_of(module, batch, low_rank)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        seen.extend(a for n in graph.graph.nodes for a in n.args if isinstance(a, str))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    compiled(*batch, low_rank=low_rank)
+    assert way not in seen
+    module.way = way
+    found = results(compiled(*batch, low_rank=low_rank), leaves)
+    equal(found, results(module(*batch, low_rank=low_rank), leaves))
+    assert seen.count(way) == 2
+
+
+def test_a_way_that_there_is_not_names_the_module() -> None:
+    module, batch = packed_experts("mixtral", FORMATS[0]), random_batch(9)
+    module.way = "fastest"
+    for run in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        with pytest.raises(Exception, match=r"experts: way='fastest': there is no such way"):
+            run(*batch)
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_inductor_equals_eager(kind: str) -> None:
     """It fuses what lies between the steps, and so rounds elsewhere."""

@@ -99,6 +99,17 @@ class RoutedExperts(Dynamic):
         )
 
     @torch.compiler.assume_constant_result
+    def can_go_its_way(self, dtype: torch.dtype) -> bool:
+        """True.
+
+        Raises:
+            ConfigurationError: there is no such way, or it cannot do the first product; the module is named.
+        """
+        up = cast(Any, self).stack(self.fourfold_layout.up)
+        ways.choose(ways.problem(up.data.new_empty(1, 0, dtype=dtype), up), self.way, self.fourfold_name)
+        return True
+
+    @torch.compiler.assume_constant_result
     def multiplies_in_fp32(self) -> bool:
         """See `own_precision.multiplies_in_fp32`."""
         return multiplies_in_fp32(cast(Any, self), self.fourfold_layout)
@@ -109,7 +120,7 @@ def _gives_silu(module: Any) -> bool:
     gate, up = torch.cartesian_prod(torch.cat([-sizes, sizes]), torch.cat([-sizes, sizes])).unbind(1)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            found = module._apply_gate(torch.stack([gate, gate, up, up], dim=1))
+            found = module._apply_gate(torch.cat([t.unsqueeze(1) for t in (gate, gate, up, up)], dim=1))
             wanted = (torch.nn.functional.silu(gate) * up).unsqueeze(1).expand(-1, 2)
             return torch.allclose(found, wanted, rtol=1e-5, atol=1e-20)
     except Exception:  # a gate that wants something else
@@ -180,9 +191,8 @@ def routed_forward(
     up, down = module.stack(layout.up), module.stack(layout.down)
     if torch.compiler.is_compiling() and isinstance(up, PackedStack):
         module.has_tables()
-    if module.way is not None:  # an error here names the module
-        rows_SM = hidden_states.new_empty(routing.order_S.shape[0], 0, dtype=dtype)
-        ways.choose(ways.problem(rows_SM, up), module.way, module.fourfold_name)
+    if module.way is not None:
+        module.can_go_its_way(dtype)
     if (
         layer.runs_on(hidden_states.device, dtype)
         and module.takes_wide_rows(dtype)

@@ -71,6 +71,8 @@ def take_low_rank_(model: nn.Module) -> None:
             own: Any = type(found.module)
             found.module.__class__ = subclass(own, PlainExperts, "LowRank")
             found.module.fourfold_name, found.module.fourfold_layout = found.name, found.layout
+            if found.layout.has_gate:
+                found.module.has_silu_gate()  # (now: see `packed.prepare_module_`)
             rebind_hooked_forward(found.module)
 
 
@@ -78,7 +80,12 @@ def give_back_(module: nn.Module) -> nn.Module:
     """Undo `take_low_rank_` for one module, in place; returns it. Others are left as they are."""
     if isinstance(module, PlainExperts):
         del module.fourfold_name, module.fourfold_layout
-        for choice in ("compute_dtype", "workspace_bytes", "way"):  # where somebody made one
+        for choice in (
+            "compute_dtype",
+            "workspace_bytes",
+            "way",
+            "_fourfold_gate_tried",
+        ):  # where there is one
             module.__dict__.pop(choice, None)
         give_class_back_(module)
     return module
