@@ -1,4 +1,4 @@
-"""Sums over an expert's rows (`outer.cu`): the gradients of low-rank factors, read once and without the host."""
+"""Sums over an expert's rows (`outer.cu`): the gradients of low-rank factors, without the host waiting."""
 
 from __future__ import annotations
 
