@@ -9,7 +9,7 @@ import torch
 from fourfold.formats import PackFormat, StackShape
 from fourfold.kernels.cuda import compile as compiled
 from fourfold.kernels.cuda import hopper as products
-from fourfold.kernels.cuda import outer
+from fourfold.kernels.cuda import outer, rows
 from fourfold.kernels.cuda.hopper_source import shared_bytes, source
 
 VARIANTS = [
@@ -100,3 +100,20 @@ def test_shared_memory_of_factor_gradients() -> None:
     checked = outer._source() + f"static_assert(STAGES * STAGE_BYTES == {outer.SHARED_BYTES});\n"
     compiled.cubin(checked, "sm_80", ("WIDE_FIRST=0", "HALF=0"))
     assert outer.SHARED_BYTES <= 99 * 1024  # of a block on 8.6 and 8.9
+
+
+MODES = list(itertools.product((rows.GATHER, rows.SILU, rows.BACKWARD), (False, True)))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+def test_passes_over_rows_compile_for_every_card(capability: tuple[int, int]) -> None:
+    for (mode, rank_first), dtype in itertools.product(MODES, (torch.bfloat16, torch.float16)):
+        assert b"rows_pass" in rows._cubin(mode, rank_first, dtype, capability)
+
+
+@pytest.mark.parametrize(("mode", "rank_first"), MODES)
+def test_shared_memory_of_passes_over_rows(mode: int, rank_first: bool) -> None:
+    size = rows.shared_bytes(mode, rank_first)
+    checked = rows._source() + f"static_assert(SHARED_BYTES == {size});\n"
+    compiled.cubin(checked, "sm_80", (f"MODE={mode}", f"RANK_FIRST={int(rank_first)}", "HALF=0"))
+    assert size <= 48 * 1024  # (several blocks are to run on a processor)

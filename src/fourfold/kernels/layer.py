@@ -1,7 +1,7 @@
 """A whole experts layer of the common kind in one differentiable step: gate and up, silu, down, no biases.
 
 The products are those of `kernels.linear`; what is added is that nothing but them passes over ``[S, ...]``
-more than once (`kernels.rows_triton`):
+more than once (`kernels.rows`):
 
     gather rows, x A^T                 [S, H | R]
     [x, x A^T] [W_up, B_up]^T          [S, 2I]        kept for backward
@@ -60,7 +60,7 @@ class _SiluExperts(torch.autograd.Function):
         experts: Experts,
         compute_dtype: torch.dtype,
     ) -> torch.Tensor:
-        from fourfold.kernels.rows_triton import gather_triton, silu_mul_triton
+        from fourfold.kernels import rows
 
         routing, how = experts.routing, experts.how
         offsets_E = routing.offsets_E
@@ -71,14 +71,14 @@ class _SiluExperts(torch.autograd.Function):
             rank = 0 if a_up is None else a_up.shape[1]
             x_Ss = empty_rows(like, S, H, rank)
             inner = None if a_up is None else a_up.transpose(1, 2)
-            h_up = gather_triton(x_TH, routing.order_S, weights_Tk.shape[1], offsets_E, x_Ss, inner)
+            h_up = rows.gather(x_TH, routing.order_S, weights_Tk.shape[1], offsets_E, x_Ss, inner)
             up_SN = product(x_Ss[:, : H + rank], experts.up, offsets_E, how, b_up, transposed=False)
             keep_x = a_up is not None and ctx.needs_input_grad[2]
             x_SH = x_Ss[:, :H] if keep_x else None
             del x_Ss
             rank = 0 if a_down is None else a_down.shape[1]
             act_Ss = empty_rows(like, S, I, rank)
-            weighted_h_down = silu_mul_triton(up_SN, weights_Tk, routing.order_S, offsets_E, act_Ss, a_down)
+            weighted_h_down = rows.silu_mul(up_SN, weights_Tk, routing.order_S, offsets_E, act_Ss, a_down)
             rows_SH = product(act_Ss[:, : I + rank], experts.down, offsets_E, how, b_down, transposed=False)
             del act_Ss
             out_TH = sum_rows(rows_SH, routing.position_Tk, weights_Tk, x_TH.dtype)
@@ -89,7 +89,7 @@ class _SiluExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # a second derivative is an error, not a wrong number
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        from fourfold.kernels.rows_triton import gather_triton, silu_mul_backward_triton
+        from fourfold.kernels import rows
 
         x_SH, up_SN, h_up, weighted_h_down, weights_Tk, a_up, b_up, a_down, b_down = ctx.saved_tensors
         experts: Experts = ctx.experts
@@ -102,7 +102,7 @@ class _SiluExperts(torch.autograd.Function):
         with torch.autocast(grad_TH.device.type, enabled=False):
             rank = 0 if b_down is None else b_down.shape[2]
             grad_Ss = empty_rows(up_SN, S, H, rank)
-            weighted_low = gather_triton(
+            weighted_low = rows.gather(
                 grad_TH.contiguous(), order_S, k, offsets_E, grad_Ss, b_down, weights_Tk
             )
             grad_SI = product(grad_Ss[:, : H + rank], experts.down, offsets_E, how, a_down, transposed=True)
@@ -111,7 +111,7 @@ class _SiluExperts(torch.autograd.Function):
             del grad_Ss
             rank = 0 if b_up is None else b_up.shape[2]
             grad_up_Ss = empty_rows(up_SN, S, N, rank)
-            low_up, act_SI, grad_weights = silu_mul_backward_triton(
+            low_up, act_SI, grad_weights = rows.silu_mul_backward(
                 up_SN,
                 grad_SI,
                 weights_Tk,

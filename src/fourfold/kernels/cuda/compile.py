@@ -59,6 +59,12 @@ def check(status: int, what: str) -> None:
         raise RuntimeError(f"{what}: {(text.value or b'unknown error').decode()} ({status})")
 
 
+def portable_architecture(capability: tuple[int, int]) -> str:
+    """What to compile for where no instructions of one architecture are used."""
+    # Code for 8.0 runs on every 8.x, but on none of 9.0 and later.
+    return "sm_80" if capability[0] == 8 else "sm_{}{}".format(*capability)
+
+
 @functools.cache
 def cubin(text: str, architecture: str, definitions: tuple[str, ...]) -> bytes:
     """Compiled code.

@@ -21,10 +21,8 @@ def _source() -> str:
 
 
 def _cubin(wide_first: bool, dtype: torch.dtype, capability: tuple[int, int]) -> bytes:
-    # Code for 8.0 runs on every 8.x, but on none of 9.0 and later.
-    architecture = "sm_80" if capability[0] == 8 else "sm_{}{}".format(*capability)
     definitions = (f"WIDE_FIRST={int(wide_first)}", f"HALF={int(dtype == torch.float16)}")
-    return compiled.cubin(_source(), architecture, definitions)
+    return compiled.cubin(_source(), compiled.portable_architecture(capability), definitions)
 
 
 @functools.cache
