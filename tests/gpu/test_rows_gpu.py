@@ -1,4 +1,4 @@
-"""Passes over rows in CUDA C++ against plain torch: rounded once, and nothing beyond a row is read or written."""
+"""Passes over rows in CUDA C++ against plain torch: rounded once, nothing beyond a row read or written."""
 
 import pytest
 import torch

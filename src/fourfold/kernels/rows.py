@@ -1,4 +1,4 @@
-"""Passes over routed rows, by the kernel that takes them: CUDA C++ (`cuda.rows`), else Triton (`rows_triton`).
+"""Passes over routed rows, by the kernel that takes them: CUDA C++ (`cuda.rows`) or Triton (`rows_triton`).
 
 Both compute the same; see the latter for what, and for shapes.
 """
