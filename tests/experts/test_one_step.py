@@ -35,6 +35,19 @@ def test_the_gate_is_tried(kind: str, changes: dict, answer: bool, tmp_path) -> 
     assert is_plain_silu(module, module.fourfold_layout) is answer  # remembered
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gate_is_tried_in_fp32_whatever_the_default_is(dtype: torch.dtype, tmp_path) -> None:
+    """(Checkpoints are loaded under the model's dtype.)"""
+    module = tiny.experts_of(packed("mixtral", tmp_path))
+    module.act_fn = lambda x: x * torch.sigmoid(x)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert is_plain_silu(module, module.fourfold_layout)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_a_gate_that_clamps_large_numbers_only_is_noticed(tmp_path) -> None:
     module = tiny.experts_of(packed("mixtral", tmp_path))
 

@@ -84,3 +84,20 @@ def test_experts_with_a_forward_of_their_own_have_no_way() -> None:
 def test_unpacking_takes_the_attribute_along() -> None:
     module = unpack_module_(made("mixtral", packed=True), torch.float32)
     assert not hasattr(module, "way")
+
+
+def test_a_way_that_the_second_product_alone_cannot_go_is_an_error_before_the_first(monkeypatch) -> None:
+    module = made("mixtral", packed=True)
+    layout, gone = module.fourfold_layout, []
+
+    def cannot(problem: ways.Problem) -> str | None:
+        return "it is for other sizes" if problem.out == layout.down.shape.rows else None
+
+    product = ways.WAYS["reference"].product
+    new = ways.Way("a new one", cannot, lambda *a, **k: gone.append(a) or product(*a, **k))
+    monkeypatch.setitem(ways.WAYS, "new", new)
+    module.way = "new"
+    x, index = torch.randn(2, layout.up.shape.columns), torch.tensor([[0, 1], [1, 2]])
+    with pytest.raises(ConfigurationError, match=r"mlp\.experts: way='new': it is for other sizes"):
+        module(x, index, torch.rand(2, 2), low_rank={})
+    assert not gone

@@ -1,6 +1,7 @@
 """The Hopper kernel: its weights bit for bit, its products no further off than a workspace's."""
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -103,3 +104,58 @@ def test_more_experts_than_a_warp_counts_at_a_time() -> None:
     expert = torch.repeat_interleave(torch.arange(E, device="cuda"), counts)
     wanted = torch.bmm(x.float().unsqueeze(1), w[expert].float().transpose(1, 2)).squeeze(1)
     assert (found - wanted).norm() < 0.003 * wanted.norm()
+
+
+def few_rows():
+    """Experts 2 and 5 have rows, the others are poisoned."""
+    stack = made(NF4, 256, 512, torch.bfloat16)
+    counts = [0, 0, 3, 0, 0, 70, *[0] * 6]
+    offsets = torch.tensor(counts, device="cuda").cumsum(0).int()
+    return stack, offsets, torch.randn(73, 512, device="cuda").bfloat16()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_without_rows_are_not_read(transposed: bool) -> None:
+    stack, offsets, x = few_rows()
+    x = torch.randn(73, 256, device="cuda").bfloat16() if transposed else x
+    wanted = hopper_product(x, stack, offsets, transposed=transposed)
+    stack.absmax_offset[[0, 1, 3, 4, 6, 11]] = torch.tensor(float("nan"), device="cuda").view(torch.int32)
+    assert torch.equal(hopper_product(x, stack, offsets, transposed=transposed), wanted)
+
+
+def test_a_thread_without_a_context_of_its_own() -> None:
+    stack, offsets, x = few_rows()
+    wanted = hopper_product(x, stack, offsets, transposed=False)
+    torch.cuda.synchronize()
+    found: list[torch.Tensor | BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(hopper_product(x, stack, offsets, transposed=False))
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert isinstance(found[0], torch.Tensor), found
+    assert torch.equal(found[0], wanted)
+
+
+def test_rows_that_lie_apart() -> None:
+    stack, offsets, x = few_rows()
+    wanted = hopper_product(x, stack, offsets, transposed=False)
+    apart = torch.zeros(73, 1024, device="cuda", dtype=torch.bfloat16)[:, ::2].copy_(x)
+    assert torch.equal(hopper_product(apart, stack, offsets, transposed=False), wanted)
+
+
+def test_in_a_graph_with_other_offsets() -> None:
+    stack, offsets, x = few_rows()
+    hopper_product(x, stack, offsets, transposed=False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = hopper_product(x, stack, offsets, transposed=False)
+    offsets.copy_(torch.tensor([0, 40, 40, 40, 41, *[73] * 7], device="cuda"))
+    graph.replay()
+    assert torch.equal(found, hopper_product(x, stack, offsets, transposed=False))

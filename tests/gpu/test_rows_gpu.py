@@ -1,4 +1,4 @@
-"""Passes over rows in CUDA C++ against plain torch: rounded once, nothing beyond a row read or written."""
+"""Passes over rows, in CUDA C++ and in Triton, against plain torch: rounded once, nothing beyond them read."""
 
 import pytest
 import torch
@@ -34,12 +34,17 @@ def by_expert(x: torch.Tensor, factor_EKR: torch.Tensor, expert: torch.Tensor) -
     return torch.bmm(x.double().unsqueeze(1), factor_EKR.double()[expert]).squeeze(1)
 
 
-@pytest.fixture(autouse=True)
-def _never_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["CUDA", "Triton"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose are called; the others cannot be."""
     from fourfold.kernels import rows_triton
 
-    for name in ("gather_triton", "silu_mul_triton", "silu_mul_backward_triton"):
-        monkeypatch.setattr(rows_triton, name, None)  # (imported, not to be called)
+    if request.param == "Triton":
+        monkeypatch.setattr(in_cuda, "can", lambda *arguments: False)
+    else:
+        for name in ("gather_triton", "silu_mul_triton", "silu_mul_backward_triton"):
+            monkeypatch.setattr(rows_triton, name, None)
+    return request.param
 
 
 def wide(dtype: torch.dtype, S: int, columns: int, rank: int) -> torch.Tensor:
@@ -115,7 +120,9 @@ def test_gate_and_its_gradient(case: tuple[int, ...], dtype: torch.dtype, rank: 
             assert torch.equal(low, out[:, 2 * I : 2 * I + rank])
 
 
-def test_what_it_leaves_to_triton() -> None:
+def test_what_it_leaves_to_triton(kernels: str) -> None:
+    if kernels == "Triton":
+        return
     x = torch.zeros(4, 64, device="cuda", dtype=torch.bfloat16)
     out = wide(torch.bfloat16, 4, 64, 0)
     assert in_cuda.can(64, out, None, 0, None, x)

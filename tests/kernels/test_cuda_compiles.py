@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fourfold.formats import PackFormat, StackShape
+from fourfold.formats.plain import PlainStack
 from fourfold.kernels.cuda import compile as compiled
 from fourfold.kernels.cuda import hopper as products
 from fourfold.kernels.cuda import outer, rows
@@ -117,3 +118,26 @@ def test_shared_memory_of_passes_over_rows(mode: int, rank_first: bool) -> None:
     checked = rows._source() + f"static_assert(SHARED_BYTES == {size});\n"
     compiled.cubin(checked, "sm_80", (f"MODE={mode}", f"RANK_FIRST={int(rank_first)}", "HALF=0"))
     assert size <= 48 * 1024  # (several blocks are to run on a processor)
+
+
+def test_rows_that_the_copy_engine_cannot_read_are_copied() -> None:
+    x = torch.randn(6, 64).bfloat16()
+    assert products._readable(x) is x
+    wide = torch.randn(6, 80).bfloat16()
+    assert products._readable(wide[:, :64]).data_ptr() == wide.data_ptr()
+    for odd in (torch.randn(6, 128).bfloat16()[:, ::2], torch.randn(6, 68).bfloat16()[:, 4:], x.t()):
+        copy = products._readable(odd)
+        assert torch.equal(copy, odd)
+        assert copy.stride(1) == 1
+        assert copy.stride(0) % 8 == 0
+        assert copy.data_ptr() % 16 == 0
+
+
+def test_offsets_of_another_dtype_and_devices_are_refused() -> None:
+    stack = PlainStack(SHAPE, torch.randn(2, 128, 128).bfloat16())
+    x = torch.randn(3, 128).bfloat16()
+    with pytest.raises(ValueError, match=r"int32, not torch\.int64"):
+        products.hopper_product(x, stack, torch.tensor([1, 3]), transposed=False)
+    elsewhere = PlainStack(SHAPE, stack.data.to("meta"))
+    with pytest.raises(ValueError, match="rows are on cpu, weights or offsets on meta"):
+        products.hopper_product(x, elsewhere, torch.tensor([1, 3]).int(), transposed=False)

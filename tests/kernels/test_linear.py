@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from fourfold.formats import PackedStack, PackFormat, StackShape
+from fourfold.formats.plain import PlainStack
 from fourfold.formats.quantize import pack_stack
 from fourfold.kernels import LowRank, packed_linear, reference_linear
+from fourfold.kernels.workspace import matrices
 
 COUNTS = {
     "even": [16, 16, 16, 16],
@@ -91,3 +93,11 @@ def test_bf16_is_as_good_as_decoding_and_multiplying_in_bf16() -> None:
     theirs = reference_linear(low, stack, offsets, a, b).float()
     assert ours.isfinite().all()
     assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_factor_beside_weights_that_are_not_packed_is_refused(transposed: bool) -> None:
+    """(It would be left out.)"""
+    stack = PlainStack(StackShape(2, 8, 16), torch.randn(2, 8, 16))
+    with pytest.raises(ValueError, match="no room for a factor"):
+        matrices(stack, torch.float32, torch.randn(2, 4, 16), transposed=transposed)

@@ -103,10 +103,12 @@ class RoutedExperts(Dynamic):
         """True.
 
         Raises:
-            ConfigurationError: there is no such way, or it cannot do the first product; the module is named.
+            ConfigurationError: there is no such way, or it cannot do a product of the module; that is named.
         """
-        up = cast(Any, self).stack(self.fourfold_layout.up)
-        ways.choose(ways.problem(up.data.new_empty(1, 0, dtype=dtype), up), self.way, self.fourfold_name)
+        for projection in self.fourfold_layout.projections:
+            stack = cast(Any, self).stack(projection)
+            problem = ways.problem(stack.data.new_empty(1, 0, dtype=dtype), stack)
+            ways.choose(problem, self.way, self.fourfold_name)
         return True
 
     @torch.compiler.assume_constant_result
@@ -116,7 +118,8 @@ class RoutedExperts(Dynamic):
 
 
 def _gives_silu(module: Any) -> bool:
-    sizes = torch.logspace(-4, 4, 33, device="cpu")
+    # (models are made and loaded under other default dtypes)
+    sizes = torch.logspace(-4, 4, 33, dtype=torch.float32, device="cpu")
     gate, up = torch.cartesian_prod(torch.cat([-sizes, sizes]), torch.cat([-sizes, sizes])).unbind(1)
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -195,7 +198,7 @@ def routed_forward(
         module.can_go_its_way(dtype)
     if (
         layer.runs_on(hidden_states.device, dtype)
-        and module.takes_wide_rows(dtype)
+        and (isinstance(up, PackedStack) or module.takes_wide_rows(dtype))
         and is_plain_silu(module, layout)
     ):
         return layer.silu_experts(

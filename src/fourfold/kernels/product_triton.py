@@ -405,6 +405,8 @@ def product_triton(
     E, N, K = stack.shape.experts, stack.shape.rows, stack.shape.columns
     S, R = x_SK.shape[0], 0 if factor is None else factor.shape[1 if transposed else 2]
     width = K if transposed else N
+    if x_SK.shape[1] != (N if transposed else K):
+        raise ValueError(f"rows of {x_SK.shape[1]} numbers, weights for {N if transposed else K}")
     y = x_SK.new_empty(S, width)
     if S == 0:
         return y

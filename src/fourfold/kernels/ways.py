@@ -270,8 +270,8 @@ def possible(problem: Problem) -> list[str]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _by_rule(problem: Problem) -> str:
-    return next(line.way for line in RULE if line.fits(problem) and WAYS[line.way].cannot(problem) is None)
+def _by_rule(problem: Problem, rule: tuple[Line, ...]) -> str:
+    return next(line.way for line in rule if line.fits(problem) and WAYS[line.way].cannot(problem) is None)
 
 
 def choose(problem: Problem, asked: str | None = None, where: str = "") -> str:
@@ -286,7 +286,7 @@ def choose(problem: Problem, asked: str | None = None, where: str = "") -> str:
         ConfigurationError: ``asked`` is unknown, or cannot do this.
     """
     if asked is None:
-        return _by_rule(problem)
+        return _by_rule(problem, RULE)
     reason = WAYS[asked].cannot(problem) if asked in WAYS else "there is no such way"
     if reason is not None:
         raise ConfigurationError(

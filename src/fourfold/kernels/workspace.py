@@ -53,6 +53,10 @@ def matrices(
     transposed: bool,
 ) -> torch.Tensor:
     """What rows are multiplied with: ``[E, K (+ R), N]``, or transposed ``[E, N (+ R), K]``."""
+    if factor is not None and isinstance(stack, PlainStack):
+        raise ValueError(
+            "weights that are not packed lie where they are, with no room for a factor beside them"
+        )
     if factor is None or isinstance(stack, PlainStack):
         w_ENK = decode(stack, dtype)
         return w_ENK if transposed else w_ENK.transpose(1, 2)

@@ -65,6 +65,19 @@ def portable_architecture(capability: tuple[int, int]) -> str:
     return "sm_80" if capability[0] == 8 else "sm_{}{}".format(*capability)
 
 
+def bind_context(device: int) -> None:
+    """Make torch's context of a device current in this thread, if none is.
+
+    (A thread whose first work comes from a cache of memory has none: torch binds it with the first call that
+    needs one, autograd's threads included.)
+    """
+    current = ctypes.c_void_p()
+    check(driver().cuCtxGetCurrent(ctypes.byref(current)), "the current context")
+    if current.value is None:
+        check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(current), device), "a context")
+        check(driver().cuCtxSetCurrent(current), "a context")
+
+
 @functools.cache
 def cubin(text: str, architecture: str, definitions: tuple[str, ...]) -> bytes:
     """Compiled code.
@@ -101,8 +114,9 @@ class Launcher:
     launcher belongs to one thread.
     """
 
-    def __init__(self, kernel: ctypes.c_void_p, maps: int, pointers: int, ints: int) -> None:
+    def __init__(self, kernel: ctypes.c_void_p, device: int, maps: int, pointers: int, ints: int) -> None:
         self.kernel = kernel
+        self.device = device
         self._maps = maps
         self._pointers = (ctypes.c_uint64 * pointers)()
         self._ints = (ctypes.c_int * ints)()
@@ -123,6 +137,7 @@ class Launcher:
         pointers: Sequence[int],
         ints: Sequence[int],
     ) -> None:
+        bind_context(self.device)
         for i, each in enumerate(maps):
             self._places[i] = ctypes.addressof(each)
         self._pointers[:] = list(pointers)
@@ -149,6 +164,7 @@ def launchers() -> dict[Any, Launcher]:
 @functools.cache
 def function(code: bytes, name: str, shared_bytes: int, device: int) -> ctypes.c_void_p:
     """A kernel of compiled code on a device, whose context must be current."""
+    bind_context(device)
     module, found = ctypes.c_void_p(), ctypes.c_void_p()
     check(driver().cuModuleLoadData(ctypes.byref(module), code), "loading a kernel")
     check(driver().cuModuleGetFunction(ctypes.byref(found), module, name.encode()), f"kernel {name}")

@@ -99,9 +99,8 @@ def _launcher(variant: _Variant, device: int) -> compiled.Launcher:
     found: compiled.Launcher | None = compiled.launchers().get((_PRODUCT, variant, device))
     if found is None:
         kernel = compiled.function(_cubin(variant), _PRODUCT, shared_bytes(variant.bits), device)
-        found = compiled.launchers()[_PRODUCT, variant, device] = compiled.Launcher(
-            kernel, maps=2, pointers=5, ints=5
-        )
+        found = compiled.Launcher(kernel, device, maps=2, pointers=5, ints=5)
+        compiled.launchers()[_PRODUCT, variant, device] = found
     return found
 
 
@@ -109,7 +108,8 @@ def _scales_launcher(device: int) -> compiled.Launcher:
     found: compiled.Launcher | None = compiled.launchers().get((_SCALES, device))
     if found is None:
         kernel = compiled.function(_cubin(_Variant(False, torch.bfloat16, 4, False)), _SCALES, 0, device)
-        found = compiled.launchers()[_SCALES, device] = compiled.Launcher(kernel, maps=0, pointers=6, ints=7)
+        found = compiled.Launcher(kernel, device, maps=0, pointers=6, ints=7)
+        compiled.launchers()[_SCALES, device] = found
     return found
 
 
@@ -194,6 +194,19 @@ def _weights_map(stack: PackedStack | PlainStack, transposed: bool) -> tuple[Any
     return _tensor_map(_UINT16, stack.data.data_ptr(), sizes, strides, box), 16, wide
 
 
+def _readable(x_Sc: torch.Tensor) -> torch.Tensor:
+    """The rows as the copy engine wants them: in one piece each, at multiples of 16 bytes."""
+    if x_Sc.stride(1) == 1 and x_Sc.stride(0) % 8 == 0 and x_Sc.data_ptr() % 16 == 0:
+        return x_Sc
+    S, columns = x_Sc.shape
+    copy = x_Sc.new_empty(S, columns + -columns % 8)[:, :columns]
+    return copy.copy_(x_Sc)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def hopper_product(
     x_Sc: torch.Tensor,
     stack: PackedStack | PlainStack,
@@ -205,7 +218,8 @@ def hopper_product(
     """`kernels.linear.product` of rows in bf16 or fp16; see `refusal` for what it takes.
 
     Args:
-        x_Sc: ``[S, K (+ R)]``, or transposed ``[S, N (+ R)]``; rows at multiples of 16 bytes.
+        x_Sc: ``[S, K (+ R)]``, or transposed ``[S, N (+ R)]``; copied unless rows lie in one piece each, at
+            multiples of 16 bytes.
         stack: ``[E, N, K]``, packed or in the dtype of the rows.
         offsets_E: ends of the experts' rows, int32.
         factor: contiguous B ``[E, N, R]``; transposed, A ``[E, R, K]``. R even.
@@ -213,7 +227,18 @@ def hopper_product(
 
     Returns:
         ``[S, N]``, or transposed ``[S, K]``.
+
+    Raises:
+        ValueError: offsets of another dtype, or tensors on different devices.
     """
+    if offsets_E.dtype != torch.int32:
+        raise ValueError(f"offsets have to be int32, not {offsets_E.dtype}")
+    others = {t.device for t in (stack.data, offsets_E, factor) if t is not None} - {x_Sc.device}
+    if others:
+        raise ValueError(f"rows are on {x_Sc.device}, weights or offsets on {', '.join(map(str, others))}")
+    x_Sc = _readable(x_Sc)
+    if factor is not None:
+        factor = _aligned(factor.contiguous())
     shape, device, S = stack.shape, x_Sc.device, x_Sc.shape[0]
     C, M = (shape.rows, shape.columns) if transposed else (shape.columns, shape.rows)
     R = 0 if factor is None else factor.shape[1 if transposed else 2]
@@ -227,7 +252,7 @@ def hopper_product(
         map_w, bits, wide = _weights_map(stack, transposed)
         scales = codes = offsets_E  # (not read)
         if isinstance(stack, PackedStack):
-            scales = codes = stack.absmax
+            scales = codes = _aligned(stack.absmax)
             if bits == 4:
                 scales = scales_by_block(stack, offsets_E, stream)
                 codes = four_bit_codes(stack.fmt.quant_type, device)

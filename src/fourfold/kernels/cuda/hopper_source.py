@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 _INSTRUCTION = """template <> __device__ __forceinline__ void {name}<{boxes}>(
@@ -42,6 +43,7 @@ def _instruction(boxes: int, name: str, parameters: str, inputs: tuple[str, ...]
     )
 
 
+@functools.cache
 def source() -> str:
     """CUDA C++, complete."""
     parts = [

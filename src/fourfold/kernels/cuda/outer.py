@@ -31,7 +31,12 @@ def can(dtype: torch.dtype, device: torch.device, rank: int) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     capability = torch.cuda.get_device_capability(device)
-    if dtype not in (torch.bfloat16, torch.float16) or rank > MOST_RANK or rank % 8 or capability < (8, 0):
+    if (
+        dtype not in (torch.bfloat16, torch.float16)
+        or not 0 < rank <= MOST_RANK
+        or rank % 8
+        or capability < (8, 0)
+    ):
         return False
     try:
         compiled.driver()
@@ -57,6 +62,7 @@ def outer(x_SM: torch.Tensor, y_SN: torch.Tensor, offsets_E: torch.Tensor) -> to
         y_SN: likewise.
         offsets_E: ends of the experts' rows, int32.
     """
+    assert offsets_E.dtype == torch.int32
     (M, N), E, device = (x_SM.shape[1], y_SN.shape[1]), offsets_E.shape[0], x_SM.device
     wide_first = M > N
     rows, low = (x_SM, y_SN) if wide_first else (y_SN, x_SM)
@@ -67,7 +73,9 @@ def outer(x_SM: torch.Tensor, y_SN: torch.Tensor, offsets_E: torch.Tensor) -> to
         if launcher is None:
             code = _cubin(wide_first, x_SM.dtype, torch.cuda.get_device_capability(device))
             kernel = compiled.function(code, "grouped_outer", SHARED_BYTES, key[3])
-            launcher = compiled.launchers()[key] = compiled.Launcher(kernel, maps=0, pointers=4, ints=4)
+            launcher = compiled.launchers()[key] = compiled.Launcher(
+                kernel, key[3], maps=0, pointers=4, ints=4
+            )
         columns, rank = rows.shape[1], low.shape[1]
         launcher(
             (-(-columns // TILE_N), -(-rank // TILE_R), E),

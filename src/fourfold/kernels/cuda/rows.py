@@ -90,6 +90,8 @@ def _launch(
     act_SI: torch.Tensor | None = None,
     grad_weights_Tk: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
+    assert offsets_E.dtype == torch.int32
+    assert order_S.dtype == torch.int64
     E, index, dtype = offsets_E.shape[0], wide_Ss.get_device(), wide_Ss.dtype
     rank = 0
     if factor is not None:
@@ -113,7 +115,9 @@ def _launch(
         if launcher is None:
             code = _cubin(mode, rank_first, dtype, torch.cuda.get_device_capability(index))
             kernel = compiled.function(code, "rows_pass", shared_bytes(mode, rank_first), index)
-            launcher = compiled.launchers()[key] = compiled.Launcher(kernel, maps=0, pointers=10, ints=6)
+            launcher = compiled.launchers()[key] = compiled.Launcher(
+                kernel, index, maps=0, pointers=10, ints=6
+            )
         kind = 0 if weights_Tk is None else _WEIGHT_KINDS[weights_Tk.dtype]
         launcher(
             (-(-rows // TILE_S) + min(E, rows), 1, 1),
