@@ -39,7 +39,12 @@ def test_the_gate_is_tried(kind: str, changes: dict, answer: bool, tmp_path) -> 
 def test_the_gate_is_tried_in_fp32_whatever_the_default_is(dtype: torch.dtype, tmp_path) -> None:
     """(Checkpoints are loaded under the model's dtype.)"""
     module = tiny.experts_of(packed("mixtral", tmp_path))
-    module.act_fn = lambda x: x * torch.sigmoid(x)
+
+    class Swish(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.sigmoid(x)
+
+    module.act_fn = Swish()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,4 +1,4 @@
-"""Passes over rows, in CUDA C++ and in Triton, against plain torch: rounded once, nothing beyond them read."""
+"""Passes over rows, in CUDA C++ and in Triton, against plain torch: rounded once, nothing else read."""
 
 import pytest
 import torch
