@@ -218,12 +218,12 @@ def table(results: list[dict[str, Any]]) -> str:
     for r in results:
         if "step_ms" in r:
             trained = f"{r['factors_with_gradient']} of {r['factors']}"
-            eight = r["adam_8bit"]
-            peaks = [each["peak_training_bytes"] / GIB for each in (r, eight)]
-            tail = (
-                f"{r['step_ms']:.0f} | {r['tokens_per_second']:,.0f} | {peaks[0]:.2f} | "
-                f"{eight['step_ms']:.0f} | {peaks[1]:.2f} | {trained}"
-            )
+            eight = r.get("adam_8bit")
+            second = r.get("error", "failed") + " | "
+            if eight is not None:
+                second = f"{eight['step_ms']:.0f} | {eight['peak_training_bytes'] / GIB:.2f}"
+            peak = r["peak_training_bytes"] / GIB
+            tail = f"{r['step_ms']:.0f} | {r['tokens_per_second']:,.0f} | {peak:.2f} | {second} | {trained}"
         else:
             tail = f"{r.get('error', 'failed')} | | | | | "
         lines.append(

@@ -65,6 +65,19 @@ def test_a_gate_that_clamps_large_numbers_only_is_noticed(tmp_path) -> None:
     assert not is_plain_silu(module, module.fourfold_layout)
 
 
+def test_a_gate_given_to_one_module_is_noticed(tmp_path) -> None:
+    module = tiny.experts_of(packed("mixtral", tmp_path))
+
+    def gate(gate_up):
+        first, second = gate_up.chunk(2, dim=-1)
+        return 3 * torch.nn.functional.silu(first) * second
+
+    module._apply_gate = gate
+    assert not is_plain_silu(module, module.fourfold_layout)
+    del module._apply_gate
+    assert is_plain_silu(module, module.fourfold_layout)
+
+
 def test_a_gate_without_an_activation_of_its_own_is_tried_too(tmp_path) -> None:
     module = tiny.experts_of(packed("mixtral", tmp_path))
 

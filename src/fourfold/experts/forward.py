@@ -66,7 +66,8 @@ class RoutedExperts(Dynamic):
         """Whether the gate is ``silu(gate) * up``: on numbers of every size (some models clamp them) it must
         give what that formula gives. Tried again where the activation or the gate was replaced.
         """
-        parts = (getattr(self, "act_fn", None), getattr(type(self), "_apply_gate", None))
+        gate = getattr(self, "_apply_gate", None)  # (the class's, or one that somebody gave this module)
+        parts = (getattr(self, "act_fn", None), getattr(gate, "__func__", gate))
         tried, answer = self._fourfold_gate_tried
         if tried is None or any(a is not b for a, b in zip(tried, parts, strict=True)):
             answer = _gives_silu(self)
@@ -188,6 +189,8 @@ def routed_forward(
     if hidden_states.shape[0] == 0:
         return torch.zeros_like(hidden_states)
     dtype = compute_dtype(module, hidden_states, grouped=True)
+    if torch.compiler.is_compiling():  # read here, so that a compiler notices when it changes
+        str(getattr(getattr(module, "config", None), "_experts_implementation", None))
     if dtype != torch.float32 and module.compute_dtype is None and module.multiplies_in_fp32():
         dtype = torch.float32
     routing = route(top_k_index, layout.num_experts)

@@ -68,7 +68,7 @@ def grouped_outer_triton(x_SM: torch.Tensor, y_SN: torch.Tensor, offsets_E: torc
             BS=ROWS,
             BM=BM,
             BN=BN,
-            PRECISION="ieee" if x_SM.dtype == torch.float32 else "tf32",
+            PRECISION="ieee",
             num_warps=4,
         )
     return out_EMN

@@ -366,7 +366,7 @@ def constants(
         "STEP": INT8_STEP,
         # (neither Triton's interpreter nor ROCm reads PTX)
         "ASM": not triton.knobs.runtime.interpret and torch.version.hip is None,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee",
         "LOW_RANK": rank > 0,
         "EP": triton.next_power_of_2(stack.shape.experts),
         "BM": tiles.BM,

@@ -45,7 +45,9 @@ def route(top_k_index_Tk: torch.Tensor, num_experts: int) -> Routing:
 
 @torch.no_grad()
 def _route(top_k_index_Tk: torch.Tensor, num_experts: int) -> Routing:
-    if top_k_index_Tk.is_cuda and HAS_TRITON and top_k_index_Tk.numel():
+    # (32-bit counters of tiles and experts, and their histogram in shared memory)
+    small = num_experts <= 4096 and top_k_index_Tk.numel() * num_experts < 2**38
+    if top_k_index_Tk.is_cuda and HAS_TRITON and top_k_index_Tk.numel() and small:
         from fourfold.kernels.route_triton import route_triton
 
         return Routing(*route_triton(top_k_index_Tk, num_experts))

@@ -226,7 +226,7 @@ def _launch(
         "BM": BM,
         "RP": max(16, triton.next_power_of_2(rank)),
         "LOW_RANK": rank > 0,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee",
         "num_warps": 4,
         # Tiles of factors grow with the rank: one at a time, so that any card's shared memory holds them.
         "num_stages": 3 if rank <= 64 else 1,
