@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import needs
+import parity
 import tiny
 from fourfold.experts import find_experts
 from fourfold.experts.packed import pack_module_
@@ -237,3 +238,20 @@ def test_exported() -> None:
     assert torch.equal(program.module()(*other), module(*other))
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert "fourfold.packed_linear.default" in names
+
+
+def test_a_setting_that_decides_on_fp32_is_watched() -> None:
+    """(How the model's own forward multiplies, and so ours; it can be changed after compiling.)"""
+    found = next(iter(find_experts(parity.build("privacy_filter").bfloat16())))
+    module = pack_module_(found.module, PackFormat("nf4", 64, True), found.name)
+    module.requires_grad_(False)
+    H, E = module.fourfold_layout.up.shape.columns, module.fourfold_layout.num_experts
+    x, weights = torch.randn(6, H).bfloat16(), torch.rand(6, 2).bfloat16()
+    index = torch.stack([torch.randperm(E)[:2] for _ in range(6)])
+    compiled = torch.compile(lambda: module(x, index, weights), backend="aot_eager", fullgraph=True)
+    results = []
+    for implementation in ("grouped_mm", "eager", "grouped_mm"):
+        module.config._experts_implementation = implementation
+        results.append(compiled())
+        assert torch.equal(results[-1], module(x, index, weights)), implementation
+    assert not torch.equal(results[0], results[1])
