@@ -12,7 +12,8 @@ import pytest
 
 from fourfold.errors import ConfigurationError
 from fourfold.loading.arguments import BNB_4BIT, BNB_8BIT, BNB_BOTH
-from fourfold.training.schema import TrainConfig, load_config
+from fourfold.training.read_config import load_config
+from fourfold.training.schema import TrainConfig
 
 SOUND = """\
 base_model: some/model
@@ -360,7 +361,7 @@ def test_validating_needs_no_torch(tmp_path: Path) -> None:
     path.write_text(SOUND)
     code = (
         "import sys, time; start = time.perf_counter()\n"
-        "from fourfold.training.schema import load_config; import fourfold.training, fourfold.cli\n"
+        "from fourfold.training.read_config import load_config; import fourfold.training, fourfold.cli\n"
         f"load_config({str(path)!r}); seconds = time.perf_counter() - start\n"
         "heavy = [m for m in ('torch', 'transformers', 'peft', 'trl', 'numpy') if m in sys.modules]\n"
         "assert not heavy, heavy\n"

@@ -7,7 +7,7 @@ import argparse
 from rich.console import Console
 
 from fourfold.cli.outcome import Outcome
-from fourfold.training.schema import load_config
+from fourfold.training.read_config import load_config
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
