@@ -14,7 +14,7 @@ from typing import Any
 
 from fourfold.training.yaml_file import Problem, nearest
 
-_PRODUCTS = "experts and their LoRA are multiplied by Fourfold's own kernels (`fourfold inspect MODEL --ways`)"
+_PRODUCTS = "Fourfold's own kernels multiply experts and their LoRA (`fourfold inspect MODEL --ways`)"
 _LINEARS = "attention and other Linears run as PEFT and bitsandbytes compute them; the same results"
 _LIGER = "the model's own layers are used; the same results"
 _LOSS = "the loss is taken from all logits of a batch: the same results, more memory at a large vocabulary"
@@ -101,7 +101,7 @@ DIFFERENT: dict[str, str] = {
 }
 
 # Those whose false asks for something too.
-ALSO_FALSE = ("group_by_length", "remove_unused_columns", "dataloader_pin_memory", "save_safetensors", "strict")
+ALSO_FALSE = ("group_by_length", "remove_unused_columns", "dataloader_pin_memory", "save_safetensors")
 
 # Plugins whose work is done otherwise, by the last part of their names; any other may change results.
 PLUGINS: dict[str, str] = {
@@ -130,9 +130,7 @@ _PACKING = NotYet(
     "several examples in one row of a batch",
     "Set sample_packing: false; batches are then padded, and hold micro_batch_size examples each.",
 )
-_CARDS = NotYet(
-    "training on more than one GPU", "Drop the key to train on one GPU; packed experts need a quarter."
-)
+_CARDS = NotYet("training on more than one GPU", "Drop the key to train on one GPU.")
 _DEGREE = NotYet(_CARDS.what, _CARDS.remedy, (False, 0, 1))
 _PREFERENCE = NotYet("training on preferences or rewards", "Fourfold trains on conversations (datasets).")
 _OPTIMIZER = NotYet("this way to train", "Drop the key, or choose another optimizer.")
@@ -147,6 +145,10 @@ _TOKENS = NotYet("tokens or embeddings added to the model", "Drop the key, or us
 _TEMPLATE = NotYet("this setting of the chat template", "Write what it says into the conversations.")
 _LORA = NotYet("this kind of LoRA", "Drop the key.")
 _DATA = NotYet("this way to arrange data", "Prepare the file so, and drop the key.")
+_ONE_TEMPLATE = NotYet(
+    "a template for one dataset", "Set chat_template for the run.", (False, "tokenizer_default")
+)
+_RENAMED, _MAPPING = "this name of the key", "Write message_property_mappings: {role: ..., content: ...}."
 _NAMED = NotYet("taking it from elsewhere than base_model", "Drop the key.")
 
 # Key -> what is missing.
@@ -176,7 +178,7 @@ NOT_YET: dict[str, NotYet] = {
     "device_map": _PLACES,
     "max_memory": _PLACES,
     "gpu_memory_limit": _PLACES,
-    "train_on_inputs": NotYet("loss on the prompts", "Set train_on_inputs: false; answers alone are trained."),
+    "train_on_inputs": NotYet("loss on the prompts", "Set it to false."),
     "fp16": _PRECISION,
     "bfloat16": _PRECISION,
     "float16": _PRECISION,
@@ -226,13 +228,13 @@ NOT_YET: dict[str, NotYet] = {
     "min_sample_len": _DATA,
     "max_prompt_len": _DATA,
     "pad_to_multiple_of": NotYet("padding to a multiple", "Drop the key.", (False, 1)),
-    "shuffle_merged_datasets": NotYet("the files' own order", "Drop the key: examples are shuffled.", (True,)),
+    "shuffle_merged_datasets": NotYet("the files' own order", "Drop it: examples are shuffled.", (True,)),
     "shuffle_before_merging_datasets": _DATA,
     "dataset_shard_num": _DATA,
     "dataset_shard_idx": _DATA,
     "dataset_exact_deduplication": _DATA,
     "skip_prepare_dataset": _DATA,
-    "pretraining_dataset": NotYet("training on plain text", "Write conversations, and name them in datasets."),
+    "pretraining_dataset": NotYet("training on plain text", "Write conversations into datasets."),
     "streaming": _DATA,
     "push_dataset_to_hub": _HUB,
     "chat_template_kwargs": NotYet(_TEMPLATE.what, _TEMPLATE.remedy, (False, {})),
@@ -298,8 +300,8 @@ DATASET_NOT_YET: dict[str, NotYet] = {
     "shards_idx": _DATA,
     "preprocess_shards": _DATA,
     "conversation": _TEMPLATE,
-    "chat_template": NotYet("a template for one dataset", "Set chat_template for the run.", ("tokenizer_default",)),
-    "chat_template_jinja": NotYet("a template for one dataset", "Set chat_template_jinja for the run."),
+    "chat_template": _ONE_TEMPLATE,
+    "chat_template_jinja": _ONE_TEMPLATE,
     "input_transform": _DATA,
     "input_format": _DATA,
     "field": _DATA,
@@ -309,8 +311,8 @@ DATASET_NOT_YET: dict[str, NotYet] = {
     "field_thinking": _DATA,
     "template_thinking_key": _DATA,
     "split_thinking": _DATA,
-    "message_field_role": NotYet("this key", "Write message_property_mappings: {role: ...}.", ("role",)),
-    "message_field_content": NotYet("this key", "Write message_property_mappings: {content: ...}.", ("content",)),
+    "message_field_role": NotYet(_RENAMED, _MAPPING, ("role",)),
+    "message_field_content": NotYet(_RENAMED, _MAPPING, ("content",)),
     "message_field_training": NotYet("marks of what is trained", "Give turns a `weight` of 0 or 1."),
     "message_field_training_detail": NotYet("marks of what is trained", "Give turns a `weight` of 0 or 1."),
     "roles_to_train": NotYet("loss on other turns than answers", "Drop it.", (["assistant"], ["gpt"])),

@@ -28,6 +28,7 @@ from fourfold.training.yaml_file import (
     read_yaml,
 )
 
+
 @dataclass
 class Examined:
     """What there is to say of a configuration file.

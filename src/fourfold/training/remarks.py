@@ -22,7 +22,10 @@ NEEDS: dict[tuple[str, str], tuple[str, str]] = {
 
 def needed_packages(config: TrainConfig) -> Iterator[tuple[str, str, str, str]]:
     """(key, value, package to import, name to install) of each setting that needs a further package."""
-    values = {"optimizer": [config.optimizer], "attn_implementation": [config.attention or ""]}
+    values: dict[str, list[str]] = {
+        "optimizer": [config.optimizer],
+        "attn_implementation": [config.attention or ""],
+    }
     values |= {f"use_{name}": [name] for name in config.trackers}
     for (key, value), (package, distribution) in NEEDS.items():
         if value in values.get(key, ()):

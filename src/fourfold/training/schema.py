@@ -75,7 +75,7 @@ class DatasetConfig(Strict):
     """
 
     path: PathText = Field(
-        description="a local file (.jsonl, .json, .parquet, .csv), a folder, or a dataset's id on the hub"
+        description="a local file (.jsonl, .json, .parquet), a folder, or a dataset's id on the hub"
     )
     type: Annotated[
         Literal["chat_template"],
@@ -86,8 +86,8 @@ class DatasetConfig(Strict):
         None, description="a split, or a slice of one, such as train[:20%]; absent means train"
     )
     data_files: OneOrMore | None = Field(None, description="a file, or a list of files, within `path`")
-    ds_type: Literal["json", "csv", "parquet", "arrow"] | None = Field(
-        None, description="`json`, `csv`, `parquet` or `arrow`, where a file's name does not say"
+    ds_type: Literal["json", "parquet", "arrow"] | None = Field(
+        None, description="`json`, `parquet` or `arrow`, where a file's name does not say"
     )
     revision: Text | None = Field(None, description="a branch, tag or commit of a dataset on the hub")
     field_messages: str = Field("messages", min_length=1, description="the name of the field with the turns")
@@ -196,7 +196,10 @@ class TrainConfig(Strict):
     )
     chat_template: Annotated[
         Literal["tokenizer_default", "tokenizer_default_fallback_chatml", "chatml", "jinja"],
-        only(TEMPLATES, "Write tokenizer_default for the model's own template, or jinja with chat_template_jinja."),
+        only(
+            TEMPLATES,
+            "Write tokenizer_default for the model's own, or jinja with chat_template_jinja.",
+        ),
     ] = Field(
         "tokenizer_default",
         description="`tokenizer_default` (the model's own), `tokenizer_default_fallback_chatml`, `chatml` or "
@@ -263,9 +266,9 @@ class TrainConfig(Strict):
     saves_per_epoch: Count | None = Field(
         None, description="a whole number of checkpoints in each epoch, instead of save_steps"
     )
-    save_strategy: Annotated[Strategy | None, only(("no", "epoch", "steps"), "Set save_steps.", ("best",))] = Field(
-        None, description="`no`, `epoch` or `steps` (save_steps); absent follows save_steps"
-    )
+    save_strategy: Annotated[
+        Strategy | None, only(("no", "epoch", "steps"), "Set save_steps.", ("best",))
+    ] = Field(None, description="`no`, `epoch` or `steps` (save_steps); absent follows save_steps")
     save_total_limit: Positive | None = Field(
         None, description="a positive whole number of checkpoints to keep, the newest; absent keeps all"
     )

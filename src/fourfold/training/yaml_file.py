@@ -154,9 +154,7 @@ def _set(values: Any, path: KeyPath, value: Any, override: str) -> None:
             )
 
 
-def _note_lines(
-    node: yaml.Node, path: KeyPath, result: YamlFile, seen: set[int], within: set[int]
-) -> None:
+def _note_lines(node: yaml.Node, path: KeyPath, result: YamlFile, seen: set[int], within: set[int]) -> None:
     """Note the line of each key below ``node``, and keys given twice.
 
     A node that several aliases name is walked once: a few lines of aliases to aliases unfold to billions.
