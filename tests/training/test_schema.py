@@ -115,7 +115,7 @@ def test_a_null_where_a_value_is_needed(tmp_path: Path) -> None:
         ("learning_rate: .inf", "line 7, learning_rate: inf should be a finite number"),
         ("lr_scheduler: cosin", "line 7, lr_scheduler: 'cosin' is not one of 'cosine'"),
         ("bf16: full", "line 7, bf16: 'full'"),
-        ("lora_target_modules: q_proj", "line 7, lora_target_modules: 'q_proj' should be a valid list"),
+        ("lora_target_modules: '(q'", "line 7, lora_target_modules: '(q' is no regular expression"),
         ("datasets: []", "line 7, datasets"),
         ("val_set_size: -0.1", "line 7, val_set_size: -0.1 should be greater than or equal to 0"),
         ("val_set_size: 1.5", "line 7, val_set_size: 1.5 is no number of examples"),
@@ -285,9 +285,9 @@ def test_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("max_step=3", "command line, max_step: unknown key. Did you mean `max_steps`?"),
-        ("lora_r=-1", "command line, lora_r: -1 should be greater than 0"),
-        ("adapter=lora", "command line, adapter: lora contradicts load_in_4bit"),
+        ("max_step=3", "command line (max_step=3), max_step: unknown key. Did you mean `max_steps`?"),
+        ("lora_r=-1", "command line (lora_r=-1), lora_r: -1 should be greater than 0"),
+        ("adapter=lora", "command line (adapter=lora), adapter: lora contradicts load_in_4bit"),
     ],
 )
 def test_wrong_overrides_are_placed_on_the_command_line(tmp_path: Path, override: str, said: str) -> None:

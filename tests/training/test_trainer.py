@@ -168,6 +168,7 @@ def test_settings_reach_the_trainer(tmp_path: Any) -> None:
         ),
         bf16=False,
         use_cpu=True,
+        examples=48,
     )
     expected = {
         "output_dir": str(tmp_path),

@@ -37,7 +37,8 @@ from fourfold.training.key_types import (
 )
 
 # Who speaks, by the words for it in common files; `roles` replaces the table.
-ROLES: dict[str, list[str]] = {
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: dict[Role, list[str]] = {
     "system": ["system"],
     "user": ["user", "human"],
     "assistant": ["assistant", "gpt"],
@@ -92,10 +93,10 @@ class DatasetConfig(Strict):
     revision: Text | None = Field(None, description="a branch, tag or commit of a dataset on the hub")
     field_messages: str = Field("messages", min_length=1, description="the name of the field with the turns")
     message_property_mappings: Turn = Field(
-        default_factory=Turn,
+        default_factory=lambda: Turn.model_validate({}),
         description="a mapping of role and content to the turns' own fields, such as {role: from}",
     )
-    roles: dict[Literal["system", "user", "assistant", "tool"], OneOrMore] = Field(
+    roles: dict[Role, OneOrMore] = Field(
         default_factory=lambda: ROLES,
         description="a mapping of system, user, assistant and tool to the words for them in the file",
     )
@@ -249,7 +250,8 @@ class TrainConfig(Strict):
         False, description="true or false; `offload` recomputes as true does, and keeps inputs on the GPU"
     )
     gradient_checkpointing_kwargs: Checkpointing = Field(
-        default_factory=Checkpointing, description="a mapping: {use_reentrant: false}"
+        default_factory=lambda: Checkpointing.model_validate({}),
+        description="a mapping: {use_reentrant: false}",
     )
 
     logging_steps: Positive = Field(
