@@ -53,6 +53,48 @@ EVERY_KEY: dict[str, tuple[str, Any]] = {
     "lora_target_modules": ("[q_proj, o_proj]", ["q_proj", "o_proj"]),
     "lora_target_parameters": ("[]", []),
     "peft_init_lora_weights": ("gaussian", "gaussian"),
+    "model_type": ("AutoModelForCausalLM", "AutoModelForCausalLM"),
+    "tokenizer_type": ("AutoTokenizer", "AutoTokenizer"),
+    "attn_implementation": ("sdpa", "sdpa"),
+    "sdp_attention": ("true", True),
+    "flash_attention": ("false", False),
+    "flex_attention": ("false", False),
+    "eager_attention": ("false", False),
+    "lora_dropout": ("0.05", 0.05),
+    "lora_target_linear": ("false", False),
+    "lora_exclude_modules": ("'.*lm_head'", ".*lm_head"),
+    "lora_rank_pattern": ("{q_proj: 2}", {"q_proj": 2}),
+    "lora_alpha_pattern": ("{q_proj: 4}", {"q_proj": 4}),
+    "peft_use_rslora": ("true", True),
+    "chat_template": ("jinja", "jinja"),
+    "chat_template_jinja": ("~t.jinja", "~t.jinja"),
+    "eval_batch_size": ("5", 5),
+    "warmup_ratio": ("null", None),
+    "weight_decay": ("0.01", 0.01),
+    "max_grad_norm": ("0.3", 0.3),
+    "adam_beta1": ("0.8", 0.8),
+    "adam_beta2": ("0.95", 0.95),
+    "adam_epsilon": ("1e-6", 1e-6),
+    "tf32": ("true", True),
+    "evals_per_epoch": ("null", None),
+    "saves_per_epoch": ("null", None),
+    "eval_strategy": ("steps", "steps"),
+    "save_strategy": ("steps", "steps"),
+    "save_total_limit": ("2", 2),
+    "auto_resume_from_checkpoints": ("true", True),
+    "use_tensorboard": ("true", True),
+    "use_wandb": ("true", True),
+    "wandb_project": ("p", "p"),
+    "wandb_entity": ("e", "e"),
+    "wandb_name": ("n", "n"),
+    "wandb_run_id": ("i", "i"),
+    "wandb_mode": ("offline", "offline"),
+    "wandb_watch": ("gradients", "gradients"),
+    "wandb_log_model": ("end", "end"),
+    "use_mlflow": ("true", True),
+    "mlflow_tracking_uri": ("u", "u"),
+    "mlflow_experiment_name": ("x", "x"),
+    "mlflow_run_name": ("r", "r"),
     "val_set_size": ("0.1", 0.1),
     "sequence_len": ("99", 99),
     "excess_length_strategy": ("truncate", "truncate"),
@@ -78,15 +120,17 @@ EVERY_KEY: dict[str, tuple[str, Any]] = {
 def test_every_key_is_read(tmp_path: Path) -> None:
     text = "".join(f"{key}: {written}\n" for key, (written, _) in EVERY_KEY.items())
     text += "datasets: [{path: d.json, type: chat_template, field_messages: turns}]\n"
+    text += "special_tokens: {pad_token: <pad>}\ngradient_checkpointing_kwargs: {use_reentrant: true}\n"
     config = load(tmp_path, text)
+    assert config.special_tokens is not None
+    assert config.special_tokens.pad_token == "<pad>"
+    assert config.gradient_checkpointing_kwargs.use_reentrant
     for key, (_, value) in EVERY_KEY.items():
         assert getattr(config, key) == value, key
-    assert config.datasets[0].model_dump() == {
-        "path": "d.json",
-        "type": "chat_template",
-        "field_messages": "turns",
-    }
-    assert set(EVERY_KEY) | {"datasets", "test_datasets"} == set(TrainConfig.model_fields)
+    entry = config.datasets[0]
+    assert (entry.path, entry.type, entry.field_messages) == ("d.json", "chat_template", "turns")
+    mappings = {"datasets", "test_datasets", "special_tokens", "gradient_checkpointing_kwargs"}
+    assert set(EVERY_KEY) | mappings == set(TrainConfig.model_fields)
 
 
 def test_null_is_the_default(tmp_path: Path) -> None:

@@ -119,11 +119,11 @@ def refuse_yet(test: Callable[[Any], bool], what: str, remedy: str) -> BeforeVal
     return BeforeValidator(check)
 
 
-Positive = Annotated[int, BeforeValidator(not_bool), Field(gt=0)]
-PositiveFloat = Annotated[float, BeforeValidator(not_bool), Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, BeforeValidator(not_bool), Field(ge=0)]
-Share = Annotated[float, BeforeValidator(not_bool), Field(ge=0, allow_inf_nan=False)]
-BelowOne = Annotated[float, BeforeValidator(not_bool), Field(ge=0, lt=1, allow_inf_nan=False)]
+Positive = Annotated[int, Field(gt=0), BeforeValidator(not_bool)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(not_bool)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(not_bool)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(not_bool)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(not_bool)]
 Text = Annotated[str, Field(min_length=1)]
 # `~` is the home directory, as in a shell; expanded here and nowhere else.
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]

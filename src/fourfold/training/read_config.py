@@ -113,16 +113,17 @@ def _validate(values: Mapping[str, Any]) -> tuple[TrainConfig | None, list[tuple
         return TrainConfig.model_validate(values), []
     except ValidationError as error:
         problems: list[tuple[KeyPath, Problem]] = []
-        seen: set[KeyPath] = set()
+        chosen: dict[KeyPath, Any] = {}
         for item in error.errors():
             original = item.get("ctx", {}).get("error")
             if isinstance(original, ContradictionError):
                 problems += [((), problem) for _, problem in original.found]
                 continue
             path = _key_path(item["loc"], values)
-            if path not in seen:  # a union reports each of its members
-                problems.append((path, _explain(path, item)))
-            seen.add(path)
+            # A union reports each of its members: the one of the value's own type says more.
+            if path not in chosen or chosen[path]["type"].endswith("_type"):
+                chosen[path] = item
+        problems += [(path, _explain(path, item)) for path, item in chosen.items()]
         return None, problems
 
 

@@ -209,7 +209,7 @@ class TrainConfig(Strict):
     chat_template_jinja: PathText | None = Field(
         None, description="a Jinja template, or the path of a file with one; with chat_template: jinja"
     )
-    sequence_len: Annotated[int, BeforeValidator(not_bool), Field(ge=8)] = Field(
+    sequence_len: Annotated[int, Field(ge=8), BeforeValidator(not_bool)] = Field(
         512, description="a whole number of tokens, at least 8; longer ones: see excess_length_strategy"
     )
     excess_length_strategy: Literal["drop", "truncate", "raise"] = Field(
@@ -276,7 +276,7 @@ class TrainConfig(Strict):
     )
     output_dir: PathText = Field("./model-out", description="the folder for checkpoints and the adapter")
     # numpy, which the trainer seeds as well, takes no more than 32 bits.
-    seed: Annotated[int, BeforeValidator(not_bool), Field(ge=0, lt=2**32)] = Field(
+    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(not_bool)] = Field(
         42, description="a whole number below 2**32"
     )
     resume_from_checkpoint: bool | PathText = Field(
