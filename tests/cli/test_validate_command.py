@@ -65,9 +65,7 @@ def test_every_problem_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["validate", path]) == 1
     out = capsys.readouterr().out
     assert out.startswith(f"{path}: 4 problems\n")
-    assert (
-        "  line 7, sample_packing: not yet: several examples in one row of a batch. Set sample_packing" in out
-    )
+    assert "  line 7, sample_packing: not yet: several examples in one row of a batch. Set" in out
 
 
 @pytest.mark.parametrize(
@@ -123,7 +121,7 @@ def test_answers_in_well_under_a_second_and_without_torch(tmp_path: Path) -> Non
         "import sys, time; start = time.perf_counter()\n"
         "from fourfold.cli import main\n"
         f"status = main(['validate', {path!r}]) + main(['schema'])\n"
-        "heavy = [m for m in ('torch', 'transformers', 'peft', 'trl', 'numpy', 'datasets') if m in sys.modules]\n"
+        "heavy = {'torch', 'transformers', 'peft', 'trl', 'numpy', 'datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert status == 0\n"
         "assert time.perf_counter() - start < 1\n"  # 0.2 s on two cores

@@ -115,7 +115,7 @@ def test_a_key_like_none_is_answered_in_one_line(tmp_path: Path) -> None:
     assert str(problem) == "line 7, qqqqqqqq: unknown key. `fourfold schema` prints all keys."
     [problem] = look(tmp_path, {"datasets": [{"path": "d", "splitt": "x"}]}).problems
     assert str(problem).endswith("unknown key. Did you mean `split`?")
-    [problem] = look(tmp_path, {"special_tokens": {"pad": "x"}}).problems
+    [problem] = look(tmp_path, {"special_tokens": {"padtoken": "x"}}).problems
     assert "Did you mean `pad_token`?" in str(problem)
 
 

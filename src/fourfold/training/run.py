@@ -36,6 +36,7 @@ from fourfold.training.preflight import Checked, check
 from fourfold.training.resume import RunFile, step_of
 from fourfold.training.schema import TrainConfig
 from fourfold.training.summary import RunResult, write_loss_curve, write_report
+from fourfold.training.targets import resolve
 
 try:
     import matplotlib.figure  # noqa: F401  (the loss curve, drawn when the run is over)
@@ -157,7 +158,7 @@ def with_adapters(model: Any, config: TrainConfig, checked: Checked) -> Any:
         model,
         r=config.lora_r,
         alpha=config.lora_alpha,
-        target_modules=checked.target_modules,
+        target_modules=resolve(model, checked.target_modules),
         target_parameters=checked.target_parameters,
         dropout=config.lora_dropout,
         exclude_modules=config.lora_exclude_modules,

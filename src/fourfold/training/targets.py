@@ -70,7 +70,9 @@ def check_patterns(
     Raises:
         ConfigurationError: names the one that meets none.
     """
-    wrapped = [name for name, module in skeleton.named_modules() if _is_target(name, module, modules)]
+    wrapped = resolve(skeleton, modules)
+    if isinstance(modules, list):
+        wrapped = [name for name, module in skeleton.named_modules() if _is_target(name, module, modules)]
     excluded = config.lora_exclude_modules
     entries = [excluded] if isinstance(excluded, str) else excluded or []
     for entry in entries:
@@ -93,11 +95,28 @@ def check_patterns(
                 )
 
 
+def resolve(model: Any, targets: list[str] | str) -> list[str]:
+    """Names for PEFT: a list as it is, a regular expression or "all-linear" as the full names it meets.
+
+    PEFT resolves text against the model as transformers 4 had it, with a Linear for each expert, and then
+    targets the fused parameters in their place: experts would be trained though `lora_target_parameters`
+    says otherwise.
+    """
+    if isinstance(targets, list):
+        return targets
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if _is_target(name, module, targets) and not (module is head and targets == "all-linear")
+    ]
+
+
 def _is_target(name: str, module: torch.nn.Module, targets: list[str] | str) -> bool:
     if not isinstance(module, torch.nn.Linear):
         return False
     if targets == "all-linear":
-        return not name.endswith("lm_head")
+        return True
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets)
