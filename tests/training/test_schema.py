@@ -196,6 +196,48 @@ def test_a_wrong_value_is_named_with_line_and_remedy(tmp_path: Path, wrong: str,
         ("max_steps: 5\nlogging_steps: 6", "logging_steps", "6, and the run has 5: no loss would be shown"),
         ("lr_scheduler: constant\nwarmup_steps: 3", "warmup_steps", "lr_scheduler: constant has no warm-up"),
         (
+            "lr_scheduler: constant\nwarmup_ratio: 0.1",
+            "warmup_ratio",
+            "lr_scheduler: constant has no warm-up",
+        ),
+        ("warmup_ratio: 0.1\nwarmup_steps: 3", "warmup_ratio", "given beside warmup_steps. Keep one"),
+        ("eval_strategy: epoch", "eval_strategy", "there is nothing to evaluate on"),
+        ("saves_per_epoch: 2\nsave_steps: 5", "saves_per_epoch", "given beside save_steps. Keep one"),
+        ("save_strategy: 'no'\nsave_steps: 5", "save_strategy", "no contradicts save_steps: 5. Keep one"),
+        ("save_strategy: no\nsaves_per_epoch: 5", "save_strategy", "no contradicts saves_per_epoch: 5"),
+        ("save_strategy: epoch\nsave_steps: 5", "save_strategy", "epoch contradicts save_steps: 5"),
+        ("save_strategy: steps", "save_strategy", "steps, and nothing says how many. Set save_steps"),
+        (
+            "lora_target_linear: true\nlora_target_modules: [q_proj]",
+            "lora_target_linear",
+            "true means every Linear, and lora_target_modules names some. Keep one",
+        ),
+        ("lora_dropout: 0.1", "lora_dropout", "0.1, and LoRA on experts' parameters takes no dropout. Set"),
+        (
+            "lora_target_modules: []\nlora_exclude_modules: [q_proj]",
+            "lora_exclude_modules",
+            "there is nothing to exclude from",
+        ),
+        ("optimizer: sgd\nadam_beta1: 0.8", "adam_beta1", "optimizer: sgd has no such setting"),
+        ("optimizer: lion_8bit\nadam_epsilon: 1e-6", "adam_epsilon", "optimizer: lion_8bit has no such"),
+        (
+            "gradient_checkpointing_kwargs: {use_reentrant: true}",
+            "gradient_checkpointing_kwargs",
+            "there is no checkpointing to set",
+        ),
+        ("chat_template: jinja", "chat_template", "chat_template: jinja and chat_template_jinja belong"),
+        ("chat_template_jinja: x", "chat_template_jinja", "chat_template: jinja and chat_template_jinja"),
+        (
+            "attn_implementation: sdpa\nflash_attention: true",
+            "flash_attention",
+            "true, and another key asks for sdpa. Keep one",
+        ),
+        (
+            "sdp_attention: true\nflash_attention: true",
+            "sdp_attention",
+            "true, and another key asks for flash_attention_2. Keep one",
+        ),
+        (
             "lora_target_modules: []\nlora_target_parameters: []",
             "lora_target_modules",
             "both lists are empty: nothing would be trained",
@@ -248,6 +290,14 @@ def test_contradictions(tmp_path: Path, lines: str, key: str, said: str) -> None
     where, _, rest = line.partition(", ")
     assert rest.startswith(f"{key}: {said}")
     assert text.splitlines()[int(where.removeprefix("line ")) - 1].startswith(key.split(".")[0])
+
+
+def test_slices_of_one_dataset_may_be_trained_on_and_held_out(tmp_path: Path) -> None:
+    entries = [{"path": "owner/data", "split": part} for part in ("train[:90%]", "train[90%:]")]
+    values = {"base_model": "m", "adapter": "lora", "datasets": entries[:1], "test_datasets": entries[1:]}
+    assert TrainConfig(**values).test_datasets is not None
+    with pytest.raises(ValueError, match="is trained on as well"):
+        TrainConfig(**{**values, "test_datasets": entries[:1]})
 
 
 def test_contradictions_without_quantization(tmp_path: Path) -> None:

@@ -118,9 +118,7 @@ def test_what_meets_nothing_is_refused_before_loading(
 def test_flash_attention_needs_a_gpu(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    with pytest.raises(
-        ConfigurationError, match=r"flash_attention_2 needs a GPU, and none is here\. Use sdpa"
-    ):
+    with pytest.raises(ConfigurationError, match="flash_attention_2 needs a GPU"):
         check(config_of(settings, flash_attention=True))
 
 

@@ -163,7 +163,7 @@ def _interval_contradictions(config: TrainConfig) -> Found:
             what = f"{strategy} contradicts {given[0]}: {getattr(config, given[0]):g}"
             yield (key, steps, per_epoch), Problem(key, what, "Keep one of the two.")
         elif strategy == "steps" and not given:
-            yield (key, steps, per_epoch), Problem(key, "steps, but how many?", f"Set {steps}.")
+            yield (key, steps, per_epoch), Problem(key, "steps, and nothing says how many", f"Set {steps}.")
 
 
 def ignored_within(
