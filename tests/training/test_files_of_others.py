@@ -162,7 +162,7 @@ def test_such_a_file_is_trained(tmp_path: Path, moe_folder: Path, capsys: pytest
     path.write_text(COMMON + KERNELS, encoding="utf-8")
     refused = main(["train", str(path)])
     assert refused == 2
-    assert "line 22, sample_packing: not yet" in capsys.readouterr().err
+    assert "line 23, sample_packing: not yet" in capsys.readouterr().err
     overrides = [
         f"base_model={moe_folder}",
         f"datasets.0.path={write_jsonl(tmp_path / 'chats.jsonl', records)}",

@@ -23,6 +23,7 @@ _TOKENIZED = "data are read and tokenized at each start, in one process; nothing
 _ATTENTION = "attention is that of transformers: see attn_implementation"
 _MEMORY = "it stays on the GPU: the same results, more memory"
 _ONE_PROCESS = "a run is one process on one GPU, so there is nothing to set"
+_COMPILED = "a run is not compiled: the same results"
 _SHOWN = "tokens a second are always shown and in report.json"
 
 # Key -> what happens instead.
@@ -57,8 +58,13 @@ DIFFERENT: dict[str, str] = {
     "sdpa_varlen": _ATTENTION,
     "flash_attn_cross_entropy": _LOSS,
     "flash_attn_fuse_mlp": _ATTENTION,
+    "torch_compile": _COMPILED,
+    "torch_compile_backend": _COMPILED,
+    "torch_compile_mode": _COMPILED,
+    "torch_compile_options": _COMPILED,
     "activation_offloading": _MEMORY,
     "layer_offloading": _MEMORY,
+    "selective_checkpointing": "gradient_checkpointing recomputes whole layers: the same results",
     "ple_cpu_offload": _MEMORY,
     "embeddings_skip_upcast": "embeddings are never upcast",
     "low_cpu_mem_usage": _LOADED,
@@ -149,6 +155,7 @@ _ONE_TEMPLATE = NotYet(
     "a template for one dataset", "Set chat_template for the run.", (False, "tokenizer_default")
 )
 _RENAMED, _MAPPING = "this name of the key", "Write message_property_mappings: {role: ..., content: ...}."
+_ATTENDING = NotYet("this change to positions or attention", "Drop the key.")
 _NAMED = NotYet("taking it from elsewhere than base_model", "Drop the key.")
 
 # Key -> what is missing.
@@ -185,7 +192,6 @@ NOT_YET: dict[str, NotYet] = {
     "float32": _PRECISION,
     "fp8": _PRECISION,
     "fp32_norms": _PRECISION,
-    "torch_compile": NotYet("compiling the whole model in a run", "Set torch_compile: false."),
     "trust_remote_code": _CODE,
     "lora_modules_to_save": NotYet("training whole modules beside LoRA", "Drop the key.", (False, [])),
     "lora_model_dir": NotYet("going on with a saved adapter", "To resume a run, see resume_from_checkpoint."),
@@ -260,6 +266,11 @@ NOT_YET: dict[str, NotYet] = {
     "tokenizer_use_mistral_common": NotYet("mistral-common's tokenizer", "Drop the key."),
     "xformers_attention": NotYet("this attention", "Set attn_implementation: sdpa."),
     "sage_attention": NotYet("this attention", "Set attn_implementation: sdpa."),
+    "scaling_softmax": _ATTENDING,
+    "use_pose": _ATTENDING,
+    "rope_scaling": _ATTENDING,
+    "use_eaft": NotYet("another loss", "Drop the key."),
+    "dataloader_drop_last": NotYet("leaving out a last, smaller batch", "Drop the key."),
     "tiled_mlp": NotYet("dense layers in tiles", "Drop the key."),
     "reinit_weights": NotYet("training from random weights", "Drop the key."),
     "trainer_cls": NotYet("another trainer", "Drop the key."),
@@ -327,6 +338,7 @@ ELSEWHERE: dict[str, str] = {
     "model_name_or_path": "base_model",
     "per_device_train_batch_size": "micro_batch_size",
     "per_device_eval_batch_size": "eval_batch_size",
+    "type_of_model": "model_type",
     "num_train_epochs": "num_epochs",
     "lr_scheduler_type": "lr_scheduler",
     "optim": "optimizer",
