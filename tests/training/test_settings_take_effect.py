@@ -297,6 +297,7 @@ def test_losses_reach_the_tracker(settings: Settings, fake_wandb: Path) -> None:
     logged = [row[1] for row in rows if row[0] == "log"]
     losses = [values["train/loss"] for values in logged if "train/loss" in values]
     assert losses == pytest.approx([loss for _, loss in result.curve.train], abs=1e-4)
+    assert [step for step, _ in result.curve.train] == [1, 2]  # no evaluation swallowed one
     held_out = [values["eval/loss"] for values in logged if "eval/loss" in values]
     assert held_out == pytest.approx([loss for _, loss in result.curve.held_out[1:]], abs=1e-6)
 
