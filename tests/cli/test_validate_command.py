@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+import yaml
 
 from fourfold.cli import main
+from fourfold.training.other_keys import DIFFERENT, NOT_YET
 
 SOUND = """\
 base_model: some/model
@@ -127,3 +130,55 @@ def test_answers_in_well_under_a_second_and_without_torch(tmp_path: Path) -> Non
         "assert time.perf_counter() - start < 1\n"  # 0.2 s on two cores
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+HUGE = 10**30
+NUMBERS: list[Any] = [0, -1, 1, HUGE, -HUGE, 1e308, 1e-320, float("nan"), float("inf")]
+OTHERS: list[Any] = ["", "x", "(", "~", "\u0000", "x" * 5000, None, True, False]
+NESTED: list[Any] = [[], [None], [[]], [{}], ["a", 1], {}, {"": ""}, {"x": {"y": [1]}}, {1: 2}, {None: None}]
+VALUES = NUMBERS + OTHERS + NESTED
+
+
+def mutate(values: Any, random: Random) -> Any:
+    """One change anywhere: another value, another key, one more, one fewer."""
+    if isinstance(values, dict) and values and random.random() < 0.8:
+        key = random.choice(list(values))
+        kind = random.randrange(5)
+        if kind == 0:
+            return {**values, random.choice(["x", "", 7, None, "datasets", str(key) + "s"]): values[key]}
+        if kind == 1:
+            return {name: value for name, value in values.items() if name != key}
+        return {**values, key: mutate(values[key], random)}
+    if isinstance(values, list) and values and random.random() < 0.7:
+        index = random.randrange(len(values))
+        return [*values[:index], mutate(values[index], random), *values[index + 1 :]]
+    return random.choice(VALUES)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_a_file_says_is_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
+    random = Random(seed)
+    everything = {key: random.choice(VALUES) for key in [*DIFFERENT, *NOT_YET] if random.random() < 0.1}
+    sound = yaml.safe_load(SOUND) | {
+        "datasets": [{"path": "a", "message_property_mappings": {"role": "r"}, "roles": {"user": ["u"]}}],
+        "special_tokens": {"pad_token": "p"},
+        "lora_rank_pattern": {"q": 1},
+        "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"},
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    for _ in range(60):
+        values: Any = {**sound, **everything} if random.random() < 0.2 else sound
+        for _ in range(random.randrange(1, 4)):
+            values = mutate(values, random)
+        path = write(tmp_path, yaml.safe_dump(values))
+        assert main(["validate", path, "--json"]) in (0, 1, 2), values
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        result = json.loads(captured.out)
+        if "error" not in result:
+            rows = result["problems"] + result["not_yet"]
+            assert result["valid"] is not bool(rows), values
+            assert not [row for row in rows if len(row["what"]) + len(row["remedy"]) > 1000]
+            assert not [row for row in rows if not row["remedy"]]

@@ -77,9 +77,9 @@ def test_a_value_is_no_false_for_looking_like_it(tmp_path: Path) -> None:
 def test_plugins_are_known_one_by_one(tmp_path: Path) -> None:
     examined = look(tmp_path, {"plugins": ["a.b.LigerPlugin", "mine.OtherPlugin"]})
     [note] = examined.instead
-    assert note.what == f"a.b.LigerPlugin: {PLUGINS['LigerPlugin']}"
+    assert note.what == f"LigerPlugin: {PLUGINS['LigerPlugin']}"
     [problem] = examined.problems
-    assert str(problem).startswith("line 7, plugins: not yet: the plugin mine.OtherPlugin. Take it out.")
+    assert str(problem).startswith("line 7, plugins: not yet: the plugin OtherPlugin. Take it out.")
 
 
 @pytest.mark.parametrize(

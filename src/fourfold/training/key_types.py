@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from fourfold.training.yaml_file import short
+
 # Those of the trainer's optimizers that need no package beside bitsandbytes; the last two need torchao.
 Optimizer = Literal[
     "adamw_torch",
@@ -102,7 +104,7 @@ def only(allowed: tuple[str, ...], remedy: str, known: tuple[str, ...] | None = 
 
     def check(value: Any) -> Any:
         if isinstance(value, str) and value not in allowed and (known is None or value in known):
-            raise NotYetError(f"`{value}`", remedy)
+            raise NotYetError(f"`{short(value)}`", remedy)
         return value
 
     return BeforeValidator(check)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fourfold.training.yaml_file import Problem, nearest
+from fourfold.training.yaml_file import Problem, nearest, short
 
 _PRODUCTS = "Fourfold's own kernels multiply experts and their LoRA (`fourfold inspect MODEL --ways`)"
 _LINEARS = "attention and other Linears run as PEFT and bitsandbytes compute them; the same results"
@@ -371,13 +371,13 @@ def take_others(
         if key in NOT_YET:
             missing += _refused(key, value, NOT_YET[key])
         elif key == "plugins" and value is not None:
-            for name in value if isinstance(value, list) else [value]:
-                known = PLUGINS.get(str(name).rpartition(".")[2])
-                if known is None:
-                    remedy = f"Take it out. {nearest(str(name).rpartition('.')[2], PLUGINS)}"
-                    missing.append(Problem(key, f"the plugin {name}", remedy, not_yet=True))
+            for full_name in value if isinstance(value, list) else [value]:
+                name = short(str(full_name).rpartition(".")[2])
+                if name in PLUGINS:
+                    instead.append((key, f"{name}: {PLUGINS[name]}"))
                 else:
-                    instead.append((key, f"{name}: {known}"))
+                    remedy = f"Take it out. {nearest(name, PLUGINS)}"
+                    missing.append(Problem(key, f"the plugin {name}", remedy, not_yet=True))
         elif key in DIFFERENT:
             if value is not None and (value is not False or key in ALSO_FALSE):
                 instead.append((key, DIFFERENT[key]))

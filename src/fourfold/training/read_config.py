@@ -26,6 +26,7 @@ from fourfold.training.yaml_file import (
     dotted,
     nearest,
     read_yaml,
+    short,
 )
 
 
@@ -173,10 +174,11 @@ def _explain(path: KeyPath, item: Mapping[str, Any]) -> Problem:
         return Problem(key, "missing", f"Give {wanted}.")
     given = item["input"]
     if item["type"] == "literal_error":
-        return Problem(key, f"{given!r} is not one of {item['ctx']['expected']}", f"Give {wanted}.")
+        return Problem(
+            key, f"{short(repr(given))} is not one of {item['ctx']['expected']}", f"Give {wanted}."
+        )
     reason = str(original or item["msg"].removeprefix("Input "))
-    shown = repr(given)
-    return Problem(key, f"{shown if len(shown) < 60 else shown[:57] + '...'} {reason}", f"Give {wanted}.")
+    return Problem(key, f"{short(repr(given))} {reason}", f"Give {wanted}.")
 
 
 def _model_at(path: KeyPath) -> type[BaseModel]:

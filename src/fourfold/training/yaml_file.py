@@ -36,7 +36,8 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.where}, " if self.where else ""
-        return f"{place}{self.key}: {'not yet: ' if self.not_yet else ''}{self.what}. {self.remedy}"
+        missing = "not yet: " if self.not_yet else ""
+        return f"{place}{short(self.key) or repr('')}: {missing}{self.what}. {self.remedy}"
 
 
 @dataclass
@@ -46,6 +47,11 @@ class YamlFile:
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+
+
+def short(text: str) -> str:
+    """At most 60 characters of ``text``."""
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -128,7 +134,7 @@ def apply_overrides(parsed: YamlFile, overrides: Iterable[str]) -> dict[KeyPath,
             ) from None
         path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
         _set(parsed.values, path, value, override)
-        touched[path] = override if len(override) <= 60 else override[:57] + "..."
+        touched[path] = short(override)
     return touched
 
 
