@@ -121,13 +121,13 @@ def test_schema_is_the_same_either_way(capsys: pytest.CaptureFixture[str]) -> No
 def test_answers_in_well_under_a_second_and_without_torch(tmp_path: Path) -> None:
     path = write(tmp_path, SOUND)
     code = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys, time\n"
         "from fourfold.cli import main\n"
         f"status = main(['validate', {path!r}]) + main(['schema'])\n"
         "heavy = {'torch', 'transformers', 'peft', 'trl', 'numpy', 'datasets'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert status == 0\n"
-        "assert time.perf_counter() - start < 1\n"  # 0.2 s on two cores
+        "assert time.process_time() < 1\n"  # 0.2 s; of the processor: others may be at work beside
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 

@@ -446,6 +446,13 @@ def test_every_shipped_file_is_sound_and_says_how_to_run_it(path: Path) -> None:
     )
 
 
+def test_the_package_has_both_names() -> None:
+    from fourfold import training
+
+    assert training.load_config is load_config
+    assert training.TrainConfig is TrainConfig
+
+
 def test_there_are_shipped_files() -> None:
     assert EXAMPLES / "quickstart" / "config.yaml" in set(EXAMPLES.rglob("*.yaml"))
 
