@@ -89,8 +89,8 @@ def check(overrides: list[str], config_file: Path = CONFIG) -> list[str]:
     from fourfold.adapters.peft_lora import load_adapter
     from fourfold.training import preflight
     from fourfold.training.evaluate import answer, evaluate_answers
+    from fourfold.training.read_config import load_config
     from fourfold.training.run import EVALUATION_BATCHES, SAMPLE_TOKENS, load
-    from fourfold.training.schema import load_config
     from fourfold.training.trainer import make_collator
 
     config = load_config(config_file, overrides)

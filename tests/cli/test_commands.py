@@ -109,7 +109,10 @@ def test_overrides_may_stand_after_options(
         [config, "seed=2", "--json", "lora_rnk=1"],
     ):
         assert main(["train", *arguments]) == 2
-        assert "command line, lora_rnk: unknown key" in strictly(capsys.readouterr().out)["error"]["message"]
+        assert (
+            "command line (lora_rnk=1), lora_rnk: unknown"
+            in strictly(capsys.readouterr().out)["error"]["message"]
+        )
     assert main(["train", config, "--json", "--fast"]) == 2
     assert "unrecognized arguments: --fast" in capsys.readouterr().err
     assert main(["verify", "folder", "another"]) == 2

@@ -16,8 +16,8 @@ import yaml
 from rich.console import Console
 
 from fourfold.training import evaluate
+from fourfold.training.read_config import load_config
 from fourfold.training.run import run
-from fourfold.training.schema import load_config
 from tiny_chat import conversation, write_jsonl
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart" / "run.py"

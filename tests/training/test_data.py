@@ -280,7 +280,8 @@ def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
         ("d.json", "[]", "holds no record"),
         ("d.json", "{}", "holds a dict, not a list of records"),
         ("d.json", "[1,\n2,]", "line 2: not valid JSON"),
-        ("d.parquet", "x", "not a .jsonl or .json file"),
+        ("d.parquet", "x", "cannot be read"),
+        ("d.txt", "x", "not a .jsonl, .json, .parquet, .arrow file"),
     ],
 )
 def test_files_that_hold_no_records(tmp_path: Path, name: str, text: str, said: str) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from fourfold.errors import ConfigurationError
 from fourfold.loading.arguments import BNB_4BIT, BNB_8BIT, BNB_BOTH
-from fourfold.training.schema import TrainConfig, load_config
+from fourfold.training.read_config import load_config
+from fourfold.training.schema import TrainConfig
 
 SOUND = """\
 base_model: some/model
@@ -52,6 +53,48 @@ EVERY_KEY: dict[str, tuple[str, Any]] = {
     "lora_target_modules": ("[q_proj, o_proj]", ["q_proj", "o_proj"]),
     "lora_target_parameters": ("[]", []),
     "peft_init_lora_weights": ("gaussian", "gaussian"),
+    "model_type": ("AutoModelForCausalLM", "AutoModelForCausalLM"),
+    "tokenizer_type": ("AutoTokenizer", "AutoTokenizer"),
+    "attn_implementation": ("sdpa", "sdpa"),
+    "sdp_attention": ("true", True),
+    "flash_attention": ("false", False),
+    "flex_attention": ("false", False),
+    "eager_attention": ("false", False),
+    "lora_dropout": ("0.05", 0.05),
+    "lora_target_linear": ("false", False),
+    "lora_exclude_modules": ("'.*lm_head'", ".*lm_head"),
+    "lora_rank_pattern": ("{q_proj: 2}", {"q_proj": 2}),
+    "lora_alpha_pattern": ("{q_proj: 4}", {"q_proj": 4}),
+    "peft_use_rslora": ("true", True),
+    "chat_template": ("jinja", "jinja"),
+    "chat_template_jinja": ("~t.jinja", "~t.jinja"),
+    "eval_batch_size": ("5", 5),
+    "warmup_ratio": ("null", None),
+    "weight_decay": ("0.01", 0.01),
+    "max_grad_norm": ("0.3", 0.3),
+    "adam_beta1": ("0.8", 0.8),
+    "adam_beta2": ("0.95", 0.95),
+    "adam_epsilon": ("1e-6", 1e-6),
+    "tf32": ("true", True),
+    "evals_per_epoch": ("null", None),
+    "saves_per_epoch": ("null", None),
+    "eval_strategy": ("steps", "steps"),
+    "save_strategy": ("steps", "steps"),
+    "save_total_limit": ("2", 2),
+    "auto_resume_from_checkpoints": ("true", True),
+    "use_tensorboard": ("true", True),
+    "use_wandb": ("true", True),
+    "wandb_project": ("p", "p"),
+    "wandb_entity": ("e", "e"),
+    "wandb_name": ("n", "n"),
+    "wandb_run_id": ("i", "i"),
+    "wandb_mode": ("offline", "offline"),
+    "wandb_watch": ("gradients", "gradients"),
+    "wandb_log_model": ("end", "end"),
+    "use_mlflow": ("true", True),
+    "mlflow_tracking_uri": ("u", "u"),
+    "mlflow_experiment_name": ("x", "x"),
+    "mlflow_run_name": ("r", "r"),
     "val_set_size": ("0.1", 0.1),
     "sequence_len": ("99", 99),
     "excess_length_strategy": ("truncate", "truncate"),
@@ -77,15 +120,17 @@ EVERY_KEY: dict[str, tuple[str, Any]] = {
 def test_every_key_is_read(tmp_path: Path) -> None:
     text = "".join(f"{key}: {written}\n" for key, (written, _) in EVERY_KEY.items())
     text += "datasets: [{path: d.json, type: chat_template, field_messages: turns}]\n"
+    text += "special_tokens: {pad_token: <pad>}\ngradient_checkpointing_kwargs: {use_reentrant: true}\n"
     config = load(tmp_path, text)
+    assert config.special_tokens is not None
+    assert config.special_tokens.pad_token == "<pad>"
+    assert config.gradient_checkpointing_kwargs.use_reentrant
     for key, (_, value) in EVERY_KEY.items():
         assert getattr(config, key) == value, key
-    assert config.datasets[0].model_dump() == {
-        "path": "d.json",
-        "type": "chat_template",
-        "field_messages": "turns",
-    }
-    assert set(EVERY_KEY) | {"datasets", "test_datasets"} == set(TrainConfig.model_fields)
+    entry = config.datasets[0]
+    assert (entry.path, entry.type, entry.field_messages) == ("d.json", "chat_template", "turns")
+    mappings = {"datasets", "test_datasets", "special_tokens", "gradient_checkpointing_kwargs"}
+    assert set(EVERY_KEY) | mappings == set(TrainConfig.model_fields)
 
 
 def test_null_is_the_default(tmp_path: Path) -> None:
@@ -114,7 +159,7 @@ def test_a_null_where_a_value_is_needed(tmp_path: Path) -> None:
         ("learning_rate: .inf", "line 7, learning_rate: inf should be a finite number"),
         ("lr_scheduler: cosin", "line 7, lr_scheduler: 'cosin' is not one of 'cosine'"),
         ("bf16: full", "line 7, bf16: 'full'"),
-        ("lora_target_modules: q_proj", "line 7, lora_target_modules: 'q_proj' should be a valid list"),
+        ("lora_target_modules: '(q'", "line 7, lora_target_modules: '(q' is no regular expression"),
         ("datasets: []", "line 7, datasets"),
         ("val_set_size: -0.1", "line 7, val_set_size: -0.1 should be greater than or equal to 0"),
         ("val_set_size: 1.5", "line 7, val_set_size: 1.5 is no number of examples"),
@@ -150,6 +195,48 @@ def test_a_wrong_value_is_named_with_line_and_remedy(tmp_path: Path, wrong: str,
         ("max_steps: 5\nwarmup_steps: 5", "warmup_steps", "5 of 5 steps: learning_rate would never be"),
         ("max_steps: 5\nlogging_steps: 6", "logging_steps", "6, and the run has 5: no loss would be shown"),
         ("lr_scheduler: constant\nwarmup_steps: 3", "warmup_steps", "lr_scheduler: constant has no warm-up"),
+        (
+            "lr_scheduler: constant\nwarmup_ratio: 0.1",
+            "warmup_ratio",
+            "lr_scheduler: constant has no warm-up",
+        ),
+        ("warmup_ratio: 0.1\nwarmup_steps: 3", "warmup_ratio", "given beside warmup_steps. Keep one"),
+        ("eval_strategy: epoch", "eval_strategy", "there is nothing to evaluate on"),
+        ("saves_per_epoch: 2\nsave_steps: 5", "saves_per_epoch", "given beside save_steps. Keep one"),
+        ("save_strategy: 'no'\nsave_steps: 5", "save_strategy", "no contradicts save_steps: 5. Keep one"),
+        ("save_strategy: no\nsaves_per_epoch: 5", "save_strategy", "no contradicts saves_per_epoch: 5"),
+        ("save_strategy: epoch\nsave_steps: 5", "save_strategy", "epoch contradicts save_steps: 5"),
+        ("save_strategy: steps", "save_strategy", "steps, and nothing says how many. Set save_steps"),
+        (
+            "lora_target_linear: true\nlora_target_modules: [q_proj]",
+            "lora_target_linear",
+            "true means every Linear, and lora_target_modules names some. Keep one",
+        ),
+        ("lora_dropout: 0.1", "lora_dropout", "0.1, and LoRA on experts' parameters takes no dropout. Set"),
+        (
+            "lora_target_modules: []\nlora_exclude_modules: [q_proj]",
+            "lora_exclude_modules",
+            "there is nothing to exclude from",
+        ),
+        ("optimizer: sgd\nadam_beta1: 0.8", "adam_beta1", "optimizer: sgd has no such setting"),
+        ("optimizer: lion_8bit\nadam_epsilon: 1e-6", "adam_epsilon", "optimizer: lion_8bit has no such"),
+        (
+            "gradient_checkpointing_kwargs: {use_reentrant: true}",
+            "gradient_checkpointing_kwargs",
+            "there is no checkpointing to set",
+        ),
+        ("chat_template: jinja", "chat_template", "chat_template: jinja and chat_template_jinja belong"),
+        ("chat_template_jinja: x", "chat_template_jinja", "chat_template: jinja and chat_template_jinja"),
+        (
+            "attn_implementation: sdpa\nflash_attention: true",
+            "flash_attention",
+            "true, and another key asks for sdpa. Keep one",
+        ),
+        (
+            "sdp_attention: true\nflash_attention: true",
+            "sdp_attention",
+            "true, and another key asks for flash_attention_2. Keep one",
+        ),
         (
             "lora_target_modules: []\nlora_target_parameters: []",
             "lora_target_modules",
@@ -203,6 +290,14 @@ def test_contradictions(tmp_path: Path, lines: str, key: str, said: str) -> None
     where, _, rest = line.partition(", ")
     assert rest.startswith(f"{key}: {said}")
     assert text.splitlines()[int(where.removeprefix("line ")) - 1].startswith(key.split(".")[0])
+
+
+def test_slices_of_one_dataset_may_be_trained_on_and_held_out(tmp_path: Path) -> None:
+    entries = [{"path": "owner/data", "split": part} for part in ("train[:90%]", "train[90%:]")]
+    values = {"base_model": "m", "adapter": "lora", "datasets": entries[:1], "test_datasets": entries[1:]}
+    assert TrainConfig(**values).test_datasets is not None
+    with pytest.raises(ValueError, match="is trained on as well"):
+        TrainConfig(**{**values, "test_datasets": entries[:1]})
 
 
 def test_contradictions_without_quantization(tmp_path: Path) -> None:
@@ -284,9 +379,9 @@ def test_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("max_step=3", "command line, max_step: unknown key. Did you mean `max_steps`?"),
-        ("lora_r=-1", "command line, lora_r: -1 should be greater than 0"),
-        ("adapter=lora", "command line, adapter: lora contradicts load_in_4bit"),
+        ("max_step=3", "command line (max_step=3), max_step: unknown key. Did you mean `max_steps`?"),
+        ("lora_r=-1", "command line (lora_r=-1), lora_r: -1 should be greater than 0"),
+        ("adapter=lora", "command line (adapter=lora), adapter: lora contradicts load_in_4bit"),
     ],
 )
 def test_wrong_overrides_are_placed_on_the_command_line(tmp_path: Path, override: str, said: str) -> None:
@@ -351,6 +446,13 @@ def test_every_shipped_file_is_sound_and_says_how_to_run_it(path: Path) -> None:
     )
 
 
+def test_the_package_has_both_names() -> None:
+    from fourfold import training
+
+    assert training.load_config is load_config
+    assert training.TrainConfig is TrainConfig
+
+
 def test_there_are_shipped_files() -> None:
     assert EXAMPLES / "quickstart" / "config.yaml" in set(EXAMPLES.rglob("*.yaml"))
 
@@ -360,7 +462,7 @@ def test_validating_needs_no_torch(tmp_path: Path) -> None:
     path.write_text(SOUND)
     code = (
         "import sys, time; start = time.perf_counter()\n"
-        "from fourfold.training.schema import load_config; import fourfold.training, fourfold.cli\n"
+        "from fourfold.training.read_config import load_config; import fourfold.training, fourfold.cli\n"
         f"load_config({str(path)!r}); seconds = time.perf_counter() - start\n"
         "heavy = [m for m in ('torch', 'transformers', 'peft', 'trl', 'numpy') if m in sys.modules]\n"
         "assert not heavy, heavy\n"

@@ -168,6 +168,7 @@ def test_settings_reach_the_trainer(tmp_path: Any) -> None:
         ),
         bf16=False,
         use_cpu=True,
+        examples=48,
     )
     expected = {
         "output_dir": str(tmp_path),
@@ -204,7 +205,7 @@ def test_one_process_trains_on_one_card(tmp_path: Any, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(SFTConfig, "__post_init__", as_with_two_cards)
     arguments = trainer_arguments(
-        config(output_dir=str(tmp_path), micro_batch_size=3), bf16=False, use_cpu=True
+        config(output_dir=str(tmp_path), micro_batch_size=3), bf16=False, use_cpu=True, examples=48
     )
     assert arguments.n_gpu == 1  # more is DataParallel, which TRL refuses
     assert arguments.train_batch_size == 3
@@ -217,7 +218,7 @@ def test_when_checkpoints_are_written(
     tmp_path: Any, save_steps: float | None, strategy: str, value: float
 ) -> None:
     arguments = trainer_arguments(
-        config(output_dir=str(tmp_path), save_steps=save_steps), bf16=False, use_cpu=True
+        config(output_dir=str(tmp_path), save_steps=save_steps), bf16=False, use_cpu=True, examples=48
     )
     assert (arguments.save_strategy.value, arguments.save_steps) == (strategy, value)
     assert arguments.gradient_checkpointing is False
@@ -226,7 +227,7 @@ def test_when_checkpoints_are_written(
 @pytest.mark.parametrize(("warmup", "steps"), [(None, 3), (0, 0), (1, 1), (20, 20)])
 def test_warm_up(tmp_path: Any, warmup: int | None, steps: int) -> None:
     arguments = trainer_arguments(
-        config(output_dir=str(tmp_path), warmup_steps=warmup), bf16=False, use_cpu=True
+        config(output_dir=str(tmp_path), warmup_steps=warmup), bf16=False, use_cpu=True, examples=48
     )
     assert arguments.get_warmup_steps(100) == steps
 

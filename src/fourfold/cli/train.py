@@ -7,7 +7,10 @@ import argparse
 from rich.console import Console
 
 from fourfold.cli.outcome import Outcome
-from fourfold.training.schema import load_config
+from fourfold.cli.show import say
+from fourfold.cli.validate import notes_of
+from fourfold.errors import ConfigurationError
+from fourfold.training.read_config import examine
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +21,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace, console: Console) -> Outcome:
     """Validate the file (no torch yet), then run it."""
-    config = load_config(args.config, args.overrides)
+    examined = examine(args.config, args.overrides)
+    if examined.config is None or examined.problems:
+        raise ConfigurationError(examined.complaint())
+    say(console, *notes_of([*examined.instead, *examined.remarks]))
 
     from fourfold.cli.libraries import quiet
 
@@ -27,6 +33,6 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     from fourfold.training.run import run
     from fourfold.training.summary import show
 
-    result = run(config, console)
+    result = run(examined.config, console)
     show(result, console)
     return Outcome(data=result.to_dict())

@@ -4,6 +4,7 @@ Importing this package imports neither torch nor transformers, so that a file is
 second; ``fourfold.training.run`` is where they begin.
 """
 
-from fourfold.training.schema import TrainConfig, load_config
+from fourfold.training.read_config import load_config
+from fourfold.training.schema import TrainConfig
 
 __all__ = ["TrainConfig", "load_config"]

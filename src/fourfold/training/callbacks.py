@@ -157,17 +157,30 @@ class HeldOut(TrainerCallback):
         evaluate: the loss on the held-out answers as they stand.
         curve: where the losses go.
         every: a number of steps, a fraction of the run, 0 for never, None for each epoch.
+        log: where losses go beside, as the trainer's own evaluation would log them.
     """
 
-    def __init__(self, evaluate: Callable[[], AnswerLosses], curve: Curve, every: float | None) -> None:
+    def __init__(
+        self,
+        evaluate: Callable[[], AnswerLosses],
+        curve: Curve,
+        every: float | None,
+        log: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
         self.evaluate = evaluate
         self.curve = curve
         self.every = every
+        self.log = log
 
-    def _run(self, state: TrainerState) -> None:
+    def _run(self, state: TrainerState, control: TrainerControl) -> None:
         # The last step is followed by the final evaluation: not twice.
         if state.global_step < state.max_steps:
-            self.curve.held_out.append((state.global_step, self.evaluate().mean))
+            loss = self.evaluate().mean
+            self.curve.held_out.append((state.global_step, loss))
+            if self.log is not None:
+                due = control.should_log
+                self.log({"eval_loss": loss})
+                control.should_log = due  # logging clears it, and this step's training loss is yet to come
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Evaluate where the step is one of those asked for."""
@@ -175,12 +188,12 @@ class HeldOut(TrainerCallback):
             return
         steps = math.ceil(state.max_steps * self.every) if self.every < 1 else int(self.every)
         if state.global_step % steps == 0:
-            self._run(state)
+            self._run(state, control)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Evaluate where each epoch was asked for."""
         if self.every is None:
-            self._run(state)
+            self._run(state, control)
 
 
 class Progressing(TrainerCallback):

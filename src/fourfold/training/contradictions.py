@@ -10,11 +10,12 @@ from fourfold.loading.arguments import BNB_4BIT, BNB_8BIT, BNB_BOTH
 from fourfold.training.yaml_file import Problem, nearest
 
 if TYPE_CHECKING:
-    from fourfold.training.schema import TrainConfig
+    from fourfold.training.schema import DatasetConfig, TrainConfig
 
 DOUBLE_QUANT = "bnb_4bit_use_double_quant"
 # The trainer's polynomial schedule ends here and must begin higher.
 POLYNOMIAL_END = 1e-7
+ATTENTION_KEYS = ("flash_attention", "sdp_attention", "flex_attention", "eager_attention")
 
 
 class ContradictionError(ValueError):
@@ -46,6 +47,8 @@ def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Probl
         keys = ("quantize_moe_experts", "load_in_4bit", "load_in_8bit")
         yield found(keys, what, "Set load_in_4bit: true or load_in_8bit: true, or drop this key.")
     yield from _bnb_contradictions(config)
+    yield from _lora_contradictions(config)
+    yield from _trainer_contradictions(config)
     yield from _loftq_contradictions(config)
     if config.val_set_size and config.test_datasets:
         remedy = "Set val_set_size: 0 to evaluate on test_datasets, or drop test_datasets."
@@ -56,25 +59,27 @@ def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Probl
             f"{config.val_set_size} is no number of examples",
             "Give a fraction or a count.",
         )
+    yield from _interval_contradictions(config)
     for key in ("eval_steps", "save_steps"):
         value = getattr(config, key)
         if value is not None and value >= 1 and value != int(value):
             yield found(
                 (key,), f"{value} is no number of steps", "Give a whole number, or a fraction below 1."
             )
-    if config.eval_steps and not config.val_set_size and not config.test_datasets:
-        remedy = "Set val_set_size or test_datasets, or drop eval_steps."
-        yield found(
-            ("eval_steps", "val_set_size", "test_datasets"), "there is nothing to evaluate on", remedy
-        )
-    trained = {os.path.realpath(entry.path) for entry in config.datasets}
-    shared = [entry.path for entry in config.test_datasets or () if os.path.realpath(entry.path) in trained]
+    asked = {"eval_steps": config.eval_steps, "eval_strategy": config.eval_strategy in ("epoch", "steps")}
+    for key, value in asked.items():
+        if value and not config.val_set_size and not config.test_datasets:
+            remedy = f"Set val_set_size or test_datasets, or drop {key}."
+            yield found((key, "val_set_size", "test_datasets"), "there is nothing to evaluate on", remedy)
+    trained = {_identity(entry) for entry in config.datasets}
+    shared = [entry.path for entry in config.test_datasets or () if _identity(entry) in trained]
     if shared:
         what = f"{', '.join(sorted(set(shared)))} is trained on as well, so its loss would say nothing"
         yield found(("test_datasets", "datasets"), what, "Hold out another file, or use val_set_size.")
-    if config.lr_scheduler == "constant" and config.warmup_steps:
-        remedy = "Write lr_scheduler: constant_with_warmup, or warmup_steps: 0."
-        yield found(("warmup_steps", "lr_scheduler"), "lr_scheduler: constant has no warm-up", remedy)
+    for key in ("warmup_steps", "warmup_ratio"):
+        if config.lr_scheduler == "constant" and getattr(config, key):
+            remedy = f"Write lr_scheduler: constant_with_warmup, or {key}: 0."
+            yield found((key, "lr_scheduler"), "lr_scheduler: constant has no warm-up", remedy)
     if config.lr_scheduler == "polynomial" and config.learning_rate <= POLYNOMIAL_END:
         what = f"lr_scheduler: polynomial ends at {POLYNOMIAL_END}, which is no lower"
         yield found(("learning_rate", "lr_scheduler"), what, "Raise it, or choose another lr_scheduler.")
@@ -85,6 +90,80 @@ def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Probl
         yield found(
             both, "both lists are empty: nothing would be trained", "Name a target, or drop one of the keys."
         )
+
+
+def _identity(entry: DatasetConfig) -> tuple[object, ...]:
+    """The same for entries that read the same records."""
+    return os.path.realpath(entry.path), entry.name, entry.split or "train", tuple(entry.data_files or ())
+
+
+Found = Iterator[tuple[tuple[str, ...], Problem]]
+
+
+def _both(config: TrainConfig, one: str, other: str) -> Found:
+    if getattr(config, one) is not None and getattr(config, other) is not None:
+        yield (one, other), Problem(one, f"given beside {other}", "Keep one of the two.")
+
+
+def _lora_contradictions(config: TrainConfig) -> Found:
+    if config.lora_target_linear and config.lora_target_modules is not None:
+        keys: tuple[str, ...] = ("lora_target_linear", "lora_target_modules")
+        what = "true means every Linear, and lora_target_modules names some"
+        yield keys, Problem(keys[0], what, "Keep one of the two.")
+    if config.lora_dropout and config.lora_target_parameters != []:
+        keys = ("lora_dropout", "lora_target_parameters")
+        what = f"{config.lora_dropout}, and LoRA on experts' parameters takes no dropout"
+        remedy = "Set lora_dropout: 0, or lora_target_parameters: [] to train lora_target_modules alone."
+        yield keys, Problem(keys[0], what, remedy)
+    if config.lora_exclude_modules is not None and config.target_modules == []:
+        keys = ("lora_exclude_modules", "lora_target_modules")
+        what = "there is nothing to exclude from: lora_target_modules is []"
+        yield keys, Problem(keys[0], what, "Drop it; for experts, see lora_target_parameters.")
+
+
+def _trainer_contradictions(config: TrainConfig) -> Found:
+    yield from _both(config, "warmup_ratio", "warmup_steps")
+    for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        reads = "adam" in config.optimizer or ("lion" in config.optimizer and key != "adam_epsilon")
+        if getattr(config, key) is not None and not reads:
+            what = f"optimizer: {config.optimizer} has no such setting"
+            yield (key, "optimizer"), Problem(key, what, "Drop it, or choose another optimizer.")
+    if config.gradient_checkpointing_kwargs.use_reentrant and not config.gradient_checkpointing:
+        key = "gradient_checkpointing_kwargs"
+        what = "there is no checkpointing to set"
+        yield (
+            (key, "gradient_checkpointing"),
+            Problem(key, what, "Set gradient_checkpointing: true, or drop it."),
+        )
+    if (config.chat_template == "jinja") != (config.chat_template_jinja is not None):
+        key = "chat_template_jinja" if config.chat_template != "jinja" else "chat_template"
+        what = "chat_template: jinja and chat_template_jinja belong together"
+        yield ("chat_template", "chat_template_jinja"), Problem(key, what, "Give both, or neither.")
+    asked = {
+        "flash_attention_2": config.flash_attention,
+        "sdpa": config.sdp_attention,
+        "flex_attention": config.flex_attention,
+        "eager": config.eager_attention,
+    }
+    keys = dict(zip(asked, ATTENTION_KEYS, strict=True))
+    for name, value in asked.items():
+        if value and config.attention != name:
+            what = f"true, and another key asks for {config.attention}"
+            yield (keys[name], "attn_implementation", *ATTENTION_KEYS), Problem(keys[name], what, "Keep one.")
+
+
+def _interval_contradictions(config: TrainConfig) -> Found:
+    yield from _both(config, "evals_per_epoch", "eval_steps")
+    yield from _both(config, "saves_per_epoch", "save_steps")
+    for kind in ("eval", "save"):
+        key, steps, per_epoch = f"{kind}_strategy", f"{kind}_steps", f"{kind}s_per_epoch"
+        strategy = getattr(config, key)
+        given = [name for name in (steps, per_epoch) if getattr(config, name)]
+        if strategy in ("no", "epoch") and given:
+            what = f"{strategy} contradicts {given[0]}: {getattr(config, given[0]):g}"
+            yield (key, steps, per_epoch), Problem(key, what, "Keep one of the two.")
+        elif strategy == "steps" and not given:
+            yield (key, steps, per_epoch), Problem(key, "steps, and nothing says how many", f"Set {steps}.")
 
 
 def ignored_within(

@@ -7,6 +7,7 @@ machine's limits left to meet.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import tempfile
@@ -16,13 +17,16 @@ from typing import Any
 
 import torch
 
-from fourfold.errors import ConfigurationError, NoExpertsError
+from fourfold.errors import ConfigurationError
 from fourfold.loading.paths import ensure_reachable, is_meant_as_path
 from fourfold.training.contradictions import ignored_within
 from fourfold.training.data import Tokenized, load_conversations, tokenize
 from fourfold.training.records import Conversation, Messages
+from fourfold.training.remarks import needed_packages
 from fourfold.training.resume import check_unchanged, find_checkpoint, fixed_settings, run_settings
 from fourfold.training.schema import TrainConfig
+from fourfold.training.targets import check_patterns, find_targets
+from fourfold.training.tokenizer import choose_template, load_tokenizer
 
 BNB_OPTIMIZERS = ("8bit", "paged_", "lion_")
 
@@ -39,7 +43,7 @@ class Checked:
         reference: the answer in the data.
         quantization_config: for ``from_pretrained``; None where nothing is to be quantized or the checkpoint
         is packed.
-        target_modules: LoRA targets among the modules.
+        target_modules: LoRA targets among the modules; text is a regular expression, or "all-linear".
         target_parameters: LoRA targets among the parameters (experts).
         bf16: whether to compute in bf16.
         checkpoint: the checkpoint to resume from.
@@ -52,7 +56,7 @@ class Checked:
     sample: Messages
     reference: str
     quantization_config: Any
-    target_modules: list[str]
+    target_modules: list[str] | str
     target_parameters: list[str]
     bf16: bool
     checkpoint: str | None
@@ -74,7 +78,9 @@ def check(config: TrainConfig) -> Checked:
     quantization_config = make_quantization_config(config)
     skeleton = make_skeleton(config, quantization_config)
     modules, parameters = find_targets(config, skeleton)
-    tokenizer = load_tokenizer(config.base_model)
+    check_patterns(config, skeleton, modules, parameters)
+    tokenizer = load_tokenizer(config.base_model, config.special_tokens)
+    tokenizer.chat_template = choose_template(config, tokenizer)
     cut = (config.sequence_len, "datasets", config.excess_length_strategy)
     tokenized = tokenize(train, tokenizer, *cut)
     tokenized_held_out = None
@@ -160,9 +166,21 @@ def check_writable(folder: Path) -> None:
 
 
 def check_device(config: TrainConfig) -> None:
-    """Settings that need a GPU, without one."""
+    """Settings that need a package or a GPU that is not there."""
+    for key, value, package, distribution in needed_packages(config):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigurationError(
+                f"{key}: {value} needs the package {package}, which is not installed. pip install "
+                f"{distribution}, or change the key."
+            )
     if torch.cuda.is_available():
+        if config.tf32 is True and torch.cuda.get_device_capability() < (8, 0):
+            raise ConfigurationError("tf32: true needs a GPU of capability 8.0. Set it to auto.")
         return
+    if (config.attention or "").startswith("flash_attention"):
+        raise ConfigurationError(
+            f"attn_implementation: {config.attention} needs a GPU, and none is here. Use sdpa."
+        )
     if any(part in config.optimizer for part in BNB_OPTIMIZERS):
         raise ConfigurationError(
             f"optimizer: {config.optimizer} is bitsandbytes' and needs a GPU, and none is here. Use "
@@ -175,34 +193,6 @@ def resolve_bf16(config: TrainConfig) -> bool:
     if config.bf16 == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(config.bf16)
-
-
-def load_tokenizer(name: str) -> Any:
-    """The base model's tokenizer, with a padding token."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # by the tokenizer's class: a damaged file raises what its reader raises
-        reason = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
-        raise ConfigurationError(
-            f"base_model: {name} gives no tokenizer ({reason}). It must be a folder with a model and its "
-            "tokenizer, or a model's id on the hub (which must be within reach)."
-        ) from error
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        # (a folder without a tokenizer's files gives an empty one of the class that the model's type names)
-        raise ConfigurationError(
-            f"base_model: the tokenizer of {name} knows no text: its files are missing. Put those of the "
-            "model that it was made of (tokenizer.json, tokenizer_config.json) beside config.json."
-        )
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise ConfigurationError(
-            f"base_model: the tokenizer of {name} has neither a pad_token nor an eos_token, so batches "
-            "cannot be padded. Add one to its tokenizer_config.json."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def make_quantization_config(config: TrainConfig) -> Any:
@@ -286,57 +276,6 @@ def make_skeleton(config: TrainConfig, quantization_config: Any) -> Any:
     from fourfold.loading.skeleton import build_skeleton
 
     return build_skeleton(config.base_model, quantization_config)
-
-
-def find_targets(config: TrainConfig, skeleton: Any) -> tuple[list[str], list[str]]:
-    """LoRA targets, given or found, checked against the model's skeleton."""
-    import fourfold
-    from fourfold.adapters.peft_lora import check_targets
-    from fourfold.experts import find_experts
-
-    parameters = config.lora_target_parameters
-    if parameters is None:
-        try:
-            parameters = list(fourfold.expert_targets(skeleton))
-        except NoExpertsError:
-            untrainable = next(iter(find_experts(skeleton)), None)
-            if untrainable is not None:
-                raise ConfigurationError(
-                    f"lora_target_parameters: LoRA on experts of the kind of {untrainable.name} "
-                    f"({type(untrainable.module).__name__}) is not supported. Set lora_target_parameters: [] "
-                    "to train lora_target_modules alone."
-                ) from None
-            if config.peft_init_lora_weights == "loftq":
-                raise ConfigurationError(
-                    f"peft_init_lora_weights: loftq is of experts' adapters; {type(skeleton).__name__} is "
-                    "dense. Drop that key."
-                ) from None
-            parameters = []  # a dense model: QLoRA of its Linears
-    modules = config.lora_target_modules
-    if modules is None:
-        modules = attention_projections(skeleton)
-        if not modules and not parameters:
-            raise ConfigurationError(
-                f"lora_target_modules: no attention projection was found in {type(skeleton).__name__}. Name "
-                "the modules."
-            )
-    check_targets(skeleton, modules, parameters)
-    return modules, parameters
-
-
-def attention_projections(model: torch.nn.Module) -> list[str]:
-    """Names of the Linears directly inside attention modules: q/k/v/o_proj in most models, MLA's or fused
-    ones in others.
-
-    Directly: what lies deeper (a sparse-attention indexer) may lie beside the path of the gradient.
-    """
-    found: dict[str, None] = {}
-    for name, module in model.named_modules():
-        parent, _, leaf = name.rpartition(".")
-        inside = parent.rpartition(".")[2].lower()
-        if isinstance(module, torch.nn.Linear) and ("attn" in inside or "attention" in inside):
-            found.setdefault(leaf)
-    return list(found)
 
 
 def sample_of(conversation: Conversation) -> tuple[Messages, str]:

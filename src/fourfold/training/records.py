@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.errors import DataError
+from fourfold.loading.paths import is_meant_as_path
 from fourfold.training.schema import DatasetConfig
 from fourfold.training.yaml_file import nearest
 
@@ -37,6 +38,8 @@ CHANGES_CONVERSATION = (
     "audios",
 )
 SHOWN_PROBLEMS = 5
+# What `datasets` calls the kinds of files that can hold conversations.
+KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 Messages = list[dict[str, str]]
 
@@ -73,21 +76,19 @@ class _Bad:
 
 
 def read_conversations(entry: DatasetConfig) -> list[Conversation]:
-    """Read one .jsonl (a record a line) or .json (a list of records) file.
+    """Read the records of one entry: a .jsonl (a record a line) or .json (a list of records) file, or what
+    `datasets` reads.
 
     Raises:
         DataError: names the file and line (or record) of every problem, up to a handful.
     """
     path = Path(entry.path)
-    if path.suffix not in (".jsonl", ".json"):
-        raise DataError(
-            f"{path}: not a .jsonl or .json file. Only local files of these kinds can be read for now."
-        )
-    if not path.is_file():
+    if not path.exists() and is_meant_as_path(entry.path):
         raise DataError(f"{path}: no such file. Relative paths start at the current directory, {Path.cwd()}.")
     records: list[Conversation] = []
     problems: list[str] = []
-    for source, record in _records(path):
+    for source, raw in _records(path) if is_plain(entry) else from_library(entry):
+        record = renamed(raw, entry)
         problem = record.why if isinstance(record, _Bad) else find_problem(record, entry.field_messages)
         if problem is not None:
             problems.append(f"{source}: {problem}")
@@ -105,6 +106,86 @@ def read_conversations(entry: DatasetConfig) -> list[Conversation]:
             f"{path}: holds no record. Each is an object with `{entry.field_messages}`, a list of turns."
         )
     return records
+
+
+def renamed(record: Any, entry: DatasetConfig) -> Any:
+    """A record whose turns have ``role`` and ``content``, and our words for who speaks.
+
+    Returns:
+        The record, or ``_Bad`` where two fields claim the same place; anything malformed is left as it is.
+    """
+    turns = record.get(entry.field_messages) if isinstance(record, dict) else None
+    if not isinstance(turns, list):
+        return record
+    names = {
+        entry.message_property_mappings.role: "role",
+        entry.message_property_mappings.content: "content",
+    }
+    speakers = {word: role for role, words in entry.roles.items() for word in words}
+    result = []
+    for index, turn in enumerate(turns):
+        if isinstance(turn, dict):
+            # A null is no value: the library fills what a turn lacks with it, where another turn has it.
+            clash = [key for key in turn if names.get(key, key) != key and turn.get(names[key]) is not None]
+            clash = [key for key in clash if names[key] not in names]
+            if clash:
+                return _Bad(f"{entry.field_messages}[{index}] has both {clash[0]} and {names[clash[0]]}")
+            kept = {key: value for key, value in turn.items() if key in names or key not in names.values()}
+            turn = {names.get(key, key): value for key, value in kept.items()}
+            if isinstance(turn.get("role"), str):
+                turn["role"] = speakers.get(turn["role"], turn["role"])
+        result.append(turn)
+    return {**record, entry.field_messages: result}
+
+
+def is_plain(entry: DatasetConfig) -> bool:
+    """Whether an entry is a whole file of JSON, read here so that complaints name its lines."""
+    path = Path(entry.path)
+    whole = entry.split in (None, "train") and entry.data_files is None and entry.ds_type in (None, "json")
+    return whole and not path.is_dir() and path.suffix in (".jsonl", ".json")
+
+
+def from_library(entry: DatasetConfig) -> Iterator[tuple[str, Any]]:
+    """Each record, with its place, of what `datasets` reads: slices, folders, Parquet, the hub.
+
+    Raises:
+        DataError: it cannot be read, or a key has no meaning for it.
+    """
+    import datasets
+
+    path = Path(entry.path)
+    arguments: dict[str, Any] = {"path": entry.path, "name": entry.name, "data_files": entry.data_files}
+    arguments["revision"] = entry.revision
+    kind: str | None = entry.ds_type
+    if path.exists():
+        unused = [key for key in ("name", "revision") if getattr(entry, key) is not None]
+        if path.is_file():
+            unused += ["data_files"] if entry.data_files is not None else []
+            kind = kind or KINDS.get(path.suffix)
+        if unused:
+            raise DataError(f"{path}: `{unused[0]}` means nothing for a local file or folder. Drop it.")
+        if path.is_file() and kind is None:
+            raise DataError(
+                f"{path}: not a {', '.join(KINDS)} file. Other kinds are not read yet; ds_type names one of "
+                "these where the ending does not."
+            )
+        if path.is_file():
+            arguments = {"path": kind, "data_files": str(path)}
+        elif kind is not None:
+            files = entry.data_files or ["*"]
+            arguments = {"path": kind, "data_files": [str(path / name) for name in files]}
+    elif kind is not None:
+        raise DataError(f"{path}: `ds_type` means nothing for a dataset on the hub. Drop it.")
+    try:
+        table = datasets.load_dataset(split=entry.split or "train", **arguments)
+    except Exception as error:  # whatever the reader of that kind raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{entry.path}: cannot be read ({reason}). It must be a local file or folder, or a dataset "
+            "on the hub, which must be within reach; check split and data_files."
+        ) from error
+    for index, record in enumerate(table, 1):
+        yield f"{entry.path}, record {index}", record
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -18,8 +18,8 @@ from fourfold.training.schema import TrainConfig
 
 RUN_FILE = "run.json"
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", RUN_FILE)
-# Batches, the optimizer's state and the adapters hang on these. learning_rate: the stored state brings its
-# own, so that another one in the file would be ignored.
+# Batches, the optimizer's state and the adapters hang on these. From learning_rate on: the stored state
+# brings its own, so that another one in the file would be ignored.
 FIXED = (
     "adapter",
     "load_in_4bit",
@@ -28,6 +28,11 @@ FIXED = (
     "bnb_config_kwargs",
     "lora_r",
     "lora_alpha",
+    "lora_dropout",
+    "lora_exclude_modules",
+    "lora_rank_pattern",
+    "lora_alpha_pattern",
+    "peft_use_rslora",
     "peft_init_lora_weights",
     "sequence_len",
     "excess_length_strategy",
@@ -35,13 +40,17 @@ FIXED = (
     "gradient_accumulation_steps",
     "optimizer",
     "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "seed",
 )
 Settings = dict[str, Any]
 
 
 def run_settings(
-    config: TrainConfig, modules: list[str], parameters: list[str], bf16: bool, digest: str
+    config: TrainConfig, modules: list[str] | str, parameters: list[str], bf16: bool, digest: str
 ) -> Settings:
     """What has to be the same when a run is resumed, as JSON holds it.
 
@@ -55,7 +64,7 @@ def run_settings(
     values, base = config.model_dump(), Path(config.base_model)
     settings = {key: values[key] for key in FIXED}
     settings |= {
-        "lora_target_modules": sorted(modules),
+        "lora_target_modules": modules if isinstance(modules, str) else sorted(modules),
         "lora_target_parameters": sorted(parameters),
         "base_model": str(base.resolve()) if base.exists() else config.base_model,
         "bf16": bf16,
@@ -89,21 +98,25 @@ def find_checkpoint(config: TrainConfig) -> str | None:
     Raises:
         ConfigurationError: there is none, it is damaged, or nothing is left to train.
     """
-    wanted = config.resume_from_checkpoint
-    if wanted is False:
+    wanted: bool | str = config.resume_from_checkpoint
+    automatic = wanted is False and config.auto_resume_from_checkpoints
+    if wanted is False and not automatic:
         return None
-    if wanted is True:
+    if wanted is True or automatic:
         steps = [
             (int(path.name.removeprefix("checkpoint-")), path)
             for path in Path(config.output_dir).glob("checkpoint-*")
             if path.name.removeprefix("checkpoint-").isdigit() and (path / "trainer_state.json").is_file()
         ]
+        if not steps and automatic:
+            return None
         if not steps:
             raise ConfigurationError(
                 f"resume_from_checkpoint: true, but {config.output_dir} holds no checkpoint. "
                 "Set it to false to start anew, or name a checkpoint's folder."
             )
         wanted = str(max(steps)[1])
+    wanted = str(wanted)
     folder = Path(wanted)
     if not (folder / "trainer_state.json").is_file():
         raise ConfigurationError(

@@ -7,6 +7,7 @@ the adapters' kernels, and that a result which means nothing is an error.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
+from transformers.utils import enable_tf32
 
 import fourfold
 from fourfold.adapters.peft_lora import add_lora
@@ -34,11 +36,12 @@ from fourfold.training.preflight import Checked, check
 from fourfold.training.resume import RunFile, step_of
 from fourfold.training.schema import TrainConfig
 from fourfold.training.summary import RunResult, write_loss_curve, write_report
+from fourfold.training.targets import resolve
 
 try:
     import matplotlib.figure  # noqa: F401  (the loss curve, drawn when the run is over)
 
-    from fourfold.training.trainer import MoeTrainer, make_collator, trainer_arguments
+    from fourfold.training.trainer import MoeTrainer, interval, make_collator, trainer_arguments
 except ImportError as error:  # TRL, datasets and matplotlib are the extra `train`
     raise ConfigurationError(
         f"Training needs further packages ({error}): pip install 'fourfold[train]'"
@@ -70,7 +73,7 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         if checked.held_out is None:
             return None
         with clock(f"{what}: {len(checked.held_out.dataset)} held-out answers", "evaluation"):
-            size = config.micro_batch_size * EVALUATION_BATCHES
+            size = config.eval_batch_size or config.micro_batch_size * EVALUATION_BATCHES
             return evaluate_answers(model, checked.held_out.dataset, collate, size)
 
     before = evaluate("before training")
@@ -95,6 +98,7 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
     after = evaluate("after training")
     if after is not None:
         curve.held_out.append((trainer.state.global_step, after.mean))
+        trainer.log({"eval_loss": after.mean})
     with clock("a sample answer", "samples"):
         answer_after = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
     facts = _facts(model, config, checked)
@@ -128,9 +132,13 @@ def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:
         UnquantizedExpertsError: see ``fourfold.verify``.
     """
     set_seed(config.seed)
+    if config.tf32 != "auto":
+        enable_tf32(config.tf32)
     kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if checked.bf16 else torch.float32}
     if checked.quantization_config is not None:
         kwargs["quantization_config"] = checked.quantization_config
+    if config.attention is not None:
+        kwargs["attn_implementation"] = config.attention
     if torch.cuda.is_available():
         kwargs["device_map"] = {"": torch.cuda.current_device()}
     model = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
@@ -140,14 +148,23 @@ def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:
 
 def with_adapters(model: Any, config: TrainConfig, checked: Checked) -> Any:
     """The model made ready for training, with fp32 LoRA factors on the checked targets."""
-    model = fourfold.prepare(model, gradient_checkpointing=config.gradient_checkpointing)
+    model = fourfold.prepare(
+        model,
+        gradient_checkpointing=bool(config.gradient_checkpointing),
+        use_reentrant=config.gradient_checkpointing_kwargs.use_reentrant,
+    )
     set_seed(config.seed)  # the factors' initial values depend on the seed alone, not on what ran before
     return add_lora(
         model,
         r=config.lora_r,
         alpha=config.lora_alpha,
-        target_modules=checked.target_modules,
+        target_modules=resolve(model, checked.target_modules),
         target_parameters=checked.target_parameters,
+        dropout=config.lora_dropout,
+        exclude_modules=config.lora_exclude_modules,
+        rank_pattern=config.lora_rank_pattern or {},
+        alpha_pattern=config.lora_alpha_pattern or {},
+        use_rslora=config.peft_use_rslora,
         init_lora_weights=True if config.peft_init_lora_weights == "loftq" else config.peft_init_lora_weights,
     )
 
@@ -162,7 +179,11 @@ def make_trainer(
     evaluate: Any,
 ) -> MoeTrainer:
     """The trainer with our callbacks and without the printing of its own."""
-    arguments = trainer_arguments(config, bf16=checked.bf16, use_cpu=not torch.cuda.is_available())
+    examples = len(checked.train.dataset)
+    arguments = trainer_arguments(
+        config, bf16=checked.bf16, use_cpu=not torch.cuda.is_available(), examples=examples
+    )
+    set_tracker_environment(config)
     trainer = MoeTrainer(
         model=model,
         args=arguments,
@@ -178,7 +199,8 @@ def make_trainer(
         RunFile(checked.settings, step_of(checked.checkpoint) if checked.checkpoint else None)
     )
     if checked.held_out is not None:
-        trainer.add_callback(HeldOut(lambda: evaluate("during training"), curve, config.eval_steps))
+        every = interval(config, "eval", examples)
+        trainer.add_callback(HeldOut(lambda: evaluate("during training"), curve, every, trainer.log))
     trainer.add_callback(Progressing(console, curve))
     return trainer
 
@@ -217,10 +239,31 @@ def _what_is_left(trainer: MoeTrainer, checkpoint: str | None) -> str:
             sound = [saved for saved in callback.steps if saved < step]
             if sound and checkpoint is not None and max(sound) == callback.steps[0]:
                 return f"Nothing new was saved; {checkpoint} is as it was."
-            if sound:
-                folder = Path(str(trainer.args.output_dir)) / f"checkpoint-{max(sound)}"
-                return f"The last checkpoint before that is {folder}."
+            kept = [saved for saved in sound if _folder(trainer, saved).is_dir()]  # save_total_limit
+            if kept:
+                return f"The last checkpoint before that is {_folder(trainer, max(kept))}."
     return "Nothing was saved."
+
+
+def _folder(trainer: MoeTrainer, step: int) -> Path:
+    return Path(str(trainer.args.output_dir)) / f"checkpoint-{step}"
+
+
+def set_tracker_environment(config: TrainConfig) -> None:
+    """Pass the wandb_* and mlflow_* keys on: the trainer's callbacks read them from the environment."""
+    named = {
+        "WANDB_PROJECT": config.wandb_project,
+        "WANDB_ENTITY": config.wandb_entity,
+        "WANDB_NAME": config.wandb_name,
+        "WANDB_RUN_ID": config.wandb_run_id,
+        "WANDB_RESUME": "allow" if config.wandb_run_id else None,
+        "WANDB_MODE": config.wandb_mode,
+        "WANDB_WATCH": config.wandb_watch,
+        "WANDB_LOG_MODEL": config.wandb_log_model,
+        "MLFLOW_TRACKING_URI": config.mlflow_tracking_uri,
+        "MLFLOW_EXPERIMENT_NAME": config.mlflow_experiment_name,
+    }
+    os.environ.update({name: value for name, value in named.items() if value is not None})
 
 
 class _Clock:

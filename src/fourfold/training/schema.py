@@ -1,108 +1,148 @@
 """The keys of ``fourfold train``'s YAML file, with axolotl's names and meaning.
 
 Each key does something or is refused; settings that contradict each other are errors, never silently
-resolved; a null is the key's default. ``load_config`` reads a file and lists every problem at once: key,
-line, what, remedy. Imports neither torch nor transformers: a file is validated in well under a second.
+resolved; a null is the key's default. Keys that are given differently, or not yet, are in ``other_keys.py``;
+``read_config.py`` reads a file. Imports neither torch nor transformers: a file is validated in well under a
+second.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
-from fourfold.errors import ConfigurationError
 from fourfold.training.contradictions import ContradictionError, contradictions
-from fourfold.training.yaml_file import (
-    KeyPath,
-    Problem,
-    YamlFile,
-    apply_overrides,
-    dotted,
-    nearest,
-    read_yaml,
+from fourfold.training.key_types import (
+    Attention,
+    BelowOne,
+    Count,
+    Names,
+    NamesOrPattern,
+    OneOrMore,
+    Optimizer,
+    PathText,
+    Positive,
+    PositiveFloat,
+    Ranks,
+    Scheduler,
+    Share,
+    Strategy,
+    Strict,
+    Text,
+    false_is_none,
+    not_bool,
+    only,
+    refuse_yet,
 )
 
-# Those of the trainer's optimizers that need no further package.
-Optimizer = Literal[
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_8bit",
-    "adamw_bnb_8bit",
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
-    "lion_8bit",
-    "lion_32bit",
-    "paged_lion_8bit",
-    "paged_lion_32bit",
-    "adafactor",
-    "sgd",
-]
-Scheduler = Literal[
-    "cosine",
-    "linear",
-    "constant",
-    "constant_with_warmup",
-    "cosine_with_restarts",
-    "polynomial",
-    "inverse_sqrt",
-]
+# Who speaks, by the words for it in common files; `roles` replaces the table.
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: dict[Role, list[str]] = {
+    "system": ["system"],
+    "user": ["user", "human"],
+    "assistant": ["assistant", "gpt"],
+    "tool": ["tool"],
+}
+DATASET_TYPES = (
+    "chat_template",
+    "alpaca",
+    "alpaca_chat",
+    "completion",
+    "sharegpt",
+    "input_output",
+    "context_qa",
+    "pretrain",
+    "chat_template.default",
+    "chat_template.argilla",
+)
+TEMPLATES = ("tokenizer_default", "tokenizer_default_fallback_chatml", "chatml", "jinja")
+_SHARE = "a whole number of steps, or a fraction of the run"
 
 
-def _not_bool(value: Any) -> Any:
-    # pydantic reads `true` as the number 1; in a file of settings that is a slip of the pen.
-    if isinstance(value, bool):
-        raise ValueError("is true or false, where a number belongs")
-    return value
+class Turn(Strict):
+    """What a turn's fields are called in a file."""
+
+    role: Text = Field("role", description="the field that says who speaks")
+    content: Text = Field("content", description="the field with the text")
 
 
-Positive = Annotated[int, BeforeValidator(_not_bool), Field(gt=0)]
-PositiveFloat = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=0)]
-Share = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, allow_inf_nan=False)]
-# `~` is the home directory, as in a shell; expanded here and nowhere else.
-PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, data: Any) -> Any:
-        if isinstance(data, Mapping):
-            return {key: value for key, value in data.items() if value is not None}
-        return data
-
-
-class DatasetConfig(_Strict):
-    """One file of conversations.
+class DatasetConfig(Strict):
+    """Conversations: a file, a folder of files, or a dataset on the hub.
 
     A record may hold whatever else says something about it (an id, its source); fields that would change the
     conversation (``tools`` and the like, see ``records.CHANGES_CONVERSATION``) are refused, and so is
     anything in a turn but ``role``, ``content`` and ``weight`` (0: the answer is shown, not trained).
     """
 
-    path: PathText = Field(description="the path of a local .jsonl or .json file")
-    type: Literal["chat_template"] = Field("chat_template", description="`chat_template`")
+    path: PathText = Field(
+        description="a local file (.jsonl, .json, .parquet), a folder, or a dataset's id on the hub"
+    )
+    type: Annotated[
+        Literal["chat_template"],
+        only(("chat_template",), "Write conversations, and type: chat_template.", DATASET_TYPES),
+    ] = Field("chat_template", description="`chat_template`")
+    name: Text | None = Field(None, description="the name of the hub dataset's configuration")
+    split: Text | None = Field(
+        None, description="a split, or a slice of one, such as train[:20%]; absent means train"
+    )
+    data_files: OneOrMore | None = Field(None, description="a file, or a list of files, within `path`")
+    ds_type: Literal["json", "parquet", "arrow"] | None = Field(
+        None, description="`json`, `parquet` or `arrow`, where a file's name does not say"
+    )
+    revision: Text | None = Field(None, description="a branch, tag or commit of a dataset on the hub")
     field_messages: str = Field("messages", min_length=1, description="the name of the field with the turns")
+    message_property_mappings: Turn = Field(
+        default_factory=lambda: Turn.model_validate({}),
+        description="a mapping of role and content to the turns' own fields, such as {role: from}",
+    )
+    roles: dict[Role, OneOrMore] = Field(
+        default_factory=lambda: ROLES,
+        description="a mapping of system, user, assistant and tool to the words for them in the file",
+    )
 
 
-class TrainConfig(_Strict):
+class SpecialTokens(Strict):
+    """Tokens with a meaning of their own; each must be in the model's vocabulary."""
+
+    bos_token: Text | None = Field(None, description="begins a text")
+    eos_token: Text | None = Field(None, description="ends a text or turn")
+    pad_token: Text | None = Field(None, description="fills batches")
+    unk_token: Text | None = Field(None, description="stands for what is unknown")
+    additional_special_tokens: Names | None = Field(None, description="further ones, a list")
+
+
+class Checkpointing(Strict):
+    """How activations are recomputed."""
+
+    use_reentrant: bool = Field(False, description="torch's older kind; false is recommended")
+
+
+class TrainConfig(Strict):
     """A training run. Field names are the YAML keys; see ``load_config``."""
 
     base_model: PathText = Field(description="a folder, or a model's id on the hub")
+    model_type: Annotated[
+        Literal["AutoModelForCausalLM"], only(("AutoModelForCausalLM",), "Drop it: it is read off the model.")
+    ] = Field("AutoModelForCausalLM", description="`AutoModelForCausalLM`: what config.json names")
+    tokenizer_type: Annotated[
+        Literal["AutoTokenizer"], only(("AutoTokenizer",), "Drop it: it is read off the model.")
+    ] = Field("AutoTokenizer", description="`AutoTokenizer`: what the tokenizer's files name")
+    special_tokens: SpecialTokens | None = Field(
+        None, description="a mapping such as {pad_token: ...}, of tokens that the vocabulary has"
+    )
+    attn_implementation: Annotated[
+        Attention | None,
+        refuse_yet(
+            lambda value: isinstance(value, str) and "/" in value,
+            "kernels from the hub",
+            "Take sdpa, or an installed flash_attention_2.",
+        ),
+    ] = Field(None, description="the name of an attention; absent means what transformers chooses")
+    flash_attention: bool = Field(False, description="true: as attn_implementation: flash_attention_2")
+    sdp_attention: bool = Field(False, description="true: as attn_implementation: sdpa")
+    flex_attention: bool = Field(False, description="true: as attn_implementation: flex_attention")
+    eager_attention: bool = Field(False, description="true: as attn_implementation: eager")
     adapter: Literal["qlora", "lora"] = Field(description="`qlora` (with load_in_4bit) or `lora`")
     load_in_4bit: bool = Field(False, description="true or false")
     load_in_8bit: bool = Field(False, description="true or false")
@@ -115,12 +155,30 @@ class TrainConfig(_Strict):
 
     lora_r: Positive = Field(8, description="a positive whole number")
     lora_alpha: Positive = Field(16, description="a positive whole number")
-    lora_target_modules: list[str] | None = Field(
-        None, description="a list of module names; absent means the attention projections, [] none"
+    lora_dropout: BelowOne = Field(
+        0.0, description="a fraction below 1, on lora_target_modules; experts take none"
     )
-    lora_target_parameters: list[str] | None = Field(
+    lora_target_modules: NamesOrPattern | None = Field(
+        None,
+        description="a list of module names, or a regular expression of whole names; absent means the "
+        "attention projections, [] none",
+    )
+    lora_target_linear: bool = Field(
+        False, description="true: every Linear but the head, instead of lora_target_modules"
+    )
+    lora_target_parameters: OneOrMore | None = Field(
         None, description="a list of parameter names; absent means the experts' projections, [] none"
     )
+    lora_exclude_modules: NamesOrPattern | None = Field(
+        None, description="module names, or a regular expression: not to be wrapped though a target"
+    )
+    lora_rank_pattern: Ranks | None = Field(
+        None, description="a mapping of names (regular expressions) to ranks other than lora_r"
+    )
+    lora_alpha_pattern: Ranks | None = Field(
+        None, description="a mapping of names (regular expressions) to alphas other than lora_alpha"
+    )
+    peft_use_rslora: bool = Field(False, description="true: updates scaled by alpha / sqrt(r), not alpha / r")
 
     peft_init_lora_weights: Literal[True, "gaussian", "loftq"] = Field(
         True,
@@ -137,7 +195,21 @@ class TrainConfig(_Strict):
         0.0,
         description="a fraction below 1 or a whole number of examples to hold out of datasets; 0 for none",
     )
-    sequence_len: Annotated[int, BeforeValidator(_not_bool), Field(ge=8)] = Field(
+    chat_template: Annotated[
+        Literal["tokenizer_default", "tokenizer_default_fallback_chatml", "chatml", "jinja"],
+        only(
+            TEMPLATES,
+            "Write tokenizer_default for the model's own, or jinja with chat_template_jinja.",
+        ),
+    ] = Field(
+        "tokenizer_default",
+        description="`tokenizer_default` (the model's own), `tokenizer_default_fallback_chatml`, `chatml` or "
+        "`jinja` (chat_template_jinja)",
+    )
+    chat_template_jinja: PathText | None = Field(
+        None, description="a Jinja template, or the path of a file with one; with chat_template: jinja"
+    )
+    sequence_len: Annotated[int, Field(ge=8), BeforeValidator(not_bool)] = Field(
         512, description="a whole number of tokens, at least 8; longer ones: see excess_length_strategy"
     )
     excess_length_strategy: Literal["drop", "truncate", "raise"] = Field(
@@ -146,6 +218,9 @@ class TrainConfig(_Strict):
     )
 
     micro_batch_size: Positive = Field(1, description="a positive whole number of examples")
+    eval_batch_size: Positive | None = Field(
+        None, description="a positive whole number of held-out examples; absent means 4 micro batches"
+    )
     gradient_accumulation_steps: Positive = Field(1, description="a positive whole number")
     max_steps: Positive | None = Field(
         None, description="a positive whole number; takes precedence over num_epochs"
@@ -156,26 +231,52 @@ class TrainConfig(_Strict):
     warmup_steps: Count | None = Field(
         None, description="a whole number, less than the steps of the run; absent means 3 % of them"
     )
+    warmup_ratio: BelowOne | None = Field(
+        None, description="a fraction of the run's steps, instead of warmup_steps"
+    )
     optimizer: Optimizer = Field("adamw_torch_fused", description="the name of an optimizer")
+    weight_decay: Share = Field(0.0, description="a number; 0 for none")
+    max_grad_norm: Share = Field(1.0, description="gradients are scaled down to this norm; 0 leaves them")
+    adam_beta1: BelowOne | None = Field(None, description="a fraction below 1; absent means 0.9")
+    adam_beta2: BelowOne | None = Field(None, description="a fraction below 1; absent means 0.999")
+    adam_epsilon: PositiveFloat | None = Field(None, description="a positive number; absent means 1e-8")
     bf16: bool | Literal["auto"] = Field(
         "auto", description="true, false or auto (true where a GPU supports it)"
     )
-    gradient_checkpointing: bool = Field(False, description="true or false")
+    tf32: bool | Literal["auto"] = Field(
+        "auto", description="true or false for products of fp32 on a GPU; auto leaves torch's setting"
+    )
+    gradient_checkpointing: bool | Literal["offload", "offload_disk"] = Field(
+        False, description="true or false; `offload` recomputes as true does, and keeps inputs on the GPU"
+    )
+    gradient_checkpointing_kwargs: Checkpointing = Field(
+        default_factory=lambda: Checkpointing.model_validate({}),
+        description="a mapping: {use_reentrant: false}",
+    )
 
     logging_steps: Positive = Field(
         1, description="a positive whole number of steps, no more than the run has"
     )
-    eval_steps: Share | None = Field(
-        None,
-        description="a whole number of steps, or a fraction of the run; absent means each epoch, 0 never",
+    eval_steps: Share | None = Field(None, description=f"{_SHARE}; absent means each epoch, 0 never")
+    evals_per_epoch: Count | None = Field(
+        None, description="a whole number of evaluations in each epoch, instead of eval_steps"
     )
-    save_steps: Share | None = Field(
-        None,
-        description="a whole number of steps, or a fraction of the run; absent means each epoch, 0 never",
+    eval_strategy: Strategy | None = Field(
+        None, description="`no`, `epoch` or `steps` (eval_steps); absent follows eval_steps"
+    )
+    save_steps: Share | None = Field(None, description=f"{_SHARE}; absent means each epoch, 0 never")
+    saves_per_epoch: Count | None = Field(
+        None, description="a whole number of checkpoints in each epoch, instead of save_steps"
+    )
+    save_strategy: Annotated[
+        Strategy | None, only(("no", "epoch", "steps"), "Set save_steps.", ("best",))
+    ] = Field(None, description="`no`, `epoch` or `steps` (save_steps); absent follows save_steps")
+    save_total_limit: Positive | None = Field(
+        None, description="a positive whole number of checkpoints to keep, the newest; absent keeps all"
     )
     output_dir: PathText = Field("./model-out", description="the folder for checkpoints and the adapter")
     # numpy, which the trainer seeds as well, takes no more than 32 bits.
-    seed: Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**32)] = Field(
+    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(not_bool)] = Field(
         42, description="a whole number below 2**32"
     )
     resume_from_checkpoint: bool | PathText = Field(
@@ -183,6 +284,31 @@ class TrainConfig(_Strict):
         description="true (the last checkpoint in output_dir), false, or a checkpoint's folder; the settings "
         "that decide batches and adapters must be those it was written with",
     )
+    auto_resume_from_checkpoints: bool = Field(
+        False, description="true: from the last checkpoint in output_dir, or from the start if there is none"
+    )
+
+    use_tensorboard: bool = Field(False, description="true: log to TensorBoard, in output_dir")
+    use_wandb: bool | None = Field(None, description="true: log to W&B; absent means where wandb_project is")
+    wandb_project: Text | None = Field(None, description="the name of a project")
+    wandb_entity: Text | None = Field(None, description="the name of a team or user")
+    wandb_name: Text | None = Field(None, description="the name of the run")
+    wandb_run_id: Text | None = Field(None, description="the id of a run, to go on with it")
+    wandb_mode: Literal["online", "offline", "disabled"] | None = Field(
+        None, description="`online`, `offline` or `disabled`"
+    )
+    wandb_watch: Annotated[
+        Literal["gradients", "all", "parameters"] | None, BeforeValidator(false_is_none)
+    ] = Field(None, description="`gradients`, `parameters` or `all`: histograms to record")
+    wandb_log_model: Annotated[Literal["checkpoint", "end"] | None, BeforeValidator(false_is_none)] = Field(
+        None, description="`checkpoint` or `end`: adapters to upload, and when"
+    )
+    use_mlflow: bool | None = Field(
+        None, description="true: log to MLflow; absent means where mlflow_tracking_uri or _experiment_name is"
+    )
+    mlflow_tracking_uri: Text | None = Field(None, description="where the tracking server is")
+    mlflow_experiment_name: Text | None = Field(None, description="the name of an experiment")
+    mlflow_run_name: Text | None = Field(None, description="the name of the run")
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> TrainConfig:
@@ -210,114 +336,29 @@ class TrainConfig(_Strict):
             settings["experts_quant_type"] = "none"
         return {**settings, **self.bnb_config_kwargs}
 
+    @property
+    def attention(self) -> str | None:
+        """The attention asked for, by whichever of the five keys."""
+        named = {
+            "flash_attention_2": self.flash_attention,
+            "sdpa": self.sdp_attention,
+            "flex_attention": self.flex_attention,
+            "eager": self.eager_attention,
+        }
+        return self.attn_implementation or next((name for name, asked in named.items() if asked), None)
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
-    """Read and validate a YAML file; relative paths in it are relative to the current directory.
+    @property
+    def trackers(self) -> list[str]:
+        """Where losses are logged to, by the trainer's names."""
+        wandb, mlflow = self.use_wandb, self.use_mlflow
+        if wandb is None:
+            wandb = self.wandb_project is not None
+        if mlflow is None:
+            mlflow = self.mlflow_tracking_uri is not None or self.mlflow_experiment_name is not None
+        asked = {"tensorboard": self.use_tensorboard, "wandb": wandb, "mlflow": mlflow}
+        return [name for name, wanted in asked.items() if wanted]
 
-    Args:
-        path: the file.
-        overrides: ``key=value`` pairs that replace what the file says; dotted keys reach inside.
-
-    Raises:
-        ConfigurationError: lists every problem: line, key, what is wrong, how to mend it.
-    """
-    parsed = read_yaml(path)
-    overridden = apply_overrides(parsed, overrides or ())
-    problems = list(parsed.problems)
-    config, errors = _validate(parsed.values)
-    problems += [_placed(error, parsed, overridden) for _, error in errors]
-    if errors:
-        # Contradictions are looked for only once each value is sound. Look again without the unsound ones, so
-        # that the whole list shows at once; what involves an unsound key is left out, its default proves
-        # nothing.
-        unsound = {loc[0] for loc, _ in errors if loc}
-        sound = {key: value for key, value in parsed.values.items() if key not in unsound}
-        sound = {"base_model": "-", "adapter": "lora", "datasets": [{"path": "-"}], **sound}
-        problems += [
-            _placed(problem, parsed, overridden)
-            for keys, problem in _contradictions_among(sound)
-            if not unsound.intersection(keys) and str(problem) not in {str(error) for _, error in errors}
-        ]
-    if problems or config is None:
-        problems.sort(key=lambda problem: (not problem.where, len(problem.where), problem.where))  # by line
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigurationError(f"{path}: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
-    return config
-
-
-def _validate(values: Mapping[str, Any]) -> tuple[TrainConfig | None, list[tuple[KeyPath, Problem]]]:
-    try:
-        return TrainConfig.model_validate(values), []
-    except ValidationError as error:
-        problems: list[tuple[KeyPath, Problem]] = []
-        seen: set[KeyPath] = set()
-        for item in error.errors():
-            original = item.get("ctx", {}).get("error")
-            if isinstance(original, ContradictionError):
-                problems += [((), problem) for _, problem in original.found]
-                continue
-            path = _key_path(item["loc"], values)
-            if path not in seen:  # a union reports each of its members
-                problems.append((path, _explain(path, item)))
-            seen.add(path)
-        return None, problems
-
-
-def _contradictions_among(values: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Problem]]:
-    try:
-        TrainConfig.model_validate(values)
-    except ValidationError as error:
-        for item in error.errors():
-            original = item.get("ctx", {}).get("error")
-            if isinstance(original, ContradictionError):
-                return original.found
-    return []
-
-
-def _key_path(loc: tuple[int | str, ...], values: Any) -> KeyPath:
-    """pydantic's location without the names of union members, which are no keys of the file."""
-    path: list[int | str] = []
-    for index, part in enumerate(loc):
-        in_mapping = isinstance(values, Mapping) and (part in values or index == len(loc) - 1)
-        in_list = isinstance(values, list) and isinstance(part, int) and part < len(values)
-        if not (in_mapping or in_list):
-            continue
-        path.append(part)
-        values = values.get(part) if isinstance(values, Mapping) else values[part]
-    return tuple(path)
-
-
-def _explain(path: KeyPath, item: Mapping[str, Any]) -> Problem:
-    """One pydantic error as a problem."""
-    model: type[BaseModel] = DatasetConfig if len(path) > 1 and "dataset" in str(path[0]) else TrainConfig
-    name = str(path[-1]) if path else "configuration"
-    key = dotted(path) or name
-    if item["type"] == "extra_forbidden":
-        return Problem(key, "unknown key", nearest(name, model.model_fields))
-    wanted = next(
-        (
-            model.model_fields[str(part)].description
-            for part in reversed(path)
-            if str(part) in model.model_fields
-        ),
-        "a mapping of keys to values",
-    )
-    if item["type"] == "missing":
-        return Problem(key, "missing", f"Give {wanted}.")
-    given = item["input"]
-    if item["type"] == "literal_error":
-        return Problem(key, f"{given!r} is not one of {item['ctx']['expected']}", f"Give {wanted}.")
-    reason = str(item.get("ctx", {}).get("error") or item["msg"].removeprefix("Input "))
-    shown = repr(given)
-    return Problem(key, f"{shown if len(shown) < 60 else shown[:57] + '...'} {reason}", f"Give {wanted}.")
-
-
-def _placed(problem: Problem, parsed: YamlFile, overridden: set[KeyPath]) -> Problem:
-    """The problem with its line, or the nearest enclosing key's; or with "command line"."""
-    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in problem.key.split("."))
-    if any(path[: len(override)] == override or override[: len(path)] == path for override in overridden):
-        return Problem(problem.key, problem.what, problem.remedy, "command line")
-    while path and path not in parsed.lines:
-        path = path[:-1]
-    where = f"line {parsed.lines[path]}" if path else ""
-    return Problem(problem.key, problem.what, problem.remedy, where)
+    @property
+    def target_modules(self) -> list[str] | str | None:
+        """``lora_target_modules``, or all Linears."""
+        return "all-linear" if self.lora_target_linear else self.lora_target_modules

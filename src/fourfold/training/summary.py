@@ -151,7 +151,7 @@ def _facts(result: RunResult) -> list[tuple[str, str]]:
             f"{result.adapters['trainable_parameters']:,} parameters in "
             f"{', '.join(result.adapters['dtypes'])}",
         ),
-        ("targets", ", ".join([*result.adapters["target_modules"], *result.adapters["target_parameters"]])),
+        ("targets", ", ".join(_targets(result.adapters))),
         ("data", _data_fact(result.data)),
         ("steps", f"{result.steps} ({result.curve.training_seconds:.0f} s)"),
         ("speed", f"{result.curve.tokens_per_second:,.0f} tokens/s"),
@@ -194,3 +194,8 @@ def _data_fact(data: dict[str, Any]) -> str:
             text += f"; {counts['dropped']} longer ones dropped"
         parts.append(f"{name.replace('_', '-')}: {text}")
     return "\n".join(parts)
+
+
+def _targets(adapters: dict[str, Any]) -> list[str]:
+    modules = adapters["target_modules"]
+    return [*([modules] if isinstance(modules, str) else modules), *adapters["target_parameters"]]

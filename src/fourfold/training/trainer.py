@@ -21,6 +21,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from fourfold.errors import TrainingError
 from fourfold.training.schema import TrainConfig
 
+ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
+
 
 class LengthGroupedSampler(Sampler[int]):
     """Shuffled indices with examples of similar length side by side; padding costs time.
@@ -118,14 +120,38 @@ def keep_adapter_dtype(model: nn.Module) -> Iterator[None]:
             parameter.data = before[name].to(parameter.device)
 
 
-def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool) -> SFTConfig:
-    """The trainer's arguments. Evaluation is not among them: our own callback does it (see evaluate.py)."""
+def interval(config: TrainConfig, kind: str, examples: int) -> float | None:
+    """Every how many steps to evaluate (``kind="eval"``) or save (``"save"``).
+
+    Returns:
+        A number of steps, a fraction of the run, 0 for never, None for each epoch.
+    """
+    strategy, per_epoch = getattr(config, f"{kind}_strategy"), getattr(config, f"{kind}s_per_epoch")
+    if strategy == "no" or per_epoch == 0:
+        return 0
+    if per_epoch is not None:
+        return max(1, round(steps_per_epoch(config, examples) / per_epoch))
+    steps: float | None = getattr(config, f"{kind}_steps")
+    return None if strategy == "epoch" else steps
+
+
+def steps_per_epoch(config: TrainConfig, examples: int) -> int:
+    """Optimizer steps in an epoch of so many examples; the last batch may be smaller."""
+    batches = math.ceil(examples / config.micro_batch_size)
+    return math.ceil(batches / config.gradient_accumulation_steps)
+
+
+def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool, examples: int) -> SFTConfig:
+    """The trainer's arguments for so many training examples.
+
+    Evaluation is not among them: our own callback does it (see evaluate.py).
+    """
     known = {f.name for f in dataclasses.fields(SFTConfig)}
     # transformers renamed the switch on the way to version 6, where the old name ends.
     checkpointing = "gradient_checkpointing"
     if "activation_checkpointing" in known:
         checkpointing = "activation_checkpointing"
-    save_steps = config.save_steps
+    save_steps = interval(config, "save", examples)
     if save_steps is None:
         saving: dict[str, Any] = {"save_strategy": "epoch"}
     elif save_steps == 0:
@@ -144,6 +170,10 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool) -> SFTC
         # A value below 1 is a share of all steps. `constant` has no warm-up.
         warmup_steps=_warmup(config),
         optim=config.optimizer,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        **{key: getattr(config, key) for key in ADAM if getattr(config, key) is not None},
+        save_total_limit=config.save_total_limit,
         bf16=bf16,
         use_cpu=use_cpu,
         logging_strategy="steps",
@@ -151,7 +181,8 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool) -> SFTC
         logging_nan_inf_filter=False,  # it would replace NaN by the mean of earlier losses
         eval_strategy="no",
         seed=config.seed,
-        report_to="none",
+        report_to=config.trackers or "none",
+        run_name=config.wandb_name or config.mlflow_run_name,
         disable_tqdm=True,
         dataloader_num_workers=0,
         dataloader_pin_memory=not use_cpu,
@@ -161,8 +192,12 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool) -> SFTC
         # would no longer be the loss on answers.
         router_aux_loss_coef=0.0,
         **{
-            checkpointing: config.gradient_checkpointing,
-            f"{checkpointing}_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
+            checkpointing: bool(config.gradient_checkpointing),
+            f"{checkpointing}_kwargs": (
+                {"use_reentrant": config.gradient_checkpointing_kwargs.use_reentrant}
+                if config.gradient_checkpointing
+                else None
+            ),
         },
         **saving,
     )
@@ -175,6 +210,8 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool) -> SFTC
 def _warmup(config: TrainConfig) -> float:
     if config.lr_scheduler == "constant":
         return 0
+    if config.warmup_ratio is not None:
+        return config.warmup_ratio
     return 0.03 if config.warmup_steps is None else config.warmup_steps
 
 

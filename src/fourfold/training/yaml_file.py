@@ -18,16 +18,26 @@ KeyPath = tuple[Hashable, ...]
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a configuration: which key, where, what, and how to mend it."""
+    """One thing wrong with a configuration: which key, where, what, and how to mend it.
+
+    Attributes:
+        key: with dots, as overrides name it.
+        what: what is wrong; where ``not_yet``, what is missing.
+        remedy: how to mend it.
+        where: "line 3" or "command line: key=value".
+        not_yet: the key means something, and Fourfold does not have it yet.
+    """
 
     key: str
     what: str
     remedy: str
     where: str = ""
+    not_yet: bool = False
 
     def __str__(self) -> str:
         place = f"{self.where}, " if self.where else ""
-        return f"{place}{self.key}: {self.what}. {self.remedy}"
+        missing = "not yet: " if self.not_yet else ""
+        return f"{place}{short(self.key) or repr('')}: {missing}{self.what}. {self.remedy}"
 
 
 @dataclass
@@ -37,6 +47,11 @@ class YamlFile:
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+
+
+def short(text: str) -> str:
+    """At most 60 characters of ``text``."""
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -73,7 +88,7 @@ def read_yaml(path: str | Path) -> YamlFile:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is not None:
-            _note_lines(node, (), result)
+            _note_lines(node, (), result, set(), set())
             result.values = loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -82,6 +97,10 @@ def read_yaml(path: str | Path) -> YamlFile:
         ) from error
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{path}: not valid YAML: {error}. Mend the syntax there.") from error
+    except RecursionError:
+        raise ConfigurationError(f"{path}: nested too deeply to be a configuration.") from None
+    except ValueError as error:  # a number of thousands of digits, a date that is none
+        raise ConfigurationError(f"{path}: a value that cannot be read ({error}). Mend it.") from error
     if not isinstance(result.values, dict):
         raise ConfigurationError(
             f"{path}: the top level is a {type(result.values).__name__}, not a mapping. Write `key: value` "
@@ -90,13 +109,16 @@ def read_yaml(path: str | Path) -> YamlFile:
     return result
 
 
-def apply_overrides(parsed: YamlFile, overrides: Iterable[str]) -> set[KeyPath]:
-    """Set ``key=value`` pairs of a command line (dotted keys reach inside); returns the paths that were set.
+def apply_overrides(parsed: YamlFile, overrides: Iterable[str]) -> dict[KeyPath, str]:
+    """Set ``key=value`` pairs of a command line (dotted keys reach inside).
+
+    Returns:
+        The pair that set each path.
 
     Raises:
         ConfigurationError: a pair is malformed, or reaches into something that is not there.
     """
-    touched: set[KeyPath] = set()
+    touched: dict[KeyPath, str] = {}
     for override in overrides:
         key, sign, text = override.partition("=")
         key = key.strip()
@@ -106,13 +128,13 @@ def apply_overrides(parsed: YamlFile, overrides: Iterable[str]) -> set[KeyPath]:
             )
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigurationError(
                 f"command line: the value of `{override}` is not valid YAML ({error})."
             ) from None
         path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
         _set(parsed.values, path, value, override)
-        touched.add(path)
+        touched[path] = short(override)
     return touched
 
 
@@ -138,8 +160,29 @@ def _set(values: Any, path: KeyPath, value: Any, override: str) -> None:
             )
 
 
-def _note_lines(node: yaml.Node, path: KeyPath, result: YamlFile) -> None:
+def _note_lines(node: yaml.Node, path: KeyPath, result: YamlFile, seen: set[int], within: set[int]) -> None:
+    """Note the line of each key below ``node``, and keys given twice.
+
+    A node that several aliases name is walked once: a few lines of aliases to aliases unfold to billions.
+
+    Args:
+        node: where to begin.
+        path: the keys that lead to it.
+        result: what is filled.
+        seen: nodes that were walked.
+        within: those that hold this one.
+
+    Raises:
+        yaml.MarkedYAMLError: a node holds itself.
+    """
+    if id(node) in within:
+        problem = "an alias to what it stands in"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     result.lines.setdefault(path, node.start_mark.line + 1)
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    within = within | {id(node)}
     if isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key_node, value_node in node.value:
@@ -152,7 +195,7 @@ def _note_lines(node: yaml.Node, path: KeyPath, result: YamlFile) -> None:
                 result.problems.append(Problem(dotted(here), what, "Keep one of the two.", f"line {line}"))
             first.setdefault(key, line)
             result.lines[here] = line
-            _note_lines(value_node, here, result)
+            _note_lines(value_node, here, result, seen, within)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _note_lines(item, (*path, index), result)
+            _note_lines(item, (*path, index), result, seen, within)

@@ -1,0 +1,57 @@
+"""The configuration file as JSON Schema, for editors: descriptions, defaults, choices, no unknown keys.
+
+Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, NOT_YET, NotYet
+from fourfold.training.schema import TrainConfig
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema; whatever has a default may be null as well, as in the file."""
+    result = TrainConfig.model_json_schema()
+    definitions = result["$defs"]
+    for part in (result, *definitions.values()):
+        required = part.get("required", ())
+        for name, entry in part["properties"].items():
+            if name not in required:
+                part["properties"][name] = _or_null(entry)
+    for name, what in DIFFERENT.items():
+        result["properties"][name] = {"description": f"Given differently: {what}."}
+    for name, entry in NOT_YET.items():
+        result["properties"][name] = _not_yet(entry)
+    for name, entry in DATASET_NOT_YET.items():
+        definitions["DatasetConfig"]["properties"][name] = _not_yet(entry)
+    _lists_of_one(result, definitions)
+    # A number written as 1e-3 is text to YAML 1.1, and read as the number that it is.
+    learning_rate = result["properties"]["learning_rate"]
+    learning_rate["anyOf"].append({"type": "string", "pattern": r"^[0-9.]+[eE][-+]?[0-9]+$"})
+    return {"$schema": DIALECT, **result, "title": "Configuration of fourfold train"}
+
+
+def _or_null(entry: dict[str, Any]) -> dict[str, Any]:
+    about: dict[str, Any] = {key: entry[key] for key in ("description", "default", "title") if key in entry}
+    kind = {key: value for key, value in entry.items() if key not in about}
+    choices = kind.get("anyOf", [kind])
+    if {"type": "null"} not in choices:
+        choices = [*choices, {"type": "null"}]
+    return {**about, "anyOf": choices}
+
+
+def _not_yet(entry: NotYet) -> dict[str, Any]:
+    """Only values that ask for nothing: an editor marks any other."""
+    return {"description": f"Not yet: {entry.what}. {entry.remedy}", "enum": [None, *entry.off]}
+
+
+def _lists_of_one(schema: dict[str, Any], definitions: dict[str, Any]) -> None:
+    """One name stands for a list of it."""
+    entries = [schema["properties"]["lora_target_parameters"]]
+    entries.append(definitions["DatasetConfig"]["properties"]["data_files"])
+    for entry in entries:
+        entry["anyOf"].append({"type": "string", "minLength": 1})

@@ -1,0 +1,77 @@
+"""The base model's tokenizer: its special tokens and its chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fourfold.errors import ConfigurationError
+from fourfold.training.schema import SpecialTokens, TrainConfig
+
+# Turns between marks that many models know; written where a tokenizer brings no template of its own.
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def load_tokenizer(name: str, special: SpecialTokens | None = None) -> Any:
+    """The base model's tokenizer, with a padding token; ``special`` names other tokens of its vocabulary."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # by the tokenizer's class: a damaged file raises what its reader raises
+        reason = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
+        raise ConfigurationError(
+            f"base_model: {name} gives no tokenizer ({reason}). It must be a folder with a model and its "
+            "tokenizer, or a model's id on the hub (which must be within reach)."
+        ) from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        # (a folder without a tokenizer's files gives an empty one of the class that the model's type names)
+        raise ConfigurationError(
+            f"base_model: the tokenizer of {name} knows no text: its files are missing. Put those of the "
+            "model that it was made of (tokenizer.json, tokenizer_config.json) beside config.json."
+        )
+    for role, tokens in special.model_dump(exclude_none=True).items() if special is not None else ():
+        known = tokenizer.get_vocab()
+        unknown = [token for token in ([tokens] if isinstance(tokens, str) else tokens) if token not in known]
+        if unknown:
+            raise ConfigurationError(
+                f"special_tokens.{role}: {unknown[0]!r} is not in the vocabulary of {name}, and tokens "
+                "cannot be added yet. Name one that it has."
+            )
+        tokenizer.add_special_tokens({role: tokens})
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ConfigurationError(
+            f"base_model: the tokenizer of {name} has neither a pad_token nor an eos_token, so batches "
+            "cannot be padded. Add one to its tokenizer_config.json."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def choose_template(config: TrainConfig, tokenizer: Any) -> str | None:
+    """The chat template that ``chat_template`` means for this tokenizer.
+
+    Raises:
+        ConfigurationError: it is written with tokens that the vocabulary lacks.
+    """
+    own: str | None = tokenizer.chat_template
+    if config.chat_template == "jinja":
+        given = str(config.chat_template_jinja)
+        path = Path(given)
+        is_file = len(given) < 1024 and "\n" not in given and path.is_file()
+        if not is_file and "{" not in given:
+            raise ConfigurationError(f"chat_template_jinja: there is no file {given}. Name one.")
+        return path.read_text(encoding="utf-8") if is_file else given
+    if config.chat_template == "tokenizer_default" or (own and config.chat_template != "chatml"):
+        return own
+    missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_vocab()]
+    if missing:
+        raise ConfigurationError(
+            f"chat_template: chatml is written with {missing[0]}, which {config.base_model} has no token "
+            "for. Use tokenizer_default, or jinja with chat_template_jinja."
+        )
+    return CHATML
