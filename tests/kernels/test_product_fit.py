@@ -24,7 +24,10 @@ from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.plain import PlainStack
 from fourfold.kernels import grouped_triton, product_triton
 
-target = GPUTarget("cuda", int(sys.argv[1]), 32)
+if sys.argv[1].startswith("gfx"):
+    target, torch.version.hip = GPUTarget("hip", sys.argv[1], 64), "6.4"
+else:
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
 HALF, SHAPE = torch.float16, StackShape(128, 1536, 2048, 2)
 NAMES = {torch.float16: "*fp16", torch.float32: "*fp32"}
 
@@ -67,7 +70,7 @@ for fmt in (PackFormat("nf4", 64, True), PackFormat("int8"), None):
             print(product(stack, each, dtype, transposed).metadata.shared)
 for BM in grouped_triton.COLUMNS:
     for BN in grouped_triton.COLUMNS:
-        constants = {"BS": grouped_triton.ROWS, "BM": BM, "BN": BN, "PRECISION": "tf32"}
+        constants = {"BS": grouped_triton.ROWS, "BM": BM, "BN": BN, "PRECISION": "ieee"}
         types = {"x_ptr": "*fp16", "y_ptr": "*fp16", "out_ptr": "*fp16", "offsets_ptr": "*i32"}
         print(compiled(grouped_triton._outer_kernel, constants, types, {"num_warps": 4}).metadata.shared)
 """
@@ -75,10 +78,21 @@ for BM in grouped_triton.COLUMNS:
 
 @pytest.mark.parametrize("capability", SHARED)
 def test_every_configuration_fits(capability: int) -> None:
+    assert max(shared_memory(str(capability))) <= SHARED[capability]
+
+
+@pytest.mark.parametrize("architecture", ["gfx90a", "gfx942"])
+def test_every_configuration_compiles_for_rocm(architecture: str) -> None:
+    """(None has been run there.)"""
+    shared_memory(architecture)
+
+
+def shared_memory(architecture: str) -> list[int]:
+    """Of every configuration, in bytes."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, str(capability)]
+    command = [sys.executable, "-c", COMPILE, architecture]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     sizes = [int(size) for size in run.stdout.split()]
     assert len(sizes) == 22
-    assert max(sizes) <= SHARED[capability], sizes
+    return sizes
