@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from fourfold.errors import ConfigurationError
 from fourfold.loading.arguments import BNB_4BIT, BNB_8BIT, BNB_BOTH
@@ -469,3 +470,64 @@ def test_validating_needs_no_torch(tmp_path: Path) -> None:
         "assert seconds < 2, seconds\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+MINIMAL: dict[str, Any] = {
+    "base_model": "some/model",
+    "adapter": "qlora",
+    "load_in_4bit": True,
+    "datasets": [{"path": "train.jsonl", "type": "chat_template"}],
+}
+
+
+def test_a_null_among_the_settings_of_bitsandbytes_is_the_default(tmp_path: Path) -> None:
+    """(Passed on, a null type would be FP4.)"""
+    settings = {"bnb_4bit_quant_type": None, "bnb_4bit_use_double_quant": None, "experts_blocksize": None}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, "bnb_config_kwargs": settings}), encoding="utf-8")
+    config = load_config(path)
+    assert config.quantization_kwargs() == {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
+
+
+def test_an_override_changes_one_place_of_an_anchor_that_stands_in_two(tmp_path: Path) -> None:
+    text = """\
+base_model: some/model
+adapter: qlora
+load_in_4bit: true
+datasets:
+  - {path: a.jsonl, type: chat_template, message_property_mappings: &names {role: from, content: value}}
+  - {path: b.jsonl, type: chat_template, message_property_mappings: *names}
+"""
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    config = load_config(path, ["datasets.1.message_property_mappings.role=speaker"])
+    assert [each.message_property_mappings.role for each in config.datasets] == ["from", "speaker"]
+
+
+def test_a_slice_of_what_is_trained_on_is_not_held_out(tmp_path: Path) -> None:
+    entry = {"path": "train.jsonl", "type": "chat_template"}
+    path = tmp_path / "config.yaml"
+    values = {**MINIMAL, "datasets": [entry], "test_datasets": [{**entry, "split": "train[:10%]"}]}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"train\.jsonl is trained on as well"):
+        load_config(path)
+
+
+def test_the_name_of_a_run_is_that_of_the_tracker_in_use(tmp_path: Path) -> None:
+    from fourfold.training.trainer import run_name
+
+    path = tmp_path / "config.yaml"
+    names = {"use_wandb": False, "wandb_name": "w", "use_mlflow": True, "mlflow_run_name": "mine"}
+    path.write_text(yaml.safe_dump({**MINIMAL, **names}), encoding="utf-8")
+    assert run_name(load_config(path)) == "mine"
+
+
+def test_keys_that_are_no_decimal_number(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL), encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="²"):
+        load_config(path, ["²=1"])

@@ -71,8 +71,11 @@ def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Probl
         if value and not config.val_set_size and not config.test_datasets:
             remedy = f"Set val_set_size or test_datasets, or drop {key}."
             yield found((key, "val_set_size", "test_datasets"), "there is nothing to evaluate on", remedy)
-    trained = {_identity(entry) for entry in config.datasets}
-    shared = [entry.path for entry in config.test_datasets or () if _identity(entry) in trained]
+    shared = [
+        held_out.path
+        for held_out in config.test_datasets or ()
+        if any(_overlap(held_out, entry) for entry in config.datasets)
+    ]
     if shared:
         what = f"{', '.join(sorted(set(shared)))} is trained on as well, so its loss would say nothing"
         yield found(("test_datasets", "datasets"), what, "Hold out another file, or use val_set_size.")
@@ -92,9 +95,15 @@ def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Probl
         )
 
 
-def _identity(entry: DatasetConfig) -> tuple[object, ...]:
-    """The same for entries that read the same records."""
-    return os.path.realpath(entry.path), entry.name, entry.split or "train", tuple(entry.data_files or ())
+def _overlap(one: DatasetConfig, other: DatasetConfig) -> bool:
+    """Whether two entries read the same records, or one of them a slice of the other's whole split."""
+
+    def source(entry: DatasetConfig) -> tuple[object, ...]:
+        split = (entry.split or "train").partition("[")[0]
+        return os.path.realpath(entry.path), entry.name, split, tuple(entry.data_files or ())
+
+    slices = [(entry.split or "train").partition("[")[2] for entry in (one, other)]
+    return source(one) == source(other) and (slices[0] == slices[1] or "" in slices)
 
 
 Found = Iterator[tuple[tuple[str, ...], Problem]]

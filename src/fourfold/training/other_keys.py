@@ -398,7 +398,11 @@ def _entry(place: str, entry: Any, missing: list[Problem]) -> Any:
 
 
 def _refused(key: str, value: Any, entry: NotYet) -> Iterator[Problem]:
-    # By type too: 1 == True, and `sample_packing: 0` is no false.
-    if value is None or any(type(value) is type(off) and value == off for off in entry.off):
+    # By type too: 1 == True, and `sample_packing: 0` is no false. (0.0 is a 0.)
+    kinds = {int: float}
+    if value is None or value in ("", [], {}):
         return
+    for off in entry.off:
+        if value == off and kinds.get(type(value), type(value)) is kinds.get(type(off), type(off)):
+            return
     yield Problem(key, entry.what, entry.remedy, not_yet=True)

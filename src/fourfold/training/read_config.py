@@ -206,7 +206,9 @@ def _known_like(name: str, model: type[BaseModel]) -> str:
 
 def _placed(problem: Problem, parsed: YamlFile, overridden: Mapping[KeyPath, str]) -> Problem:
     """The problem with its line, or the nearest enclosing key's; or with "command line"."""
-    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in problem.key.split("."))
+    path: KeyPath = tuple(
+        int(part) if part.isdecimal() and part.isascii() else part for part in problem.key.split(".")
+    )
     for override, text in overridden.items():
         if path[: len(override)] == override or override[: len(path)] == path:
             return replace(problem, where=f"command line ({text})")

@@ -83,7 +83,7 @@ def read_conversations(entry: DatasetConfig) -> list[Conversation]:
         DataError: names the file and line (or record) of every problem, up to a handful.
     """
     path = Path(entry.path)
-    if not path.exists() and is_meant_as_path(entry.path):
+    if not path.exists() and (path.suffix in KINDS or is_meant_as_path(entry.path)):
         raise DataError(f"{path}: no such file. Relative paths start at the current directory, {Path.cwd()}.")
     records: list[Conversation] = []
     problems: list[str] = []
@@ -142,6 +142,7 @@ def is_plain(entry: DatasetConfig) -> bool:
     """Whether an entry is a whole file of JSON, read here so that complaints name its lines."""
     path = Path(entry.path)
     whole = entry.split in (None, "train") and entry.data_files is None and entry.ds_type in (None, "json")
+    whole = whole and entry.name is None and entry.revision is None  # (else these are refused by name)
     return whole and not path.is_dir() and path.suffix in (".jsonl", ".json")
 
 

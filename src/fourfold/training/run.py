@@ -98,7 +98,8 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
     after = evaluate("after training")
     if after is not None:
         curve.held_out.append((trainer.state.global_step, after.mean))
-        trainer.log({"eval_loss": after.mean})
+        if "mlflow" not in config.trackers:  # (its run has ended; another would be begun)
+            trainer.log({"eval_loss": after.mean})
     with clock("a sample answer", "samples"):
         answer_after = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
     facts = _facts(model, config, checked)

@@ -334,7 +334,8 @@ class TrainConfig(Strict):
             settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         if self.quantize_moe_experts is False:
             settings["experts_quant_type"] = "none"
-        return {**settings, **self.bnb_config_kwargs}
+        given = {name: value for name, value in self.bnb_config_kwargs.items() if value is not None}
+        return {**settings, **given}  # (a null is no type: bitsandbytes' own default would be FP4)
 
     @property
     def attention(self) -> str | None:

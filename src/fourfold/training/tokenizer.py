@@ -62,7 +62,7 @@ def choose_template(config: TrainConfig, tokenizer: Any) -> str | None:
     if config.chat_template == "jinja":
         given = str(config.chat_template_jinja)
         path = Path(given)
-        is_file = len(given) < 1024 and "\n" not in given and path.is_file()
+        is_file = "{" not in given and path.is_file()
         if not is_file and "{" not in given:
             raise ConfigurationError(f"chat_template_jinja: there is no file {given}. Name one.")
         return path.read_text(encoding="utf-8") if is_file else given

@@ -104,6 +104,11 @@ class MoeTrainer(SFTTrainer):
         return loss
 
 
+def run_name(config: TrainConfig) -> str | None:
+    """Of the tracker in use (transformers has one name for all)."""
+    return config.wandb_name if "wandb" in config.trackers else config.mlflow_run_name
+
+
 @contextmanager
 def keep_adapter_dtype(model: nn.Module) -> Iterator[None]:
     """Undo SFTTrainer's cast of trainable parameters to bf16.
@@ -182,7 +187,7 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool, example
         eval_strategy="no",
         seed=config.seed,
         report_to=config.trackers or "none",
-        run_name=config.wandb_name or config.mlflow_run_name,
+        run_name=run_name(config),
         disable_tqdm=True,
         dataloader_num_workers=0,
         dataloader_pin_memory=not use_cpu,

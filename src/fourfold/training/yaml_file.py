@@ -3,6 +3,7 @@ positions."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
@@ -132,26 +133,28 @@ def apply_overrides(parsed: YamlFile, overrides: Iterable[str]) -> dict[KeyPath,
             raise ConfigurationError(
                 f"command line: the value of `{override}` is not valid YAML ({error})."
             ) from None
-        path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        path = tuple(int(part) if part.isdecimal() and part.isascii() else part for part in key.split("."))
         _set(parsed.values, path, value, override)
         touched[path] = short(override)
     return touched
 
 
 def _set(values: Any, path: KeyPath, value: Any, override: str) -> None:
+    """Entries on the way are copied: an anchor's are shared with other places of the file."""
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(values, dict) and isinstance(part, str):
             if last:
                 values[part] = value
                 return
-            if values.get(part) is None:
-                values[part] = {}
+            inner = values.get(part)
+            values[part] = {} if inner is None else copy.copy(inner)
             values = values[part]
         elif isinstance(values, list) and isinstance(part, int) and part < len(values):
             if last:
                 values[part] = value
                 return
+            values[part] = copy.copy(values[part])
             values = values[part]
         else:
             raise ConfigurationError(
