@@ -531,3 +531,28 @@ def test_keys_that_are_no_decimal_number(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(MINIMAL), encoding="utf-8")
     with pytest.raises(ConfigurationError, match="²"):
         load_config(path, ["²=1"])
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"wandb_name": "w"}, "wandb_name.*nothing is logged to wandb"),
+        ({"mlflow_run_name": "m"}, "mlflow_run_name.*nothing is logged to mlflow"),
+        (
+            {"datasets": [{**MINIMAL["datasets"][0], "roles": {"user": ["x"], "assistant": ["x"]}}]},
+            "`x` stands for two roles",
+        ),
+    ],
+)
+def test_what_would_have_no_effect_is_said(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **values}), encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=said):
+        load_config(path)
+
+
+@pytest.mark.parametrize("values", [{"use_wandb": False}, {"use_wandb": True}, {"wandb_project": "p"}])
+def test_settings_of_a_tracker_that_is_on_or_turned_off(tmp_path: Path, values: dict[str, Any]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**MINIMAL, **values, "wandb_name": "w"}), encoding="utf-8")
+    assert load_config(path).wandb_name == "w"

@@ -50,6 +50,8 @@ def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Probl
     yield from _lora_contradictions(config)
     yield from _trainer_contradictions(config)
     yield from _loftq_contradictions(config)
+    yield from _tracker_contradictions(config)
+    yield from _role_contradictions(config)
     if config.val_set_size and config.test_datasets:
         remedy = "Set val_set_size: 0 to evaluate on test_datasets, or drop test_datasets."
         yield found(("val_set_size", "test_datasets"), "contradicts test_datasets", remedy)
@@ -112,6 +114,39 @@ Found = Iterator[tuple[tuple[str, ...], Problem]]
 def _both(config: TrainConfig, one: str, other: str) -> Found:
     if getattr(config, one) is not None and getattr(config, other) is not None:
         yield (one, other), Problem(one, f"given beside {other}", "Keep one of the two.")
+
+
+TRACKER_KEYS = {
+    "wandb": ("wandb_name", "wandb_entity", "wandb_watch", "wandb_run_id", "wandb_log_model"),
+    "mlflow": ("mlflow_run_name",),
+}
+
+
+def _tracker_contradictions(config: TrainConfig) -> Found:
+    """Settings of a tracker that nothing turns on. (Turned off by ``use_...: false`` they may stay.)"""
+    for tracker, keys in TRACKER_KEYS.items():
+        switch = f"use_{tracker}"
+        if tracker in config.trackers or getattr(config, switch) is False:
+            continue
+        for key in keys:
+            if getattr(config, key) is not None:
+                yield (
+                    (key, switch),
+                    Problem(
+                        key,
+                        f"given, but nothing is logged to {tracker}",
+                        f"Set {switch}: true, or to false to keep the key without effect, or drop it.",
+                    ),
+                )
+
+
+def _role_contradictions(config: TrainConfig) -> Found:
+    for name in ("datasets", "test_datasets"):
+        for index, entry in enumerate(getattr(config, name) or ()):
+            words = [word for each in entry.roles.values() for word in each]
+            for word in sorted({word for word in words if words.count(word) > 1}):
+                key = f"{name}.{index}.roles"
+                yield (name,), Problem(key, f"`{word}` stands for two roles", "Leave it in one of them.")
 
 
 def _lora_contradictions(config: TrainConfig) -> Found:
