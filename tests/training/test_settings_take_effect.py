@@ -164,11 +164,10 @@ def test_arguments_of_optimizer_and_schedule(settings: Settings) -> None:
         "max_grad_norm": 0.3,
         "save_total_limit": 2,
     }
-    config = config_of(settings, warmup_steps=None, warmup_ratio=0.5, wandb_name="n", **given)
+    config = config_of(settings, warmup_steps=None, warmup_ratio=0.5, **given)
     arguments = trainer_arguments(config, bf16=False, use_cpu=True, examples=48)
     assert {key: getattr(arguments, key) for key in given} == given
     assert arguments.get_warmup_steps(10) == 5
-    assert arguments.run_name == "n"
     plain = trainer_arguments(config_of(settings), bf16=False, use_cpu=True, examples=48)
     assert (plain.adam_beta1, plain.adam_beta2, plain.adam_epsilon) == (0.9, 0.999, 1e-8)
     assert (plain.max_grad_norm, plain.weight_decay) == (1.0, 0.0)
