@@ -6,7 +6,7 @@
 - `ways`: the ways to multiply with packed weights, and the rule that chooses one.
 - `workspace`, `product_triton`, `cuda.hopper`: three of them, decoding before the product and inside of it.
 - `rows`: passes over routed rows (the gate, its gradient) that do LoRA's small products on their way.
-- `cuda`: kernels in CUDA C++, compiled at first use; where they do not fit, Triton and torch take their place.
+- `cuda`: kernels in CUDA C++, compiled at first use; where they do not fit, Triton and torch do the same.
 - `linear`: the product over packed weights with its low-rank addition, forward and backward.
 - `layer`: a whole layer of the common kind in one differentiable step, on CUDA.
 - `operators`: these steps as operators of torch, for `torch.compile`.
