@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from fourfold.loading.config import MoeBitsAndBytesConfig
     from fourfold.loading.enable import disable, enable
     from fourfold.loading.prepare import dequantize, prepare
+    from fourfold.offloading.api import OffloadReport, offload, onload
     from fourfold.planning.report import Report, verify
 
 __all__ = [
     "MergedCheckpoint",
     "MoeBitsAndBytesConfig",
+    "OffloadReport",
     "Report",
     "__version__",
     "dequantize",
@@ -38,6 +40,8 @@ __all__ = [
     "export",
     "loftq_init",
     "merge",
+    "offload",
+    "onload",
     "prepare",
     "verify",
 ]
@@ -45,6 +49,7 @@ __all__ = [
 _WHERE = {
     "MergedCheckpoint": "fourfold.adapters.merge_report",
     "MoeBitsAndBytesConfig": "fourfold.loading.config",
+    "OffloadReport": "fourfold.offloading.api",
     "Report": "fourfold.planning.report",
     "dequantize": "fourfold.loading.prepare",
     "disable": "fourfold.loading.enable",
@@ -53,6 +58,8 @@ _WHERE = {
     "export": "fourfold.adapters.export",
     "loftq_init": "fourfold.adapters.loftq",
     "merge": "fourfold.adapters.merge",
+    "offload": "fourfold.offloading.api",
+    "onload": "fourfold.offloading.api",
     "prepare": "fourfold.loading.prepare",
     "verify": "fourfold.planning.report",
 }
