@@ -163,8 +163,11 @@ def test_a_stack_kept_from_forward_would_be_found_out(monkeypatch: pytest.Monkey
 
     @contextlib.contextmanager
     def keeping(stack: Any) -> Any:
-        with original(stack) as local:
-            yield kept.setdefault(id(stack), local)
+        if id(stack) in kept:
+            yield kept[id(stack)]
+            return
+        with original(stack) as kept[id(stack)]:
+            yield kept[id(stack)]
 
     monkeypatch.setattr(linear, "in_use", keeping)
     offload(model)
@@ -191,10 +194,10 @@ def test_an_exception_inside_a_step_leaves_the_next_one_right(engine: str) -> No
         gate._apply_gate = apply
     for number in range(3):  # in backward, at several depths
         y = own_forward.output(model, tiny.IDS)
-        handle = gates[number].register_forward_hook(broken)
+        apply, gates[number]._apply_gate = gates[number]._apply_gate, broken
         with pytest.raises(FloatingPointError):
             y.sum().backward()
-        handle.remove()
+        gates[number]._apply_gate = apply
     model.zero_grad()
     (schedule,) = (s.schedule() for s in report.streamers)
     assert all(not slot.users for slot in schedule.slots)
