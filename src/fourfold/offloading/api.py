@@ -138,25 +138,31 @@ def offload(
 def _carry_out(
     plans: Sequence[tuple[torch.device, list[list[PackedExperts]], list[bool], int]], memory: HostMemory
 ) -> OffloadReport:
-    resident: list[PackedExperts] = []
+    resident: list[tuple[PackedExperts, torch.device]] = []
     streamed: list[PackedExperts] = []
-    streamers = []
+    units: list[tuple[torch.device, list[list[PackedExperts]], int]] = []
     for device, group, chosen, buffers in plans:
-        units = []
-        for modules, is_away in zip(group, chosen, strict=True):
-            for module in modules:
-                _release(module)
-                (streamed if is_away else resident).append(module)
-                for tensor in _packed(module):
-                    tensor.data = memory.take(tensor.data) if is_away else tensor.data.to(device)
-            if is_away:
-                units.append(modules)
-        if units:
-            streamers.append(attach(units, device, buffers))
+        resident += [(m, device) for unit, away in zip(group, chosen, strict=True) if not away for m in unit]
+        away_units = [unit for unit, away in zip(group, chosen, strict=True) if away]
+        streamed += [m for unit in away_units for m in unit]
+        if away_units:
+            units.append((device, away_units, buffers))
+    # Copies first, all of them: what fails here leaves the model as it was.
+    copies = {id(t): (t, memory.take(t.data)) for m in streamed for t in _packed(m)}
+    for tensor, copied in copies.values():
+        tensor.data = copied
+    del copies
+    for module in streamed:
+        _release(module)
+    streamers = [attach(unit, device, buffers) for device, unit, buffers in units]
+    for module, device in resident:
+        _release(module)
+        for tensor in _packed(module):
+            tensor.data = tensor.data.to(device)
     return OffloadReport(
-        resident=[m.fourfold_name for m in resident],
+        resident=[m.fourfold_name for m, _ in resident],
         streamed=[m.fourfold_name for m in streamed],
-        resident_bytes=_bytes(resident),
+        resident_bytes=_bytes([m for m, _ in resident]),
         host_bytes=_bytes(streamed),
         buffer_bytes=sum(s.buffer_bytes for s in streamers),
         buffers=max((s.buffers for s in streamers), default=0),

@@ -8,6 +8,7 @@ they are.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,14 @@ def _register(address: int, nbytes: int) -> str | None:
     status = int(runtime.cudaHostRegister(address, nbytes, 0))
     if status == 0:
         return None
+    _take_error()
     return f"cudaHostRegister returned {status} ({torch.cuda.CudaError(status)})"
+
+
+def _take_error() -> None:
+    """The runtime keeps an error for whoever asks next, which would be torch after some later kernel."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 class HostMemory:
