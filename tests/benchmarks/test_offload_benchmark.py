@@ -16,7 +16,7 @@ from fourfold.experts import PackedExperts
 
 
 def run(out: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> tuple[int, dict[str, Any]]:
-    sizes = ["--layers", "6", "--batch", "1", "--length", "16", "--steps", "1", "--rank", "2"]
+    sizes = ["--layers", "8", "--batch", "1", "--length", "16", "--steps", "1", "--rank", "2"]
     monkeypatch.setattr(
         sys, "argv", ["offload.py", "--smoke", "--device", "cpu", "--out", str(out), *sizes, *more]
     )
@@ -29,13 +29,13 @@ def test_every_variant_has_the_numbers_of_the_first(tmp_path: Path, monkeypatch:
     assert [r["variant"] for r in record["results"]] == ["resident", "half", "streamed"]
     for result in record["results"]:
         assert result["loss_is_equal"]
-        assert result["gradients_equal"] == result["factors"] == result["factors_with_gradient"] == 6 * 12
+        assert result["gradients_equal"] == result["factors"] == result["factors_with_gradient"] == 8 * 12
     _, half, streamed = record["results"]
     assert half["offload"]["resident_modules"] > 0
     assert half["offload"]["streamed_modules"] > 0
-    assert streamed["offload"]["streamed_modules"] == 6
+    assert streamed["offload"]["streamed_modules"] == 8
     assert streamed["per_step"]["misses"] == 0
-    assert streamed["per_step"]["fills"] == 2 * (6 - 2)
+    assert streamed["per_step"]["fills"] == 2 * (8 - 2)
 
 
 def test_other_numbers_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
