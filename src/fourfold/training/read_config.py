@@ -15,9 +15,11 @@ from pydantic import BaseModel, ValidationError
 from fourfold.errors import ConfigurationError
 from fourfold.training.contradictions import ContradictionError
 from fourfold.training.key_types import NotYetError
+from fourfold.training.model_keys import SpecialTokens
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, ELSEWHERE, NOT_YET, take_others
 from fourfold.training.remarks import remarks
-from fourfold.training.schema import Checkpointing, DatasetConfig, SpecialTokens, TrainConfig, Turn
+from fourfold.training.run_keys import Checkpointing
+from fourfold.training.schema import DatasetConfig, TrainConfig, Turn
 from fourfold.training.yaml_file import (
     KeyPath,
     Problem,

@@ -11,8 +11,10 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from fourfold.training.model_keys import SpecialTokens
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, NOT_YET, PLUGINS, NotYet
-from fourfold.training.schema import Checkpointing, DatasetConfig, SpecialTokens, TrainConfig, Turn
+from fourfold.training.run_keys import Checkpointing
+from fourfold.training.schema import DatasetConfig, TrainConfig, Turn
 
 HEAD = """\
 # Configuration

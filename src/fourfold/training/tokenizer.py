@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.errors import ConfigurationError
-from fourfold.training.schema import SpecialTokens, TrainConfig
+from fourfold.training.model_keys import SpecialTokens
+from fourfold.training.schema import TrainConfig
 
 # Turns between marks that many models know; written where a tokenizer brings no template of its own.
 CHATML = (
