@@ -6,13 +6,25 @@ from typing import Literal
 
 from pydantic import Field
 
-from fourfold.training.key_types import BelowOne, NamesOrPattern, OneOrMore, Positive, Ranks, Strict
+from fourfold.training.key_types import (
+    BelowOne,
+    Names,
+    NamesOrPattern,
+    OneOrMore,
+    PathText,
+    Positive,
+    PositiveFloat,
+    Rank,
+    Ranks,
+    Share,
+    Strict,
+)
 
 
 class AdapterKeys(Strict):
     """What is trained."""
 
-    lora_r: Positive = Field(8, description="a positive whole number")
+    lora_r: Rank = Field(8, description="a positive whole number")
     lora_alpha: Positive = Field(16, description="a positive whole number")
     lora_dropout: BelowOne = Field(
         0.0, description="a fraction below 1, on lora_target_modules; experts take none"
@@ -26,7 +38,9 @@ class AdapterKeys(Strict):
         False, description="true: every Linear but the head, instead of lora_target_modules"
     )
     lora_target_parameters: OneOrMore | None = Field(
-        None, description="a list of parameter names; absent means the experts' projections, [] none"
+        None,
+        description="a list of parameter names, such as [mlp.experts.gate_up_proj, mlp.experts.down_proj], "
+        "or `all`: each projection of the experts; absent or [] means none, so experts are not trained",
     )
     lora_exclude_modules: NamesOrPattern | None = Field(
         None, description="module names, or a regular expression: not to be wrapped though a target"
@@ -42,4 +56,25 @@ class AdapterKeys(Strict):
     peft_init_lora_weights: Literal[True, "gaussian", "loftq"] = Field(
         True,
         description="true or `gaussian` (begin with no change), or `loftq` (begin with what packing lost)",
+    )
+    lora_modules_to_save: Names | None = Field(
+        None,
+        description="a list of names of modules to train as a whole, such as embed_tokens, lm_head, or a "
+        "router (mlp.gate); never one that is held in 4 or 8 bit",
+    )
+    lora_model_dir: PathText | None = Field(
+        None,
+        description="the folder of an adapter to go on with; its own settings hold, and lora_* keys that are "
+        "given have to agree",
+    )
+    loraplus_lr_ratio: PositiveFloat | None = Field(
+        None, description="LoRA+: how many times learning_rate the factors B are trained with"
+    )
+    loraplus_lr_embedding: PositiveFloat | None = Field(
+        None, description="LoRA+: the rate of adapters on embeddings; absent means 1e-6"
+    )
+    router_aux_loss_coef: Share | None = Field(
+        None,
+        description="the weight in the loss of the model's own term that balances its experts; absent or 0 "
+        "leaves it out",
     )

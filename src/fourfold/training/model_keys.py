@@ -53,3 +53,6 @@ class ModelKeys(Strict):
     bnb_config_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="a mapping of quantization settings"
     )
+    trust_remote_code: bool = Field(
+        False, description="true: run the code that a model's repository brings; false refuses such a model"
+    )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
 from fourfold.training.key_types import (
+    NOT_YET_OPTIMIZERS,
+    NOT_YET_SCHEDULERS,
     BelowOne,
     Count,
+    Number,
     Optimizer,
     PathText,
     Positive,
@@ -17,6 +20,7 @@ from fourfold.training.key_types import (
     Share,
     Strategy,
     Strict,
+    Text,
     not_bool,
     only,
 )
@@ -41,16 +45,28 @@ class RunKeys(Strict):
     max_steps: Positive | None = Field(
         None, description="a positive whole number; takes precedence over num_epochs"
     )
-    num_epochs: PositiveFloat = Field(1.0, description="a positive number")
+    num_epochs: Annotated[PositiveFloat, Field(le=1e6)] = Field(
+        1.0, description="a positive number, at most a million"
+    )
     learning_rate: PositiveFloat = Field(2e-4, description="a positive number")
-    lr_scheduler: Scheduler = Field("cosine", description="the name of a schedule")
+    lr_scheduler: Annotated[
+        Scheduler, only(get_args(Scheduler), "Choose another lr_scheduler.", NOT_YET_SCHEDULERS)
+    ] = Field("cosine", description="the name of a schedule")
+    lr_scheduler_kwargs: dict[str, Number | Text] = Field(
+        default_factory=dict, description="a mapping of the schedule's own settings, such as {num_cycles: 2}"
+    )
+    cosine_min_lr_ratio: BelowOne | None = Field(
+        None, description="the fraction of learning_rate that lr_scheduler: cosine ends at; absent means 0"
+    )
     warmup_steps: Count | None = Field(
         None, description="a whole number, less than the steps of the run; absent means 3 % of them"
     )
     warmup_ratio: BelowOne | None = Field(
         None, description="a fraction of the run's steps, instead of warmup_steps"
     )
-    optimizer: Optimizer = Field("adamw_torch_fused", description="the name of an optimizer")
+    optimizer: Annotated[
+        Optimizer, only(get_args(Optimizer), "Choose another optimizer.", NOT_YET_OPTIMIZERS)
+    ] = Field("adamw_torch_fused", description="the name of an optimizer")
     weight_decay: Share = Field(0.0, description="a number; 0 for none")
     max_grad_norm: Share = Field(1.0, description="gradients are scaled down to this norm; 0 leaves them")
     adam_beta1: BelowOne | None = Field(None, description="a fraction below 1; absent means 0.9")
@@ -58,6 +74,9 @@ class RunKeys(Strict):
     adam_epsilon: PositiveFloat | None = Field(None, description="a positive number; absent means 1e-8")
     bf16: bool | Literal["auto"] = Field(
         "auto", description="true, false or auto (true where a GPU supports it)"
+    )
+    fp16: bool = Field(
+        False, description="true: compute in fp16 on a GPU, gradients scaled so that none vanishes"
     )
     tf32: bool | Literal["auto"] = Field(
         "auto", description="true or false for products of fp32 on a GPU; auto leaves torch's setting"
@@ -70,6 +89,20 @@ class RunKeys(Strict):
         description="a mapping: {use_reentrant: false}",
     )
 
+    torch_compile: bool | Literal["auto"] = Field(
+        False, description="true, false, or auto (true where there is a GPU): compile the model"
+    )
+    torch_compile_backend: Text | None = Field(
+        None, description="a backend of torch.compile; absent means inductor"
+    )
+    torch_compile_mode: (
+        Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
+    ) = Field(None, description="a mode of torch.compile")
+    neftune_noise_alpha: PositiveFloat | None = Field(
+        None,
+        description="NEFTune: how much noise the embeddings get while training; absent for none",
+    )
+
     logging_steps: Positive = Field(
         1, description="a positive whole number of steps, no more than the run has"
     )
@@ -79,6 +112,9 @@ class RunKeys(Strict):
     )
     eval_strategy: Strategy | None = Field(
         None, description="`no`, `epoch` or `steps` (eval_steps); absent follows eval_steps"
+    )
+    early_stopping_patience: Positive | None = Field(
+        None, description="after how many evaluations without a lower loss the run ends; absent for never"
     )
     save_steps: Share | None = Field(None, description=f"{_SHARE}; absent means each epoch, 0 never")
     saves_per_epoch: Count | None = Field(
@@ -102,4 +138,7 @@ class RunKeys(Strict):
     )
     auto_resume_from_checkpoints: bool = Field(
         False, description="true: from the last checkpoint in output_dir, or from the start if there is none"
+    )
+    merge_lora: bool = Field(
+        False, description="true: after the run, write the model with the adapter merged to output_dir/merged"
     )

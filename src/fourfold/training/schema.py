@@ -25,6 +25,7 @@ from fourfold.training.key_types import (
 )
 from fourfold.training.model_keys import ModelKeys
 from fourfold.training.run_keys import RunKeys
+from fourfold.training.templates import TEMPLATES
 from fourfold.training.tracker_keys import TrackerKeys
 
 # Who speaks, by the words for it in common files; `roles` replaces the table.
@@ -47,7 +48,6 @@ DATASET_TYPES = (
     "chat_template.default",
     "chat_template.argilla",
 )
-TEMPLATES = ("tokenizer_default", "tokenizer_default_fallback_chatml", "chatml", "jinja")
 
 
 class Turn(Strict):
@@ -105,16 +105,10 @@ class TrainConfig(TrackerKeys, RunKeys, AdapterKeys, ModelKeys):
         0.0,
         description="a fraction below 1 or a whole number of examples to hold out of datasets; 0 for none",
     )
-    chat_template: Annotated[
-        Literal["tokenizer_default", "tokenizer_default_fallback_chatml", "chatml", "jinja"],
-        only(
-            TEMPLATES,
-            "Write tokenizer_default for the model's own, or jinja with chat_template_jinja.",
-        ),
-    ] = Field(
+    chat_template: Literal[TEMPLATES] = Field(  # type: ignore[valid-type]
         "tokenizer_default",
-        description="`tokenizer_default` (the model's own), `tokenizer_default_fallback_chatml`, `chatml` or "
-        "`jinja` (chat_template_jinja)",
+        description="`tokenizer_default` (the model's own), `tokenizer_default_fallback_chatml`, `chatml`, "
+        "`jinja` (chat_template_jinja), or the name of the model's family, which means its own as well",
     )
     chat_template_jinja: PathText | None = Field(
         None, description="a Jinja template, or the path of a file with one; with chat_template: jinja"
@@ -173,7 +167,10 @@ class TrainConfig(TrackerKeys, RunKeys, AdapterKeys, ModelKeys):
             wandb = self.wandb_project is not None
         if mlflow is None:
             mlflow = self.mlflow_tracking_uri is not None or self.mlflow_experiment_name is not None
-        asked = {"tensorboard": self.use_tensorboard, "wandb": wandb, "mlflow": mlflow}
+        trackio = self.use_trackio
+        if trackio is None:
+            trackio = self.trackio_project_name is not None
+        asked = {"tensorboard": self.use_tensorboard, "wandb": wandb, "mlflow": mlflow, "trackio": trackio}
         return [name for name, wanted in asked.items() if wanted]
 
     @property

@@ -33,3 +33,16 @@ class TrackerKeys(Strict):
     mlflow_tracking_uri: Text | None = Field(None, description="where the tracking server is")
     mlflow_experiment_name: Text | None = Field(None, description="the name of an experiment")
     mlflow_run_name: Text | None = Field(None, description="the name of the run")
+    use_trackio: bool | None = Field(
+        None, description="true: log to trackio; absent means where trackio_project_name is"
+    )
+    trackio_project_name: Text | None = Field(None, description="the name of a project")
+    trackio_run_name: Text | None = Field(None, description="the name of the run")
+
+    hub_model_id: Text | None = Field(
+        None, description="owner/name of a (private) repository on the hub, to upload the adapter to"
+    )
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] | None = Field(
+        None,
+        description="`end`, `every_save` (the default), `checkpoint` or `all_checkpoints`: when",
+    )
