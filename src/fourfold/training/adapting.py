@@ -59,20 +59,27 @@ def check_adapters(
         try_on(skeleton, config.lora_model_dir)
         return
     check_whole_modules(skeleton, config.lora_modules_to_save or [])
-    head = skeleton.get_output_embeddings()
     names = resolve(skeleton, modules)
-    at_head = [
-        name
+    left = [
+        (name, module)
         for name, module in skeleton.named_modules()
-        if module is head and any(name == target or name.endswith(f".{target}") for target in names)
+        if any(name == target or name.endswith(f".{target}") for target in names)
+        and not _excluded(config, name)
     ]
-    if at_head and not _excluded(config, at_head[0]):
+    if names and not left and not parameters:
         raise ConfigurationError(
-            f"lora_target_modules: {at_head[0]} is the head, whose weight the loss multiplies with in "
-            "chunks, past any adapter on it. Take it out, or train it as a whole: lora_modules_to_save: "
-            f"[{at_head[0].rpartition('.')[2]}]."
+            "lora_exclude_modules: nothing is left of lora_target_modules, so no adapter would be trained. "
+            "Exclude less, or name more targets."
         )
-    fitted = try_on(
+    head = skeleton.get_output_embeddings()
+    for name, module in left:
+        if module is head:
+            raise ConfigurationError(
+                f"lora_target_modules: {name} is the head, whose weight the loss multiplies with in chunks, "
+                "past any adapter on it. Take it out, or train it as a whole: lora_modules_to_save: "
+                f"[{name.rpartition('.')[2]}]."
+            )
+    try_on(
         skeleton,
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -81,11 +88,6 @@ def check_adapters(
         target_parameters=parameters or None,
         **lora_arguments(config),
     )
-    if not any("lora_" in name for name, _ in fitted.named_parameters()):
-        raise ConfigurationError(
-            "lora_exclude_modules: nothing is left of lora_target_modules, so no adapter would be trained. "
-            "Exclude less, or name more targets."
-        )
 
 
 def _excluded(config: TrainConfig, name: str) -> bool:
@@ -102,10 +104,8 @@ def _check_agreement(config: TrainConfig, saved: Any) -> None:
         given, there = getattr(config, key), getattr(saved, name)
         if key in config.model_fields_set and (given or None) != (_plain(there) or None):
             wrong.append(f"{key} ({there} there)")
-    for key, name in (
-        ("lora_target_modules", "target_modules"),
-        ("lora_target_parameters", "target_parameters"),
-    ):
+    for key in ("lora_target_modules", "lora_target_parameters"):
+        name = key.removeprefix("lora_")
         given, there = getattr(config, key), _plain(getattr(saved, name))
         if key in config.model_fields_set and isinstance(given, list) and given != ["all"] and given:
             there = there if isinstance(there, list) else []
