@@ -92,7 +92,7 @@ def _fsdp_contradictions(
         return
     versions = [given.get("fsdp_version"), config.get("fsdp_version"), config.get("version")]
     named = [version for version in versions if version is not None]
-    if values.get("load_in_4bit") is True and any(version != 2 for version in named):
+    if values.get("load_in_4bit") is True and any(version == 1 and version is not True for version in named):
         what = f"{short(str(named[0]))}, which flattens parameters of one type; packed ones are bytes"
         yield Problem(where, what, "Set fsdp_version: 2.")
     optimizer = values.get("optimizer")

@@ -73,7 +73,7 @@ class MoeTrainer(SFTTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimizer asked for; with LoRA+, by PEFT's own grouping of the factors."""
-        if self.loraplus is not None and self.optimizer is None:
+        if self.loraplus is not None and getattr(self, "optimizer", None) is None:
             cls, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = loraplus_optimizer(
                 self.model, cls, arguments, *self.loraplus, weight_decay=self.args.weight_decay
