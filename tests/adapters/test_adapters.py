@@ -1,6 +1,7 @@
 """LoRA on packed experts: stock keys, shapes and numbers, both ways."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -290,3 +291,23 @@ def test_a_different_adapter_per_row_and_unmerging_are_refused(packed) -> None:
         model(IDS, adapter_names=["default", "__base__"])
     with pytest.raises(AdapterError, match="nothing is ever merged"):
         model.unmerge_adapter()
+
+
+@pytest.mark.parametrize(("pattern", "warned"), [("experts.gate_up_proj", False), ("no_such_name", True)])
+def test_a_pattern_for_a_parameter_is_not_said_to_be_ignored(pattern: str, warned: bool) -> None:
+    model = fourfold.prepare(tiny.build(tiny.qwen3_moe()))
+    targets = fourfold.expert_targets(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adapted = add_lora(
+            model,
+            r=4,
+            alpha=8,
+            target_modules=["q_proj"],
+            target_parameters=targets,
+            rank_pattern={pattern: 2},
+        )
+    assert any("rank_pattern" in str(warning.message) for warning in caught) == warned
+    factors = dict(adapted.named_parameters())
+    key = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.default.weight"
+    assert factors[key].shape[0] == 6 * (4 if warned else 2)

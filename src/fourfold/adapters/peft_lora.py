@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,22 @@ def add_lora(
         task_type="CAUSAL_LM",
         **lora_arguments,
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        if _patterns_name_parameters(model, config):
+            # PEFT looks for the patterns' keys among modules alone, and says that it ignored what it applies.
+            message = r"The following (rank|alpha)_pattern keys did not match any targeted module"
+            warnings.filterwarnings("ignore", message=message, category=RuntimeWarning)
+        return get_peft_model(model, config)
+
+
+def _patterns_name_parameters(model: nn.Module, config: LoraConfig) -> bool:
+    """Whether each key of the patterns that meets no module meets a parameter among the targets."""
+    targets = tuple(f".{target}" for target in config.target_parameters or ())
+    parameters = [clean_name(name) for name, _ in model.named_parameters()]
+    names = [name for name in parameters if f".{name}".endswith(targets)]
+    names += [clean_name(name) for name, _ in model.named_modules()]
+    keys = (*config.rank_pattern, *config.alpha_pattern)
+    return all(any(re.match(rf"(.*\.)?({key})$", name) for name in names) for key in keys)
 
 
 def load_adapter(
