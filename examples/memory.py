@@ -1,12 +1,13 @@
-"""The line `# memory:` of each example, and the table in README.md: what model, adapters and optimizer take.
+"""What model, adapters and optimizer of each example take of a card: the line `# memory:` in its head, and
+the table in README.md and docs/examples.md.
 
     python examples/memory.py            prints the table
-    python examples/memory.py --write    writes it into README.md and the lines into the files
+    python examples/memory.py --write    writes it into both pages, and the lines into the files
 
 Counted on models without weights, made from the published configurations in configs/: the model as
-`fourfold verify` counts it after loading; LoRA factors and their gradients in fp32 (8 bytes a parameter), and the
-state of 8-bit AdamW (2 bytes). What a step computes with, activations and workspaces, comes on top: it depends on
-batch, sequence and attention.
+`fourfold verify` counts it after loading; LoRA factors and their gradients in fp32 (8 bytes a parameter), and
+the state of 8-bit AdamW (2 bytes). What a step computes with, activations and workspaces, comes on top: it
+depends on batch, sequence and attention.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ HERE = Path(__file__).parent
 CARDS = (12, 16, 24, 32, 48, 80, 96, 141)  # GiB
 # What is left on the card for a step's activations, workspaces and the allocator.
 LEFT = 0.15
+# Pages with the table, and whether its names of files are links there.
+PAGES = {HERE / "README.md": True, HERE.parent / "docs" / "examples.md": False}
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 # LoRA factors and gradients in fp32; the two moments of 8-bit AdamW.
 BYTES_A_PARAMETER = 4 + 4 + 2
@@ -109,15 +112,16 @@ def count(name: str) -> Memory:
     return Memory(report.bytes, report.bytes_before, trainable)
 
 
-def table(found: dict[str, Memory]) -> str:
-    """Rows of README.md."""
+def table(found: dict[str, Memory], links: bool = True) -> str:
+    """Rows of README.md and, without links, of docs/examples.md."""
     lines = [
         "| file | model | packed GiB | bf16 GiB | LoRA, millions | training GiB | together | card |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, memory in sorted(found.items(), key=lambda item: item[1].total):
         hub = load_config(HERE / f"{name}.yaml").base_model
-        cells = [f"[{name}.yaml]({name}.yaml)", f"`{hub}`", gib(memory.model), gib(memory.before)]
+        file = f"[{name}.yaml]({name}.yaml)" if links else f"`{name}.yaml`"
+        cells = [file, f"`{hub}`", gib(memory.model), gib(memory.before)]
         cells += [f"{memory.trainable / 1e6:,.0f}", gib(memory.training), f"**{gib(memory.total)}**"]
         lines.append(f"| {' | '.join([*cells, f'{memory.card} GB'])} |")
     return "\n".join(lines)
@@ -128,17 +132,17 @@ def with_line(text: str, memory: Memory) -> str:
     return LINE.sub(f"# memory: {memory}", text, count=1)
 
 
-def with_table(text: str, found: dict[str, Memory]) -> str:
-    """README.md's text with the table for these."""
+def with_table(text: str, found: dict[str, Memory], links: bool = True) -> str:
+    """A page's text with the table for these."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(found)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{table(found, links)}\n{END}{after}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print or write."""
     parser = argparse.ArgumentParser(description="What the examples take of a card's memory.")
-    parser.add_argument("--write", action="store_true", help="into README.md and the files")
+    parser.add_argument("--write", action="store_true", help="into the pages and the files")
     args = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
     found = {name: count(name) for name in names()}
@@ -147,8 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name, memory in found.items():
             path = HERE / f"{name}.yaml"
             path.write_text(with_line(path.read_text(encoding="utf-8"), memory), encoding="utf-8")
-        readme = HERE / "README.md"
-        readme.write_text(with_table(readme.read_text(encoding="utf-8"), found), encoding="utf-8")
+        for page, links in PAGES.items():
+            page.write_text(with_table(page.read_text(encoding="utf-8"), found, links), encoding="utf-8")
     return 0
 
 

@@ -41,10 +41,11 @@ def test_the_heads_say_what_is_counted(counted: dict[str, Any]) -> None:
         assert memory.LINE.findall(text) == [f"# memory: {found}"], "python examples/memory.py --write"
 
 
-def test_the_readme_has_the_same(counted: dict[str, Any]) -> None:
-    text = (published.EXAMPLES / "README.md").read_text()
-    assert memory.with_table(text, counted) == text, "python examples/memory.py --write"
-    assert all(f"[{name}.yaml]" in text for name in published.names())
+def test_the_pages_have_the_same(counted: dict[str, Any]) -> None:
+    for page, links in memory.PAGES.items():
+        text = page.read_text()
+        assert memory.with_table(text, counted, links) == text, "python examples/memory.py --write"
+        assert all(f"{name}.yaml" in text for name in published.names())
 
 
 def test_what_is_counted_is_what_a_loaded_model_holds(

@@ -1,10 +1,11 @@
-"""The examples for published models: each is valid, names targets that the model has, and trains a tiny model of
-the same architecture from files like the published ones."""
+"""The examples for published models: each is valid, names targets that the model has, and trains a tiny model
+of the same architecture from files like the published ones."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,26 @@ def check_run(name: str, report: dict[str, Any]) -> None:
     assert sorted(saved["target_parameters"]) == sorted(values["lora_target_parameters"])
 
 
+def follow_the_head(
+    name: str, folder: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other commands that the file's head names, with the tiny model in place of the published one."""
+    places = {str(settings(name)["base_model"]): str(folder), f"outputs/{name}": str(adapter)}
+    places |= {f"{kind}/{name}": str(tmp_path / kind) for kind in ("merged", "served", "packed")}
+    lines = re.findall(
+        r"^#   fourfold ((?:quantize|generate|merge|export) .*)$", example(name).read_text(), re.MULTILINE
+    )
+    verbs = {line.split()[0] for line in lines}
+    assert verbs >= {"generate"}
+    assert verbs & {"merge", "export"}
+    for line in lines:
+        arguments = shlex.split(line.split("      ")[0])
+        if arguments[0] == "generate":
+            arguments += ["--max-new-tokens", "2"]
+        status = main([places.get(argument, argument) for argument in arguments])
+        assert status == 0, f"{line}: {capsys.readouterr().err}"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_a_tiny_model_from_files_like_the_published_ones(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -161,6 +182,7 @@ def test_it_trains_a_tiny_model_from_files_like_the_published_ones(
         assert any(key.startswith(published.EXTRA_LAYERS[name][1]) for key in keys)
     report = train(name, folder, tmp_path, capsys)
     check_run(name, report)
+    follow_the_head(name, folder, Path(report["adapter"]), tmp_path, capsys)
 
 
 def test_a_release_in_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,9 @@
-"""Tiny checkpoints of published models: their configuration with every size cut down, random weights, and files
-with the tensors' names, layouts and number formats of the originals.
+"""Tiny checkpoints of published models: their configuration with every size cut down, random weights, and
+files with the tensors' names, layouts and number formats of the originals.
 
 transformers writes most models back under the names that they were published under. What it does not write is
-added here: layers for predicting several tokens, which lie in the files and in no model; Qwen3.5's experts, which
-are fused in its files; MXFP4 and FP8.
+added here: layers for predicting several tokens, which lie in the files and in no model; Qwen3.5's experts,
+which are fused in its files; MXFP4 and FP8.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ EXPERT_KEYS = {
     "qwen3-next-80b-a3b": "model.layers.N.mlp.experts.0.gate_proj.weight",
     "qwen3.5-35b-a3b": "model.language_model.layers.N.mlp.experts.gate_up_proj",
 }
-# The layer for predicting several tokens: what it is a copy of (a layer with experts), and its name in the files.
+# The layer for predicting several tokens: what it is a copy of (one with experts), and its name in the files.
 EXTRA_LAYERS = {
     "glm-4.5-air": ("model.layers.1.", "model.layers.46."),
     "glm-4.7-flash": ("model.layers.1.", "model.layers.47."),
@@ -168,4 +168,3 @@ def settings_of(folder: Path) -> dict[str, Any]:
     """config.json."""
     result: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return result
-
