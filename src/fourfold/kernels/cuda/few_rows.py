@@ -55,8 +55,8 @@ def refusal(
         return "it multiplies with packed weights"
     if not aligned:
         return "it wants weights at a multiple of 16 bytes"
-    if fmt.is_4bit and fmt.blocksize % 32:
-        return f"it reads blocks of a multiple of 32 weights, not of {fmt.blocksize}"
+    if fmt.is_4bit and (fmt.blocksize < 32 or fmt.blocksize & (fmt.blocksize - 1)):
+        return f"it reads blocks of 32 weights or more, by powers of two, not of {fmt.blocksize}"
     multiple = 8 if fmt.is_4bit else 16
     if shape.columns % multiple or shape.rows % 2:
         return (
@@ -84,6 +84,11 @@ def _launcher(bits: int, dtype: torch.dtype, device: int) -> compiled.Launcher:
         kernel = compiled.function(code, "few_rows", 0, device)
         found = compiled.launchers()[key] = compiled.Launcher(kernel, device, maps=0, pointers=10, ints=11)
     return found
+
+
+def _tiles_of_a_block(rows: int) -> int:
+    """A block makes tables first: where there are blocks for all processors anyway, it uses them longer."""
+    return 1 if rows < 32 else 4
 
 
 def few_rows_product(
@@ -133,15 +138,15 @@ def few_rows_product(
     with torch.cuda.device_of(x_Sc):
         index = x_Sc.get_device()
         _launcher(4 if fmt.is_4bit else 8, x_Sc.dtype, index)(
-            (-(-N // TILE_M), min(E, S), 1),
+            (-(-N // TILE_M // _tiles_of_a_block(S)), min(E, S), 1),
             THREADS,
             0,
             compiled.stream(index),
             (),
             [t.data_ptr() for t in used],
             (
-                E, N, K, R, x_Sc.stride(0), row_bytes, max(fmt.blocksize, 1), stored, part_rows, groups,
-                int(fmt.double_quant),
+                E, N, K, R, x_Sc.stride(0), row_bytes, fmt.blocksize.bit_length() - 1, stored, part_rows,
+                groups, int(fmt.double_quant),
             ),
         )  # fmt: skip
     return out_SN
