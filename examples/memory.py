@@ -89,9 +89,7 @@ def count(name: str) -> Memory:
     """Build the model without weights, packed and with adapters as the example says, and count."""
     settings = load_config(HERE / f"{name}.yaml")
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(
-            read_config(HERE / "configs" / f"{name}.json"), dtype=torch.bfloat16
-        )
+        plain = AutoModelForCausalLM.from_config(read_config(HERE / "configs" / name), dtype=torch.bfloat16)
     # (of a model with images maybe the text alone, which names its class)
     plain.config.architectures = [type(plain).__name__]
     arguments: Any = settings.quantization_kwargs()

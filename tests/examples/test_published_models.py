@@ -60,7 +60,7 @@ def on_meta(config: PretrainedConfig) -> Any:
 
 def test_there_is_an_example_for_each_published_configuration() -> None:
     assert len(NAMES) == 12
-    assert sorted(path.stem for path in published.CONFIGS.glob("*.json")) == NAMES
+    assert sorted(path.parent.name for path in published.CONFIGS.glob("*/config.json")) == NAMES
     assert sorted(published.PARAMETERS) == sorted(published.EXPERT_KEYS) == NAMES
 
 
@@ -78,7 +78,7 @@ def test_it_is_valid_and_says_everything(name: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("name", NAMES)
 def test_the_configuration_is_the_published_models(name: str) -> None:
     """Its number of parameters is that of the model's card."""
-    whole = build_skeleton(published.CONFIGS / f"{name}.json")
+    whole = build_skeleton(published.CONFIGS / name)
     count = sum(parameter.numel() for parameter in whole.parameters()) / 1e9
     assert count == pytest.approx(published.PARAMETERS[name], rel=0.005)
 

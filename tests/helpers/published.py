@@ -73,7 +73,7 @@ def names() -> list[str]:
 
 def published_config(name: str) -> PretrainedConfig:
     """The sizes that the model was published with."""
-    return read_config(CONFIGS / f"{name}.json")
+    return read_config(CONFIGS / name)
 
 
 def tiny_config(name: str) -> PretrainedConfig:
