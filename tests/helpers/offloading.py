@@ -71,3 +71,21 @@ def module_of(up: PackedStack, down: PackedStack) -> PackedExperts:
     for projection, stack in zip(packed.fourfold_layout.projections, (up, down), strict=True):
         set_stack_(packed, projection, stack)
     return packed
+
+
+class Driver:
+    """Registers pages, or refuses; knows which are registered."""
+
+    def __init__(self, limit: int = 2**40) -> None:
+        self.limit, self.pages = limit, dict[int, int]()
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        if sum(self.pages.values()) + nbytes > self.limit:
+            return 2
+        assert address not in self.pages
+        self.pages[address] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.pages[address]
+        return 0

@@ -17,37 +17,9 @@ from fourfold.experts import PackedExperts
 from fourfold.offloading import host
 from fourfold.offloading.api import offload, onload
 from fourfold.offloading.host import HostMemory, available_bytes, check_room
+from offloading import Driver
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a driver")
-
-
-class Driver:
-    """Registers pages, or refuses; knows which are registered."""
-
-    def __init__(self, limit: int = 2**40) -> None:
-        self.limit, self.pages = limit, dict[int, int]()
-
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
-        if sum(self.pages.values()) + nbytes > self.limit:
-            return 2
-        assert address not in self.pages
-        self.pages[address] = nbytes
-        return 0
-
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
-        del self.pages[address]
-        return 0
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    made = Driver()
-    monkeypatch.setattr(HostMemory, "_cannot", staticmethod(lambda: None))
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
-    monkeypatch.setattr(host, "_take_error", lambda: None)
-    monkeypatch.setattr(torch.cuda, "CudaError", lambda status: "out of memory")
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda t, *_: t.data_ptr() in made.pages)
-    return made
 
 
 @without_cuda

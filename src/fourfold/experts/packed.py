@@ -59,6 +59,7 @@ class PackedExperts(RoutedExperts):
         way: how products are computed (`fourfold.kernels.ways`); None leaves it to the rule.
         fourfold_host: what brings the packed tensors from host memory; None where they are computed with
             where they lie.
+        fourfold_arrives: what a packed tensor becomes when it is set as a parameter (while loading).
     """
 
     fourfold_name: str
@@ -69,6 +70,7 @@ class PackedExperts(RoutedExperts):
     workspace_bytes: int | None
     way: str | None
     fourfold_host: HostExperts | None = None
+    fourfold_arrives: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def stack(self, projection: Projection) -> PackedStack:
         """The packed weights of one projection, where they lie."""
@@ -92,6 +94,12 @@ class PackedExperts(RoutedExperts):
         """Names of the packed tensors among the module's own parameters."""
         layout, fmt = self.fourfold_layout, self.fourfold_format
         return [p.name + suffix for p in layout.projections for suffix in p.shape.tensors(fmt)]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        arrives = self.__dict__.get("fourfold_arrives")
+        if arrives is not None and param is not None and not param.is_meta and name in self.packed_names():
+            param.data = arrives(param.data)
+        super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """What moves a module leaves experts in host memory there, and moves where they are computed with."""
@@ -280,7 +288,7 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
         "way",
     ):
         delattr(module, attribute)
-    for attribute in ("_fourfold_gate_tried", "fourfold_host"):  # where there is one
+    for attribute in ("_fourfold_gate_tried", "fourfold_host", "fourfold_arrives"):  # where there is one
         module.__dict__.pop(attribute, None)
     return give_class_back_(module)
 

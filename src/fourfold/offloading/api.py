@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from fourfold.offloading.budget import (
 )
 from fourfold.offloading.host import HostMemory, check_room
 from fourfold.offloading.streamer import HostExperts, Streamer, Unit
+
+BUFFERS = 2
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def offload(
     model: nn.Module,
     budget: int | str | None = None,
     *,
-    buffers: int = 2,
+    buffers: int = BUFFERS,
     pin: bool | None = None,
     reserve: int | None = None,
 ) -> OffloadReport:
@@ -113,31 +115,71 @@ def offload(
         raise ConfigurationError(f"buffers={buffers!r}; one holds what computes, two copy the next meanwhile")
     if reserve is not None and budget != "auto":
         raise ConfigurationError(f"reserve={reserve} belongs to budget='auto', and budget is {budget!r}")
-    # (all that can be wrong is found before anything is moved)
-    limit = None if budget is None or budget == "auto" else parse_bytes(budget)
+    if budget is not None and budget != "auto":
+        budget = parse_bytes(budget)
     groups = _groups(model)
-    plans: list[tuple[torch.device, list[list[PackedExperts]], list[bool], int]] = []
+    return _carry_out(_plan(groups, budget, buffers, AUTO_RESERVE if reserve is None else reserve), pin)
+
+
+def receive_in_host_memory(modules: Sequence[Any], memory: HostMemory) -> None:
+    """While a model is loaded: packed tensors go to host memory as they arrive.
+
+    Args:
+        modules: packed ones, their tensors on the meta device.
+        memory: where they go.
+
+    Raises:
+        ConfigurationError: the host has no room for them.
+    """
+    shapes = [(m, p.shape) for m in modules for p in m.fourfold_layout.projections]
+    check_room(sum(shape.nbytes(m.fourfold_format) for m, shape in shapes), "the packed experts of the model")
+    for module in modules:
+        module.fourfold_arrives = memory.take
+
+
+def stay_in_host_memory(
+    model: nn.Module, memory: HostMemory, device_of: Callable[[str], torch.device]
+) -> OffloadReport:
+    """After loading: what arrived in host memory stays there, as after `offload`.
+
+    Args:
+        model: loaded.
+        memory: where packed tensors went.
+        device_of: where the module of a name computes.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedExperts):
+            module.__dict__.pop("fourfold_arrives", None)
+    groups = _groups(model, device_of)
+    return _carry_out(_plan(groups, None, BUFFERS, 0), None, memory)
+
+
+_Groups = dict[torch.device, list[list[PackedExperts]]]
+_Plan = list[tuple[torch.device, list[list[PackedExperts]], list[bool], int]]
+
+
+def _plan(groups: _Groups, budget: int | str | None, buffers: int, reserve: int) -> _Plan:
+    """For each device its units, which of them are brought, and the number of buffers."""
+    plans: _Plan = []
     for device, group in groups.items():
-        sizes = [_padded_bytes(modules) for modules in group]
+        sizes = [Unit(modules).nbytes for modules in group]
+        limit: Any = budget
         if budget == "auto":
-            held = sum(
-                t.nbytes for modules in group for m in modules for t in _packed(m) if t.device == device
-            )
-            limit = automatic(device, held, AUTO_RESERVE if reserve is None else reserve)
+            held = sum(t.nbytes for unit in group for m in unit for t in _packed(m) if t.device == device)
+            limit = automatic(device, held + _buffer_bytes(group), reserve)
         streamed = choose_streamed(sizes, limit, buffers)
         plans.append((device, group, streamed, fitting_buffers(sizes, streamed, limit, buffers)))
-    away = [
-        m for _, g, s, _ in plans for modules, is_away in zip(g, s, strict=True) if is_away for m in modules
-    ]
-    moving = {t.data_ptr(): t.nbytes for m in away for t in _packed(m) if t.device.type != "cpu"}
-    check_room(sum(moving.values()), "the packed experts that are to leave the device")
-    memory = HostMemory(pin)
-    return _carry_out(plans, memory)
+    return plans
 
 
-def _carry_out(
-    plans: Sequence[tuple[torch.device, list[list[PackedExperts]], list[bool], int]], memory: HostMemory
-) -> OffloadReport:
+def _buffer_bytes(group: Sequence[Sequence[PackedExperts]]) -> int:
+    """Of buffers that are allocated for these modules."""
+    hosts = [m.fourfold_host for unit in group for m in unit]
+    streamers = {id(h.streamer): h.streamer for h in hosts if isinstance(h, HostExperts)}
+    return sum(s.allocated_bytes for s in streamers.values())
+
+
+def _carry_out(plans: _Plan, pin: bool | None, memory: HostMemory | None = None) -> OffloadReport:
     resident: list[tuple[PackedExperts, torch.device]] = []
     streamed: list[PackedExperts] = []
     units: list[tuple[torch.device, list[list[PackedExperts]], int]] = []
@@ -147,6 +189,9 @@ def _carry_out(
         streamed += [m for unit in away_units for m in unit]
         if away_units:
             units.append((device, away_units, buffers))
+    moving = {t.data_ptr(): t.nbytes for m in streamed for t in _packed(m) if t.device.type != "cpu"}
+    check_room(sum(moving.values()), "the packed experts that are to leave the device")
+    memory = memory or HostMemory(pin)
     # Copies first, all of them: what fails here leaves the model as it was.
     copies = {id(t): (t, memory.take(t.data)) for m in streamed for t in _packed(m)}
     for tensor, copied in copies.values():
@@ -196,7 +241,7 @@ def onload(model: nn.Module) -> None:
     for device, group in groups.items():
         modules = [m for unit in group for m in unit if m.fourfold_host is not None]
         if device.type == "cuda":
-            needed, free = _bytes(modules), _free_without_buffers(modules, device)
+            needed, free = _bytes(modules), free_bytes(device) + _buffer_bytes(group)
             if needed > free:
                 raise ConfigurationError(
                     f"the packed experts in host memory take {needed / GIB:.2f} GiB, and {device} has room "
@@ -209,12 +254,6 @@ def onload(model: nn.Module) -> None:
                 tensor.data = tensor.data.to(device)
 
 
-def _free_without_buffers(modules: Sequence[PackedExperts], device: torch.device) -> int:
-    hosts = [m.fourfold_host for m in modules]
-    streamers = {id(h.streamer): h.streamer for h in hosts if isinstance(h, HostExperts)}
-    return free_bytes(device) + sum(s.allocated_bytes for s in streamers.values())
-
-
 def _release(module: PackedExperts) -> None:
     """The module computes with its tensors where they lie."""
     host = module.__dict__.pop("fourfold_host", None)
@@ -222,14 +261,15 @@ def _release(module: PackedExperts) -> None:
         host.streamer.close()
 
 
-def _groups(model: nn.Module) -> dict[torch.device, list[list[PackedExperts]]]:
+def _groups(model: nn.Module, device_of: Callable[[str], torch.device] | None = None) -> _Groups:
     """Packed modules by the device that computes with them; those that one forward reads stand together."""
     groups: dict[torch.device, dict[str, list[PackedExperts]]] = {}
     for found in find_experts(model):
         module = found.module
         if isinstance(module, PackedExperts):
             _refuse_spread(module)
-            by_reader = groups.setdefault(module.computing_device, {})
+            device = module.computing_device if device_of is None else _numbered(device_of(found.name))
+            by_reader = groups.setdefault(device, {})
             by_reader.setdefault(found.reader, []).append(module)
     if not groups:
         raise NoExpertsError(
@@ -237,6 +277,11 @@ def _groups(model: nn.Module) -> dict[torch.device, list[list[PackedExperts]]]:
             "pack its modules) first"
         )
     return {device: list(units.values()) for device, units in groups.items()}
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """As tensors say it: ``cuda:0`` for ``cuda``."""
+    return torch.empty(0, device=device).device
 
 
 def _refuse_spread(module: PackedExperts) -> None:
@@ -261,7 +306,3 @@ def _packed(module: PackedExperts) -> list[nn.Parameter]:
 def _bytes(modules: Sequence[PackedExperts]) -> int:
     """Of different tensors (an encoder may share its experts with a decoder)."""
     return sum({t.data_ptr(): t.nbytes for m in modules for t in _packed(m)}.values())
-
-
-def _padded_bytes(modules: Sequence[PackedExperts]) -> int:
-    return Unit(modules).nbytes
