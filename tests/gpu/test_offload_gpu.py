@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
 
+import fourfold
 import offloading
 import own_forward
 import tiny
@@ -276,3 +279,48 @@ def test_the_automatic_budget_keeps_all_where_there_is_room() -> None:
     tight = offload(chain, "auto", reserve=total + free_bytes(torch.device("cuda")) - wanted)
     assert len(tight.streamed) == 3
     assert tight.buffers == 2
+
+
+def test_loading_never_holds_the_experts_on_the_gpu(tmp_path: Path) -> None:
+    """Packed on the way and read packed; then a step, and back onto the GPU."""
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 512, "num_experts": 32, "num_experts_per_tok": 4}
+    config = tiny.qwen3_moe(**sizes, num_hidden_layers=8)
+    with torch.device("cuda"):
+        made = tiny.build(config).to(torch.bfloat16)
+    made.save_pretrained(tmp_path / "plain")
+    del made
+
+    def load(stored: str, **more: object) -> nn.Module:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        settings = fourfold.MoeBitsAndBytesConfig(
+            experts_quant_type="nf4", bnb_4bit_use_double_quant=True, **more
+        )
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / stored, quantization_config=settings, device_map={"": 0}, dtype=torch.bfloat16
+        )
+
+    resident = load("plain")
+    resident.save_pretrained(tmp_path / "packed")
+    total = packed_bytes(resident)
+    with torch.no_grad():
+        expected = resident(tiny.IDS.cuda()).logits
+    del resident
+    for stored in ("plain", "packed"):
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        model = load(stored, experts_device="cpu")
+        held = torch.cuda.memory_allocated() - before
+        assert torch.cuda.max_memory_allocated() - before <= held + total // 4
+        report = model.hf_quantizer.offloaded
+        assert report.pinned, report.unpinned
+        assert report.host_bytes == total
+        experts = [m for m in model.modules() if isinstance(m, PackedExperts)]
+        assert all(p.device.type == "cpu" and p.is_pinned() for m in experts for p in m.parameters())
+        with torch.no_grad():
+            assert torch.equal(model(tiny.IDS.cuda()).logits, expected)
+        onload(model)
+        with torch.no_grad():
+            assert torch.equal(model(tiny.IDS.cuda()).logits, expected)
+        del model, experts, report
