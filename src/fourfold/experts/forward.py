@@ -190,12 +190,6 @@ def routed_forward(
     assert isinstance(layout, ExpertsLayout)
     if hidden_states.shape[0] == 0:
         return torch.zeros_like(hidden_states)
-    dtype = compute_dtype(module, hidden_states, grouped=True)
-    if torch.compiler.is_compiling():  # read here, so that a compiler notices when it changes
-        str(getattr(getattr(module, "config", None), "_experts_implementation", None))
-    if dtype != torch.float32 and module.compute_dtype is None and module.multiplies_in_fp32():
-        dtype = torch.float32
-    routing = route(top_k_index, layout.num_experts)
     up, down = module.weights(layout.up), module.weights(layout.down)
     if isinstance(up, PackedStack) and up.data.device != hidden_states.device:
         raise ConfigurationError(
@@ -203,6 +197,12 @@ def routed_forward(
             f"{hidden_states.device}. Move the model to one device; a copy of a model whose experts "
             "fourfold.offload sent to host memory is to be given to fourfold.offload itself"
         )
+    dtype = compute_dtype(module, hidden_states, grouped=True)
+    if torch.compiler.is_compiling():  # read here, so that a compiler notices when it changes
+        str(getattr(getattr(module, "config", None), "_experts_implementation", None))
+    if dtype != torch.float32 and module.compute_dtype is None and module.multiplies_in_fp32():
+        dtype = torch.float32
+    routing = route(top_k_index, layout.num_experts)
     if torch.compiler.is_compiling() and isinstance(up, PackedStack):
         module.has_tables()
     if module.way is not None:
