@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -211,3 +212,61 @@ def test_order_is_learned_whatever_it_is() -> None:
     assert order.upcoming(2) == [4, 1]  # (used twice there)
     order.note(4)
     assert order.upcoming(2) == [1, 2]
+
+
+def test_a_part_serves_its_own_use_alone() -> None:
+    schedule, device = made()
+    counted(schedule, range(LAYERS))
+    counted(schedule, range(LAYERS))
+    fills, upcoming = schedule.counts.fills, schedule.order.upcoming(2)
+    slot = schedule.begin_part(4, lambda number: ("some", number), 3)
+    assert device.said[-2][:3] == ("fill", "some", slot)
+    inner = schedule.begin(4)  # a product inside of the forward
+    assert inner == slot
+    schedule.end(inner)
+    assert schedule.slots[slot].users == 1
+    schedule.end(slot, fill_ahead=False)
+    assert schedule.slots[slot].content is None
+    assert schedule.counts.parts == 1
+    assert schedule.counts.fills == fills  # (nothing was filled ahead)
+    assert schedule.order.upcoming(2) == upcoming  # (and nothing learned)
+    use(schedule, 4)
+    assert schedule.counts.fills > fills
+
+
+def test_a_part_is_not_brought_where_the_whole_module_is() -> None:
+    schedule, _ = made()
+    use(schedule, 0)
+    slot = schedule.begin_part(0, lambda number: pytest.fail("it is there"), 3)
+    schedule.end(slot, fill_ahead=False)
+    assert schedule.slots[slot].content == 0
+
+
+def test_a_part_of_another_thread_is_not_taken_for_the_module() -> None:
+    schedule, _ = made(buffers=3)
+    mine = schedule.begin_part(4, lambda number: ("mine", number), 3)
+    found: list[int] = []
+
+    def other() -> None:
+        for begin in (lambda: schedule.begin_part(4, lambda number: ("other", number), 3), lambda: schedule.begin(4)):
+            slot = begin()
+            found.append(slot)
+            schedule.end(slot)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert len(found) == 2
+    assert mine not in found
+    schedule.end(mine)
+
+
+def test_a_part_that_fails_leaves_its_buffer_empty() -> None:
+    schedule, device = made()
+    use(schedule, 0)
+    device.fails = True
+    with pytest.raises(RuntimeError, match="the copy failed"):
+        schedule.begin_part(3, lambda number: ("some", number), 3)
+    device.fails = False
+    assert all(not slot.users and slot.part_of is None for slot in schedule.slots)
+    use(schedule, 3)

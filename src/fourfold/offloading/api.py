@@ -21,6 +21,7 @@ from fourfold.offloading.budget import (
     parse_bytes,
 )
 from fourfold.offloading.host import HostMemory, check_room
+from fourfold.offloading.schedule import Counts
 from fourfold.offloading.streamer import HostExperts, Streamer, Unit
 
 BUFFERS = 2
@@ -57,8 +58,8 @@ class OffloadReport:
         return self.unpinned is None
 
     def counts(self) -> dict[str, int]:
-        """Since `offload`: uses that found their module in a buffer and that did not, copies, their bytes."""
-        total = {"hits": 0, "misses": 0, "fills": 0, "bytes": 0}
+        """Since `offload`, of all devices; see `schedule.Counts`."""
+        total = asdict(Counts())
         for streamer in self.streamers:
             for name, value in asdict(streamer.counts).items():
                 total[name] += value
