@@ -187,7 +187,8 @@ class Plan:
 
     def __str__(self) -> str:
         lower = "at least " if self.activations is None else ""
-        return f"{self.model}: {lower}{self.peak / 2**30:.2f} GiB, {self.resident / 2**30:.2f} of them resident"
+        peak, resident = self.peak / 2**30, self.resident / 2**30
+        return f"{self.model}: {lower}{peak:.2f} GiB, {resident:.2f} of them resident"
 
 
 class Planner:
@@ -218,7 +219,7 @@ class Planner:
         if parameters is None:
             parameters = default_parameters(model)
         if modules is None:
-            modules = attention_projections(model)
+            modules = tuple(attention_projections(model))
         excluded = settings.exclude_modules
         with torch.device("meta"):
             return add_lora(
@@ -265,6 +266,13 @@ class Planner:
             accumulates=settings.accumulation > 1,
             unknown=unknown,
         )
+
+    def floor(self, settings: Settings) -> int:
+        """What the peak cannot be below, whatever its activations: found without running a step."""
+        report, shapes = self._weights(settings)
+        bytes_ = optimizer_bytes(settings.optimizer, shapes, on_gpu=self.target.is_cuda)
+        trained = sum(torch.Size(shape).numel() for shape in shapes)
+        return report.bytes + bytes_.states + bytes_.step + 8 * trained
 
     def _weights(self, settings: Settings) -> tuple[Report, list[tuple[int, ...]]]:
         quantized = None if settings.quantization is None else str(settings.quantization.to_dict())
@@ -335,15 +343,19 @@ def default_parameters(model: Any) -> tuple[str, ...]:
         return ()
 
 
-def attention_projections(model: torch.nn.Module) -> tuple[str, ...]:
-    """Names of the Linears directly inside attention modules."""
+def attention_projections(model: torch.nn.Module) -> list[str]:
+    """Names of the Linears directly inside attention modules: q/k/v/o_proj in most models, MLA's or fused
+    ones in others.
+
+    Directly: what lies deeper (a sparse-attention indexer) may lie beside the path of the gradient.
+    """
     found: dict[str, None] = {}
     for name, module in model.named_modules():
         parent, _, leaf = name.rpartition(".")
         inside = parent.rpartition(".")[2].lower()
         if isinstance(module, torch.nn.Linear) and ("attn" in inside or "attention" in inside):
             found.setdefault(leaf)
-    return tuple(found)
+    return list(found)
 
 
 def plan(

@@ -1,9 +1,9 @@
 """One training step on fake tensors: shapes without numbers, and so the memory of a step before there is one.
 
 The model's own code runs, forward and backward, with its adapters and its checkpointing, in no memory: its
-parameters are made anew as fake tensors, and what cannot run on those has a stand-in (`standins`). `LiveBytes`
-counts what is alive meanwhile. So no formula for an architecture is written down anywhere: what a model
-published tomorrow keeps for backward is found by running it.
+parameters are made anew as fake tensors, and what cannot run on those has a stand-in (`standins`).
+`LiveBytes` counts what is alive meanwhile. So no formula for an architecture is written down anywhere: what a
+model published tomorrow keeps for backward is found by running it.
 
 Autocast is that of the CPU, which casts the same products.
 """
@@ -144,15 +144,15 @@ def _loss(hidden: torch.Tensor, head: Any, target: Target, positions: int | None
     return ChunkedLoss.apply(hidden, head.weight.shape[0], target).sum()
 
 
-def _set_stand_in(module: nn.Module, target: Target) -> None:
+def _set_stand_in(module: Any, target: Target) -> None:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    if isinstance(module, PackedExperts | PlainExperts) and isinstance(
-        module.fourfold_layout, ExpertsLayout
-    ):
-        module.forward = experts_forward(module, target)
+    if isinstance(module, PackedExperts | PlainExperts) and isinstance(module.fourfold_layout, ExpertsLayout):
+        experts: Any = module
+        experts.forward = experts_forward(module, target)
     elif isinstance(module, Linear4bit | Linear8bitLt):
-        module.forward = types.MethodType(_frozen_forward, module)
+        linear: Any = module
+        linear.forward = types.MethodType(_frozen_forward, linear)
 
 
 def _frozen_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -203,7 +203,9 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Batches without padding: the mask is left out, and known to be causal."""
 
 
-def _padding_mask(batch_size: int, q_length: int | torch.Tensor, kv_length: int, **kwargs: Any) -> torch.Tensor:
+def _padding_mask(
+    batch_size: int, q_length: int | torch.Tensor, kv_length: int, **kwargs: Any
+) -> torch.Tensor:
     length = q_length if isinstance(q_length, int) else len(q_length)
     return torch.empty(batch_size, 1, length, kv_length, dtype=torch.bool)
 
