@@ -14,6 +14,8 @@ from fourfold.planning.standins import Target
 from fourfold.planning.units import format_bytes
 from fourfold.training.schema import TrainConfig
 
+# Memory ran out although the plan said it would do: aim for this part of what was planned.
+SUFFICES = 0.9
 EVERYTHING_ELSE = (
     "Lower micro_batch_size (and raise gradient_accumulation_steps), lower sequence_len, or set "
     "gradient_checkpointing: true."
@@ -90,18 +92,6 @@ def planner_of(config: TrainConfig, target: Target | None = None) -> tuple[Plann
     return Planner(config.base_model, target), settings
 
 
-def remark_before(planner: Planner, settings: Settings) -> str | None:
-    """What to know of memory before a run is loaded onto this machine's GPU; None where all is well.
-
-    Raises:
-        ConfigurationError: what stays there throughout is more than the card has.
-    """
-    if not torch.cuda.is_available():
-        return None
-    card = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return remark_on(planner, settings, card)
-
-
 def remark_on(planner: Planner, settings: Settings, card: int) -> str | None:
     """The same for a card of so many bytes."""
     plan = planner.plan(settings)
@@ -126,19 +116,42 @@ def advice(suggestions: list[Suggestion]) -> str:
     return f"It is planned to fit with {'; or '.join(each)}."
 
 
-def advice_out_of_memory(planner: Planner | None, settings: Settings | None) -> str:
-    """What to change after memory ran out: at most nine tenths of what was planned, or of the card."""
-    if planner is None or settings is None or not torch.cuda.is_available():
-        return EVERYTHING_ELSE
-    card = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    try:
-        return advice_below(planner, settings, room(card))
-    except Exception:  # (an answer to one error must not be another)
-        return EVERYTHING_ELSE
-
-
 def advice_below(planner: Planner, settings: Settings, available: int) -> str:
     """Changes that bring the peak below ``available`` bytes, and below what evidently was too much."""
     plan: Plan = planner.plan(settings)
-    suggestions = suggest(planner, settings, min(available, int(0.9 * plan.peak)))
+    suggestions = suggest(planner, settings, min(available, int(SUFFICES * plan.peak)))
     return advice(suggestions) if suggestions else EVERYTHING_ELSE
+
+
+class Memory:
+    """What the plan says of a run on this machine's GPU; without one, nothing."""
+
+    def __init__(self, config: TrainConfig, checked: Any) -> None:
+        self.card: int | None = None
+        if torch.cuda.is_available():
+            self.card = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        self.planner = Planner(config.base_model)
+        self.settings = settings_of(
+            config,
+            checked.quantization_config,
+            checked.target_modules,
+            checked.target_parameters,
+            bf16=checked.bf16,
+        )
+
+    def remark(self) -> str | None:
+        """To be said before loading.
+
+        Raises:
+            ConfigurationError: what stays there throughout is more than the card has.
+        """
+        return None if self.card is None else remark_on(self.planner, self.settings, self.card)
+
+    def advice(self) -> str:
+        """What to change now that memory ran out."""
+        if self.card is None:
+            return EVERYTHING_ELSE
+        try:
+            return advice_below(self.planner, self.settings, room(self.card))
+        except Exception:  # (an answer to one error must not be another)
+            return EVERYTHING_ELSE

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from fourfold.training.callbacks import (
     peak_memory,
 )
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
+from fourfold.training.planned import EVERYTHING_ELSE, Memory
 from fourfold.training.preflight import Checked, check
 from fourfold.training.resume import RunFile, step_of
 from fourfold.training.schema import TrainConfig
@@ -65,6 +66,10 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
     clock = _Clock(console)
     with clock("checking configuration, data and targets"):
         checked = check(config)
+        memory = Memory(config, checked)
+        remark = memory.remark()
+    if remark is not None:
+        console.print(remark, soft_wrap=True, markup=False, highlight=False)
     with clock("loading and packing the model"):
         model, packed = load(config, checked)
     collate = make_collator(checked.tokenizer)
@@ -89,7 +94,7 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         curve.held_out.append((0, before.mean))
     trainer = make_trainer(model, config, checked, collate, curve, console, evaluate)
     with clock("training", "training (evaluations and checkpoints included)", announce=False):
-        train(trainer, checked.checkpoint)
+        train(trainer, checked.checkpoint, memory.advice)
     output = Path(config.output_dir)
     with clock("saving", announce=False):  # at once: whatever fails from here on, the adapter is safe
         model.save_pretrained(str(output))
@@ -206,8 +211,15 @@ def make_trainer(
     return trainer
 
 
-def train(trainer: MoeTrainer, checkpoint: str | None) -> None:
+def train(
+    trainer: MoeTrainer, checkpoint: str | None, advice: Callable[[], str] = lambda: EVERYTHING_ELSE
+) -> None:
     """Run the trainer; the progress bar is taken down whatever happens.
+
+    Args:
+        trainer: of `make_trainer`.
+        checkpoint: to resume from.
+        advice: what to change where memory runs out.
 
     Raises:
         TrainingError: a callback or the trainer stopped the run, or memory ran out; the message says what is
@@ -219,8 +231,7 @@ def train(trainer: MoeTrainer, checkpoint: str | None) -> None:
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"Out of GPU memory at step {trainer.state.global_step + 1} ({str(error).splitlines()[0]}). "
-            "Lower micro_batch_size (and raise gradient_accumulation_steps), lower sequence_len, or set "
-            f"gradient_checkpointing: true. {_what_is_left(trainer, checkpoint)}"
+            f"{advice()} {_what_is_left(trainer, checkpoint)}"
         ) from error
     except TrainingError as error:
         raise TrainingError(f"{error} {_what_is_left(trainer, checkpoint)}") from error
