@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fourfold.planning.plan import Plan, Planner, Settings, here
 from fourfold.planning.standins import Target
 from fourfold.planning.units import format_bytes
 from fourfold.training.schema import TrainConfig
+from fourfold.training.targets import resolve
 
 # Memory ran out although the plan said it would do: aim for this part of what was planned.
 SUFFICES = 0.9
@@ -76,7 +78,7 @@ def planner_of(config: TrainConfig, target: Target | None = None) -> tuple[Plann
         make_skeleton,
         resolve_bf16,
     )
-    from fourfold.training.targets import check_patterns, find_targets, resolve
+    from fourfold.training.targets import check_patterns, find_targets
 
     check_model_folder(config.base_model)
     target = target or here()
@@ -87,9 +89,17 @@ def planner_of(config: TrainConfig, target: Target | None = None) -> tuple[Plann
     bf16 = resolve_bf16(config)
     if config.bf16 == "auto" and target != here():
         bf16 = target.is_cuda and (target.capability or (0, 0)) >= (8, 0)
-    resolved = resolve(skeleton, modules)
-    settings = settings_of(config, quantization_config, resolved, parameters, bf16=bf16)
-    return Planner(config.base_model, target), settings
+    planner = Planner(config.base_model, target)
+    settings = settings_of(config, quantization_config, modules, parameters, bf16=bf16)
+    return planner, _resolved(planner, settings)
+
+
+def _resolved(planner: Planner, settings: Settings) -> Settings:
+    """A regular expression of targets as the names that it meets."""
+    if not isinstance(settings.target_modules, str):
+        return settings
+    names = resolve(planner.skeleton(settings), settings.target_modules)
+    return replace(settings, target_modules=tuple(names))
 
 
 def remark_on(planner: Planner, settings: Settings, card: int) -> str | None:
@@ -138,6 +148,8 @@ class Memory:
             checked.target_parameters,
             bf16=checked.bf16,
         )
+        if self.card is not None:
+            self.settings = _resolved(self.planner, self.settings)
 
     def remark(self) -> str | None:
         """To be said before loading.
