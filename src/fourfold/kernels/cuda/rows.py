@@ -123,7 +123,7 @@ def _launch(
             (-(-rows // TILE_S) + min(E, rows), 1, 1),
             THREADS,
             shared_bytes(mode, rank_first),
-            torch.cuda.current_stream(wide_Ss.device).cuda_stream,
+            compiled.stream(index),
             (),
             [0 if t is None else t.data_ptr() for t in pointers],
             (E, top_k, columns, rank, wide_Ss.stride(0), kind),
