@@ -12,7 +12,7 @@ import fourfold
 import tiny
 from fourfold.adapters.peft_lora import add_lora
 from fourfold.planning.live import LiveBytes
-from fourfold.planning.plan import Plan, Planner, Settings, attention_projections
+from fourfold.planning.plan import Plan, Planner, Settings, attention_projections, default_parameters
 from fourfold.planning.simulate import measuring
 from fourfold.planning.standins import Target
 
@@ -33,7 +33,8 @@ BATCH, LENGTH = 2, 48
 @pytest.mark.parametrize("quantization", FORMATS)
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 def test_weights_are_planned_to_the_byte(tmp_path: Path, kind: str, quantization: str) -> None:
-    tiny.save(tiny.KINDS[kind](), tmp_path)
+    wide = {"moe_shared_expert_intermediate_size": 64} if kind == "nemotron_h" else {}
+    tiny.save(tiny.KINDS[kind](**wide), tmp_path)
     # (what 4-bit Linears of these widths would compute on a CPU is another matter)
     settings = FORMATS[quantization] | {"llm_int8_skip_modules": ["lm_head", "o_proj", "in_proj", "out_proj"]}
     if "experts_quant_type" in settings:
@@ -45,18 +46,24 @@ def test_weights_are_planned_to_the_byte(tmp_path: Path, kind: str, quantization
     assert plan.weights.to_dict() == loaded.to_dict()
 
 
-def _settings(**changes: Any) -> Settings:
+EXPERTS_ALONE = {"experts_quant_type": "nf4"}
+
+
+def _settings(quantization: dict[str, Any] = EXPERTS_ALONE, **changes: Any) -> Settings:
     base = {"r": 4, "batch": BATCH, "length": LENGTH, "bf16": False, "checkpointing": False}
-    return Settings(quantization=fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4"), **(base | changes))
+    return Settings(quantization=fourfold.MoeBitsAndBytesConfig(**quantization), **(base | changes))
 
 
-def _trainable(folder: Path, *, checkpointing: bool, parameters: bool = True) -> Any:
-    model = fourfold.prepare(
-        tiny.load(folder, experts_quant_type="nf4"), gradient_checkpointing=checkpointing
-    )
-    targets = fourfold.expert_targets(model) if parameters and "experts" in str(model).lower() else []
+def _trainable(
+    folder: Path, *, checkpointing: bool = False, quantization: dict[str, Any] = EXPERTS_ALONE
+) -> Any:
+    model = fourfold.prepare(tiny.load(folder, **quantization), gradient_checkpointing=checkpointing)
     return add_lora(
-        model, r=4, alpha=4, target_modules=attention_projections(model), target_parameters=targets
+        model,
+        r=4,
+        alpha=4,
+        target_modules=attention_projections(model),
+        target_parameters=default_parameters(model),
     ).train()
 
 
@@ -71,8 +78,9 @@ def _run(model: Any, autocast: bool) -> tuple[int, LiveBytes]:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
         kept = live.live
+        gradient = torch.ones_like(hidden)
         live.restart_peaks()
-        hidden.sum().backward()
+        hidden.backward(gradient)
     return kept, live
 
 
@@ -80,8 +88,11 @@ def _run(model: Any, autocast: bool) -> tuple[int, LiveBytes]:
 @pytest.mark.parametrize("kind", ROUTED)
 def test_activations_are_those_that_a_run_keeps(tmp_path: Path, kind: str, checkpointing: bool) -> None:
     tiny.save(getattr(tiny, kind)(), tmp_path)
-    kept, live = _run(_trainable(tmp_path, checkpointing=checkpointing), autocast=False)
-    planned = Planner(tmp_path, CPU).plan(_settings(checkpointing=checkpointing)).activations
+    packed = (
+        FORMATS["nf4"] if kind in ("dense", "mixtral") else EXPERTS_ALONE
+    )  # Linears too, or experts alone
+    kept, live = _run(_trainable(tmp_path, checkpointing=checkpointing, quantization=packed), autocast=False)
+    planned = Planner(tmp_path, CPU).plan(_settings(packed, checkpointing=checkpointing)).activations
     assert planned is not None
     assert planned.kept == pytest.approx(kept, rel=0.1)
     assert planned.backward_with_gradients == pytest.approx(live.peak, rel=0.1)
@@ -92,7 +103,7 @@ def test_activations_are_those_that_a_run_keeps(tmp_path: Path, kind: str, check
 def test_activations_under_autocast(tmp_path: Path, kind: str) -> None:
     model = tiny.build(getattr(tiny, kind)()).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    kept, live = _run(_trainable(tmp_path, checkpointing=False), autocast=True)
+    kept, live = _run(_trainable(tmp_path), autocast=True)
     planned = Planner(tmp_path, CPU).plan(_settings(bf16=True)).activations
     assert planned is not None
     assert planned.kept == pytest.approx(kept, rel=0.1)
@@ -103,7 +114,7 @@ def test_activations_under_autocast(tmp_path: Path, kind: str) -> None:
 def test_what_is_kept_is_what_autograd_says_it_saved(tmp_path: Path, kind: str) -> None:
     """Counted another way: the storages that autograd's own hooks are shown."""
     tiny.save(getattr(tiny, kind)(), tmp_path)
-    model = _trainable(tmp_path, checkpointing=False)
+    model = _trainable(tmp_path)
     lying = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 

@@ -36,8 +36,8 @@ class Activations:
     Attributes:
         kept: what the forward leaves for backward, the head excluded.
         forward: the most that is alive in the forward of the model, what is kept included.
-        loss: what head and loss take beside what is kept, at most.
-        backward: the most that is alive in backward beside gradients.
+        loss: what head and loss take beside what is kept, at most, in forward or backward.
+        backward: the most that is alive in the model's backward beside gradients.
         backward_with_gradients: the most that is alive in backward, gradients as they arrive included.
         gradients: of all adapters, when backward is done.
     """
@@ -114,12 +114,15 @@ def simulate_step(
             hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
             kept, forward = live.live, live.peak
             live.restart_peaks()
-            loss = _loss(hidden, head, target, loss_positions)
-        at_loss = live.peak - kept
-        del hidden
-        live.restart_peaks()
+            # (cut off from the model, so that the two backwards are told apart)
+            last = hidden.detach().requires_grad_()
+            loss = _loss(last, head, target, loss_positions)
         loss.backward()
+        at_loss = live.peak - kept
         del loss
+        gradient, last = last.grad, None
+        live.restart_peaks()
+        hidden.backward(gradient)
     return Activations(
         kept=kept,
         forward=forward,
