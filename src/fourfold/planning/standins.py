@@ -60,11 +60,16 @@ class Target:
         if name == "in_product":
             return self.is_cuda and (self.capability or (0, 0)) >= (8, 0)
         reason = ways.WAYS[name].cannot(problem)
-        if name == "hopper" and reason is not None:
-            from fourfold.kernels.cuda import hopper
+        # What this machine lacks to compile a kernel is no reason on the one that is planned for.
+        return reason is None or (self.capability is not None and reason == self._lacking(name))
 
-            return reason == hopper.unavailable()  # of this machine, not of the one that is planned for
-        return reason is None
+    def _lacking(self, name: str) -> str | None:
+        from fourfold.kernels.cuda import few_rows, hopper
+
+        assert self.capability is not None
+        if name == "few_rows":
+            return few_rows.unavailable(self.capability)
+        return hopper.unavailable() if name == "hopper" else None
 
 
 @dataclass(frozen=True)
@@ -157,27 +162,27 @@ class OneStep(torch.autograd.Function):
         grads: list[Any] = [None] * 7
         rank = 0 if b_down is None else b_down.shape[2]
         grad_Ss = empty_rows(up_SN, S, H, rank)
-        weighted_low = up_SN.new_empty(S, rank) if rank else None
+        low = [up_SN.new_empty(S, rank)]  # (both of these stay until the end)
         grad_SI = product(up_SN, S, down, rank, target, transposed=True)
         if wants[5]:
             grads[5] = torch.empty_like(b_down)
         del grad_Ss
         rank = 0 if b_up is None else b_up.shape[2]
         grad_up_Ss = empty_rows(up_SN, S, N, rank)
-        low_up = up_SN.new_empty(S, rank) if rank else None
+        low.append(up_SN.new_empty(S, rank))
         act_SI = torch.empty_like(grad_SI) if wants[4] else None
         grad_weights = torch.empty_like(weights_Tk)
         del grad_SI
         if wants[4]:
             grads[4] = torch.empty_like(a_down)
-        del act_SI, weighted_low
+        del act_SI
         if wants[3]:
             grads[3] = torch.empty_like(b_up)
         if wants[2]:
             grads[2] = torch.empty_like(a_up)
         if wants[0]:
             rows_SH = product(up_SN, S, up, rank, target, transposed=True)
-            del grad_up_Ss, low_up
+            del grad_up_Ss
             grads[0] = grad_TH.new_empty(grad_TH.shape)
             del rows_SH
         grads[1] = grad_weights if wants[1] else None
