@@ -32,11 +32,12 @@ from fourfold.training.callbacks import (
     peak_memory,
 )
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
+from fourfold.training.journal import Journal, write_reports
 from fourfold.training.planned import EVERYTHING_ELSE, Memory
 from fourfold.training.preflight import Checked, check
 from fourfold.training.resume import RunFile, step_of
 from fourfold.training.schema import TrainConfig
-from fourfold.training.summary import RunResult, write_loss_curve, write_report
+from fourfold.training.summary import RunResult, write_loss_curve
 from fourfold.training.targets import resolve
 
 try:
@@ -54,7 +55,8 @@ EVALUATION_BATCHES = 4
 
 
 def run(config: TrainConfig, console: Console | None = None) -> RunResult:
-    """Train as ``config`` says; leaves adapter, tokenizer, report.json and loss.png in ``output_dir``.
+    """Train as ``config`` says; leaves adapter, tokenizer, report.html, report.json and loss.png in
+    ``output_dir``. A run that breaks once it has begun leaves the reports too.
 
     Raises:
         ConfigurationError, DataError, AdapterError, UnsupportedExpertsError: the input is wrong; found before
@@ -62,16 +64,23 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         UnquantizedExpertsError: an expert stayed in high precision although nobody asked for that.
         TrainingError: a loss is not finite, or a trainable parameter gets no gradient.
     """
-    console = console or Console()
-    clock = _Clock(console)
+    journal = Journal()
+    with journal.reporting():
+        return _run(config, console or Console(), journal)
+
+
+def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
+    clock = _Clock(console, journal)
     with clock("checking configuration, data and targets"):
         checked = check(config)
         memory = Memory(config, checked)
         remark = memory.remark()
+        journal.begin(config)
     if remark is not None:
         console.print(remark, soft_wrap=True, markup=False, highlight=False)
     with clock("loading and packing the model"):
         model, packed = load(config, checked)
+        journal.facts["model"] = packed.to_dict()
     collate = make_collator(checked.tokenizer)
 
     def evaluate(what: str) -> AnswerLosses | None:
@@ -89,10 +98,11 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
     if config.peft_init_lora_weights == "loftq" and checked.checkpoint is None:
         with clock("fitting adapters to what packing lost"):
             lost = fourfold.loftq_init(model)
-    curve = Curve()
+    curve = journal.curve
     if before is not None:
         curve.held_out.append((0, before.mean))
     trainer = make_trainer(model, config, checked, collate, curve, console, evaluate)
+    trainer.add_callback(journal)
     with clock("training", "training (evaluations and checkpoints included)", announce=False):
         train(trainer, checked.checkpoint, memory.advice)
     output = Path(config.output_dir)
@@ -125,8 +135,9 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
             "after": answer_after,
         },
         seconds=clock.seconds,
+        journal=journal.to_dict(),
     )
-    write_report(result, output / "report.json")
+    write_reports(result.to_dict(), output)
     write_loss_curve(result, output / "loss.png")
     return result
 
@@ -281,8 +292,8 @@ def set_tracker_environment(config: TrainConfig) -> None:
 class _Clock:
     """Says what is going on and adds up how long it took."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, journal: Journal) -> None:
+        self.console, self.journal = console, journal
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -290,8 +301,10 @@ class _Clock:
         if announce:
             self.console.print(f"{what} ...", style="dim", soft_wrap=True, highlight=False)
         started = time.perf_counter()
+        outer, self.journal.doing = self.journal.doing, what
         try:
             yield
+            self.journal.doing = outer
         finally:
             key = key or what
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
