@@ -186,7 +186,7 @@ class Journal(TrainerCallback):
         curve, step = self.curve, state.global_step
         seconds, tokens = curve.training_seconds - self._before[0], curve.tokens - self._before[1]
         self._before = (curve.training_seconds, curve.tokens)
-        norm = logs.get("grad_norm")
+        norm, held = logs.get("grad_norm"), memory_now()
         self.rows.append(
             {
                 "step": step,
@@ -195,8 +195,8 @@ class Journal(TrainerCallback):
                 "learning_rate": logs.get("learning_rate"),
                 "grad_norm": None if norm is None else float(norm),
                 "tokens_per_second": tokens / seconds if seconds > 0 else None,
-                "memory_bytes": memory_now(),
-                "peak_memory_bytes": peak_memory(),
+                "memory_bytes": held,
+                "peak_memory_bytes": max(held, peak_memory()),  # (the system counts pages a little late)
             }
         )
         # The trainer has clipped before the norms were taken; it says what the whole was.

@@ -15,6 +15,7 @@ Points = Sequence[tuple[float, float | None]]
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 30
 MOST_POINTS = 400
+CELLS_WIDTH = 1040
 LEVELS = 10
 
 
@@ -111,26 +112,30 @@ def cells(rows: Sequence[tuple[str, Sequence[int]]]) -> str:
     most = max((len(counts) for _, counts in rows), default=0)
     if not most:
         return ""
-    width, height = max(3.0, min(14.0, 900 / most)), 11.0
+    height = 13.0
     left = 9 + 6.2 * max(len(name) for name, _ in rows)
+    width = (CELLS_WIDTH - left) / most
+    wide = max(0.5, width - 0.6)
     paths: list[list[str]] = [[] for _ in range(LEVELS)]
     labels = []
     for index, (name, counts) in enumerate(rows):
         y = index * height
         mean = sum(counts) / len(counts) if counts else 0
-        labels.append(f'<text class="tick" x="{left - 6:.0f}" y="{y + 9:.0f}" text-anchor="end">')
+        labels.append(f'<text class="tick" x="{left - 6:.0f}" y="{y + 10:.0f}" text-anchor="end">')
         labels.append(f"{html.escape(name)}</text>")
         for expert, count in enumerate(counts):
             x = left + expert * width
             level = heat(count, mean)
-            paths[level].append(f"M{x:.1f} {y:.1f}h{width - 0.6:.1f}v{height - 1:.1f}h-{width - 0.6:.1f}z")
+            paths[level].append(f"M{x:.1f} {y:.1f}h{wide:.1f}v{height - 1:.1f}h-{wide:.1f}z")
     drawn = "".join(f'<path class="h{i}" d="{"".join(path)}"/>' for i, path in enumerate(paths) if path)
-    size = f"0 0 {left + most * width:.0f} {len(rows) * height:.0f}"
+    size = f"0 0 {CELLS_WIDTH} {len(rows) * height:.0f}"
     return f'<svg class="cells" viewBox="{size}" role="img">{"".join(labels)}{drawn}</svg>'
 
 
 def heat(count: float, mean: float) -> int:
-    """Level of a cell: 0 for none, then by the logarithm of its share, an eighth of the mean to four times."""
+    """Level of a cell: 0 for none, then by the logarithm of its share, from an eighth of the mean to four
+    times as much.
+    """
     if not count or not mean:
         return 0
     position = (math.log2(count / mean) + 3) / 5  # 1/8 -> 0, 4 -> 1
