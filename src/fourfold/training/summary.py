@@ -175,7 +175,8 @@ def _facts(result: RunResult) -> list[tuple[str, str]]:
         ("in the data", result.sample["reference"]),
         ("adapter", result.adapter),
         ("loss curve", str(Path(result.adapter) / "loss.png")),
-        ("all of this", str(Path(result.adapter) / "report.html") + ", .json"),
+        ("report", str(Path(result.adapter) / "report.html")),
+        ("all of this", str(Path(result.adapter) / "report.json")),
     ]
 
 
