@@ -266,7 +266,8 @@ class Progressing(TrainerCallback):
         done = state.global_step - self.first_step
         if done < 1:
             return "?"
-        left = (time.perf_counter() - self.started) / done * (state.max_steps - state.global_step)
+        gone = max(self.curve.training_seconds, time.perf_counter() - self.started)
+        left = gone / done * (state.max_steps - state.global_step)
         minutes, seconds = divmod(round(left), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
