@@ -110,6 +110,17 @@ MODES = list(itertools.product((rows.GATHER, rows.SILU, rows.BACKWARD), (False, 
 def test_passes_over_rows_compile_for_every_card(capability: tuple[int, int]) -> None:
     for (mode, rank_first), dtype in itertools.product(MODES, (torch.bfloat16, torch.float16)):
         assert b"rows_pass" in rows._cubin(mode, rank_first, dtype, capability)
+    for mode, dtype in itertools.product((rows.GATHER, rows.SILU), (torch.bfloat16, torch.float16)):
+        assert b"rows_pass" in rows._cubin(mode, True, dtype, capability, one_row=True)
+
+
+def test_when_a_block_takes_one_row() -> None:
+    assert rows.takes_one_row(rows.GATHER, True, 512, 128, 2048)
+    assert not rows.takes_one_row(rows.GATHER, True, 513, 128, 2048)
+    assert not rows.takes_one_row(rows.GATHER, False, 8, 128, 2048)
+    assert not rows.takes_one_row(rows.BACKWARD, True, 8, 128, 2048)
+    assert not rows.takes_one_row(rows.SILU, True, 8, 128, 20000)
+    assert rows.FEW_COLUMNS * 2 + 16 <= 48 * 1024
 
 
 @pytest.mark.parametrize(("mode", "rank_first"), MODES)

@@ -23,6 +23,10 @@ IN_8BIT = {
     "adamw_torch_fused": "adamw_8bit",
     "paged_adamw_32bit": "paged_adamw_8bit",
     "lion_32bit": "lion_8bit",
+    "ademamix": "ademamix_8bit",
+    "paged_ademamix_32bit": "paged_ademamix_8bit",
+    "rmsprop_bnb": "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit": "rmsprop_bnb_8bit",
 }
 SMALLEST_RANK, SHORTEST = 4, 256
 

@@ -74,6 +74,15 @@ STATES: dict[str, Callable[[Shape], int]] = {
     "paged_lion_32bit": _fp32(1),
     "adafactor": _adafactor,
     "sgd": _fp32(0),
+    "adagrad": _fp32(1),
+    "rmsprop": _fp32(1),
+    "rmsprop_bnb": _fp32(1),
+    "rmsprop_bnb_8bit": _bnb_8bit(1),
+    "rmsprop_bnb_32bit": _fp32(1),
+    "ademamix": _fp32(3),
+    "ademamix_8bit": _bnb_8bit(3),
+    "paged_ademamix_32bit": _fp32(3),
+    "paged_ademamix_8bit": _bnb_8bit(3),
     "adamw_torch_4bit": _torchao(4, TORCHAO_4BIT_BLOCK),
     "adamw_torch_8bit": _torchao(8, TORCHAO_8BIT_BLOCK),
 }
@@ -97,8 +106,10 @@ def optimizer_bytes(name: str, shapes: Iterable[Shape], *, on_gpu: bool) -> Opti
             states += count
     largest = 4 * max((math.prod(shape) for shape in shapes), default=0)
     step = 0
-    if name in ("adamw_torch", "adamw_torch_4bit", "adamw_torch_8bit", "adafactor"):
+    if name in ("adagrad", "rmsprop", "adamw_torch", "adamw_torch_4bit", "adamw_torch_8bit", "adafactor"):
         step = largest
-        if name == "adamw_torch" and on_gpu:  # all parameters at once: the root of the second moments
+        if (
+            name in ("adagrad", "rmsprop", "adamw_torch") and on_gpu
+        ):  # all parameters at once: the root of the second moments
             step = 4 * sum(math.prod(shape) for shape in shapes)
     return OptimizerBytes(states, paged, step)

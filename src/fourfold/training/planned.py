@@ -138,18 +138,20 @@ class Memory:
 
     def __init__(self, config: TrainConfig, checked: Any) -> None:
         self.card: int | None = None
-        if torch.cuda.is_available():
+        # (a model's own code is not run to plan it)
+        if torch.cuda.is_available() and not config.trust_remote_code:
             self.card = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if self.card is None:
+            return
         self.planner = Planner(config.base_model)
-        self.settings = settings_of(
+        settings = settings_of(
             config,
             checked.quantization_config,
             checked.target_modules,
             checked.target_parameters,
-            bf16=checked.bf16,
+            bf16=checked.bf16 or config.fp16,
         )
-        if self.card is not None:
-            self.settings = _resolved(self.planner, self.settings)
+        self.settings = _resolved(self.planner, settings)
 
     def remark(self) -> str | None:
         """To be said before loading.

@@ -66,10 +66,16 @@ __device__ int with_rows(const int *__restrict__ offsets, int experts, int n) {
 }
 
 struct Weights {
-  const uint4 *data;
   const u8 *absmax;
-  const float *group_scales, *part_offsets;
-  int blocksize, stored, part_rows, groups, double_quant;
+  int block_shift, stored, groups, double_quant;
+};
+
+// A lane's row of W: where it begins, its scales, and its part's first group of scales less what goes before the part.
+struct Row {
+  const u8 *data;
+  u64 scales;
+  const float *groups;
+  int first_scale;
 };
 
 // What a lane reads of a piece: of its four rows 16 bytes, and what their scale is made of.
@@ -79,30 +85,22 @@ struct Read {
   float group[4];
 };
 
-__device__ __forceinline__ void read(Read &r, const Weights &w, int expert, const int (&m)[4], int N, int column, int row_bytes, bool live) {
+__device__ __forceinline__ void read(Read &r, const Weights &w, const Row (&rows)[4], int column, bool live) {
+  const int block = column >> w.block_shift;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const u64 row = (u64)expert * N + m[i];
-#if WEIGHTS == 4
     r.bytes[i] = make_uint4(0, 0, 0, 0);
     r.scale[i] = 0;
     r.group[i] = 0;
-    if (live) {
-      r.bytes[i] = __ldcs((const uint4 *)((const u8 *)w.data + row * row_bytes + column / 2));
-      const int block = column / w.blocksize;
-      const u64 at = row * w.stored + block;
-      if (w.double_quant) {
-        const int part = m[i] / w.part_rows;
-        r.scale[i] = w.absmax[at];
-        r.group[i] = w.group_scales[(u64)(expert * (N / w.part_rows) + part) * w.groups +
-                                    ((m[i] - part * w.part_rows) * w.stored + block) / 256];
-      } else {
-        r.scale[i] = ((const u32 *)w.absmax)[at];
-      }
+    if (!live) continue;
+    r.bytes[i] = __ldcs((const uint4 *)(rows[i].data + column * WEIGHTS / 8));
+#if WEIGHTS == 4
+    if (w.double_quant) {
+      r.scale[i] = w.absmax[rows[i].scales + block];
+      r.group[i] = rows[i].groups[(rows[i].first_scale + block) >> 8];
+    } else {
+      r.scale[i] = ((const u32 *)w.absmax)[rows[i].scales + block];
     }
-#else
-    r.bytes[i] = make_uint4(0, 0, 0, 0);
-    if (live) r.bytes[i] = __ldcs((const uint4 *)((const u8 *)w.data + row * row_bytes + column));
 #endif
   }
 }
@@ -133,128 +131,140 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 few_rows(const u16 *__restrict__ x, const uint4 *__restrict__ data, const u8 *__restrict__ absmax,
          const float *__restrict__ group_scales, const float *__restrict__ part_offsets, const float *__restrict__ map,
          const float *__restrict__ codes, const int *__restrict__ offsets, const u16 *__restrict__ factor, u16 *__restrict__ out,
-         int E, int N, int K, int R, int stride, int row_bytes, int blocksize, int stored, int part_rows, int groups, int double_quant) {
+         int E, int N, int K, int R, int stride, int row_bytes, int block_shift, int stored, int part_rows, int groups, int double_quant) {
   __shared__ float sums[WARPS][TILES_N * 8][TILE_M];
 #if WEIGHTS == 4
   __shared__ float2 tables[256 * COPIES];
-  __shared__ float scales[256];
+  __shared__ float scales[256], code[16];
 #endif
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   const int expert = gridDim.y < E ? with_rows(offsets, E, blockIdx.y) : blockIdx.y;
   if (expert < 0) return;
-  const int begin = expert ? offsets[expert - 1] : 0, end = offsets[expert], m0 = blockIdx.x * TILE_M;
+  const int begin = expert ? offsets[expert - 1] : 0, end = offsets[expert];
   if (begin >= end) return;
-  const Weights w = {data, absmax, group_scales, part_offsets, blocksize, stored, part_rows, groups, double_quant};
-  int m[4];
-  float part_offset[4] = {};
-#pragma unroll
-  for (int i = 0; i < 4; i++) m[i] = min(m0 + g + 8 * i, N - 1);
-  Read next;
-  const int padded = WEIGHTS == 4 ? row_bytes * 2 : K;
-  read(next, w, expert, m, N, warp * PIECE + t * OWN, row_bytes, warp * PIECE + t * OWN < padded);
+  const Weights w = {absmax, block_shift, stored, groups, double_quant};
+  const int padded = WEIGHTS == 4 ? row_bytes * 2 : K, parts = N / part_rows;
 #if WEIGHTS == 4
+  if (tid < 16) code[tid] = codes[tid];
+  if (double_quant)
+    for (int i = tid; i < 256; i += THREADS) scales[i] = map[i];
+  __syncthreads();
+#pragma unroll 8
   for (int i = tid; i < 256 * COPIES; i += THREADS) {
     const int byte = i / COPIES;
-    tables[i] = make_float2(codes[byte >> 4], codes[byte & 15]);  // the upper half is the first of the two
+    tables[i] = make_float2(code[byte >> 4], code[byte & 15]);  // the upper half is the first of the two
   }
-  if (double_quant) {
-    for (int i = tid; i < 256; i += THREADS) scales[i] = map[i];
-#pragma unroll
-    for (int i = 0; i < 4; i++) part_offset[i] = part_offsets[expert * (N / part_rows) + m[i] / part_rows];
-  }
+  __syncthreads();
   const float2 *table = tables + lane % COPIES;
 #else
   const float2 *table = nullptr;
-  float row_scale[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) row_scale[i] = ((const float *)absmax)[(u64)expert * N + m[i]];
 #endif
-  __syncthreads();
 
-  for (int n0 = begin; n0 < end; n0 += TILES_N * 8) {
-    const int tiles = min(TILES_N, (end - n0 + 7) / 8);
-    float sum[2][TILES_N][4] = {};
-    for (int base = warp * PIECE; base < padded; base += WARPS * PIECE) {
-      const int column = base + t * OWN;
-      const Read now = next;
-      // Past the last piece the first again, for rows beyond those that share what is decoded.
-      const bool last = base + WARPS * PIECE >= padded;
-      const int following = (last ? warp : base / PIECE + WARPS) * PIECE + t * OWN;
-      read(next, w, expert, m, N, following, row_bytes, following < padded && !(last && n0 + TILES_N * 8 >= end));
-      float scale[4];
+  for (int m0 = blockIdx.x * TILE_M; m0 < N; m0 += gridDim.x * TILE_M) {
+    int m[4];
+    Row row_of[4];
+    float own[4];  // 4 bit: the part's offset; INT8: the row's scale
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 4; i++) {
+      m[i] = min(m0 + g + 8 * i, N - 1);
+      const u64 row = (u64)expert * N + m[i];
+      const int part = m[i] / part_rows;
+      const u64 part_at = (u64)expert * parts + part;
+      row_of[i] = {(const u8 *)data + row * row_bytes, row * stored, group_scales + part_at * groups, (m[i] - part * part_rows) * stored};
 #if WEIGHTS == 4
-        scale[i] = double_quant ? __fadd_rn(__fmul_rn(scales[now.scale[i] & 255], now.group[i]), part_offset[i])
-                                : __uint_as_float(now.scale[i]);
+      own[i] = double_quant ? part_offsets[part_at] : 0;
 #else
-        scale[i] = row_scale[i];
+      own[i] = ((const float *)absmax)[row];
 #endif
-      }
+    }
+    Read next;
+    read(next, w, row_of, warp * PIECE + t * OWN, warp * PIECE + t * OWN < padded);
+
+    for (int n0 = begin; n0 < end; n0 += TILES_N * 8) {
+      const int tiles = min(TILES_N, (end - n0 + 7) / 8);
+      float sum[2][TILES_N][4] = {};
+      for (int base = warp * PIECE; base < padded; base += WARPS * PIECE) {
+        const int column = base + t * OWN;
+        const Read now = next;
+        // Past the last piece the first again, for rows beyond those that share what is decoded.
+        const bool last = base + WARPS * PIECE >= padded;
+        const int following = (last ? warp : base / PIECE + WARPS) * PIECE + t * OWN;
+        read(next, w, row_of, following, following < padded && !(last && n0 + TILES_N * 8 >= end));
+        float scale[4];
 #pragma unroll
-      for (int two = 0; two < OWN / 8; two++) {  // 8 of a lane's columns: two products' depth
-        u32 a[2][2][4];                          // step, rows of W: g and g + 8, or g + 16 and g + 24
+        for (int i = 0; i < 4; i++) {
+#if WEIGHTS == 4
+          scale[i] = double_quant ? __fadd_rn(__fmul_rn(scales[now.scale[i] & 255], now.group[i]), own[i])
+                                  : __uint_as_float(now.scale[i]);
+#else
+          scale[i] = own[i];
+#endif
+        }
 #pragma unroll
-        for (int s = 0; s < 2; s++)
+        for (int two = 0; two < OWN / 8; two++) {  // 8 of a lane's columns: two products' depth
+          u32 a[2][2][4];                          // step, rows of W: g and g + 8, or g + 16 and g + 24
 #pragma unroll
-          for (int i = 0; i < 4; i++) decode(a[s][i / 2][i % 2], a[s][i / 2][2 + i % 2], now.bytes[i], two * 2 + s, scale[i], table);
+          for (int s = 0; s < 2; s++)
 #pragma unroll
-        for (int n = 0; n < TILES_N; n++) {
-          if (n < tiles) {
-            const int row = n0 + n * 8 + g;
-            uint4 b = make_uint4(0, 0, 0, 0);
-            if (row < end && column + two * 8 < K) b = *(const uint4 *)(x + (u64)row * stride + column + two * 8);
+            for (int i = 0; i < 4; i++) decode(a[s][i / 2][i % 2], a[s][i / 2][2 + i % 2], now.bytes[i], two * 2 + s, scale[i], table);
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-              multiply(sum[i][n], a[0][i][0], a[0][i][1], a[0][i][2], a[0][i][3], b.x, b.y);
-              multiply(sum[i][n], a[1][i][0], a[1][i][1], a[1][i][2], a[1][i][3], b.z, b.w);
+          for (int n = 0; n < TILES_N; n++) {
+            if (n < tiles) {
+              const int row = n0 + n * 8 + g;
+              uint4 b = make_uint4(0, 0, 0, 0);
+              if (row < end && column + two * 8 < K) b = *(const uint4 *)(x + (u64)row * stride + column + two * 8);
+#pragma unroll
+              for (int i = 0; i < 2; i++) {
+                multiply(sum[i][n], a[0][i][0], a[0][i][1], a[0][i][2], a[0][i][3], b.x, b.y);
+                multiply(sum[i][n], a[1][i][0], a[1][i][1], a[1][i][2], a[1][i][3], b.z, b.w);
+              }
             }
           }
         }
       }
-    }
-    for (int r0 = warp * 16; r0 < R; r0 += WARPS * 16) {  // the low-rank columns, behind the rows
-      u32 a[2][4];
-      const int r = r0 + t * 2;
+      for (int r0 = warp * 16; r0 < R; r0 += WARPS * 16) {  // the low-rank columns, behind the rows
+        u32 a[2][4];
+        const int r = r0 + t * 2;
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const u16 *at = factor + ((u64)expert * N + m[i]) * R + r;
-        a[i / 2][i % 2] = r < R ? *(const u32 *)at : 0;
-        a[i / 2][2 + i % 2] = r + 8 < R ? *(const u32 *)(at + 8) : 0;
+        for (int i = 0; i < 4; i++) {
+          const u16 *at = factor + ((u64)expert * N + m[i]) * R + r;
+          a[i / 2][i % 2] = r < R ? *(const u32 *)at : 0;
+          a[i / 2][2 + i % 2] = r + 8 < R ? *(const u32 *)(at + 8) : 0;
+        }
+#pragma unroll
+        for (int n = 0; n < TILES_N; n++) {
+          if (n < tiles) {
+            const int row = n0 + n * 8 + g;
+            const u16 *at = x + (u64)row * stride + K + r;
+            const u32 b0 = row < end && r < R ? *(const u32 *)at : 0, b1 = row < end && r + 8 < R ? *(const u32 *)(at + 8) : 0;
+#pragma unroll
+            for (int i = 0; i < 2; i++) multiply(sum[i][n], a[i][0], a[i][1], a[i][2], a[i][3], b0, b1);
+          }
+        }
       }
 #pragma unroll
       for (int n = 0; n < TILES_N; n++) {
         if (n < tiles) {
-          const int row = n0 + n * 8 + g;
-          const u16 *at = x + (u64)row * stride + K + r;
-          const u32 b0 = row < end && r < R ? *(const u32 *)at : 0, b1 = row < end && r + 8 < R ? *(const u32 *)(at + 8) : 0;
 #pragma unroll
-          for (int i = 0; i < 2; i++) multiply(sum[i][n], a[i][0], a[i][1], a[i][2], a[i][3], b0, b1);
+          for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) sums[warp][n * 8 + t * 2 + j % 2][i * 16 + j / 2 * 8 + g] = sum[i][n][j];
         }
       }
-    }
+      __syncthreads();
+      for (int i = tid; i < tiles * 8 * (TILE_M / 2); i += THREADS) {
+        const int row = i / (TILE_M / 2), column = i % (TILE_M / 2) * 2;
+        if (n0 + row < end && m0 + column < N) {
+          float first = 0, second = 0;
 #pragma unroll
-    for (int n = 0; n < TILES_N; n++) {
-      if (n < tiles) {
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-          for (int j = 0; j < 4; j++) sums[warp][n * 8 + t * 2 + j % 2][i * 16 + j / 2 * 8 + g] = sum[i][n][j];
-      }
-    }
-    __syncthreads();
-    for (int i = tid; i < tiles * 8 * (TILE_M / 2); i += THREADS) {
-      const int row = i / (TILE_M / 2), column = i % (TILE_M / 2) * 2;
-      if (n0 + row < end && m0 + column < N) {
-        float first = 0, second = 0;
-#pragma unroll
-        for (int k = 0; k < WARPS; k++) {
-          first += sums[k][row][column];
-          second += sums[k][row][column + 1];
+          for (int k = 0; k < WARPS; k++) {
+            first += sums[k][row][column];
+            second += sums[k][row][column + 1];
+          }
+          *(u32 *)(out + (u64)(n0 + row) * N + m0 + column) = rounded(first, second);
         }
-        *(u32 *)(out + (u64)(n0 + row) * N + m0 + column) = rounded(first, second);
       }
+      __syncthreads();
     }
-    __syncthreads();
   }
 }

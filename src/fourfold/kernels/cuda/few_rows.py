@@ -12,6 +12,7 @@ from fourfold.formats.codebooks import absmax_codes, four_bit_codes
 from fourfold.kernels.cuda import compile as compiled
 
 THREADS, TILE_M = 128, 32
+MAX_EXPERTS = 65535  # of a grid's second side
 
 
 @functools.cache
@@ -55,8 +56,10 @@ def refusal(
         return "it multiplies with packed weights"
     if not aligned:
         return "it wants weights at a multiple of 16 bytes"
-    if fmt.is_4bit and fmt.blocksize % 32:
-        return f"it reads blocks of a multiple of 32 weights, not of {fmt.blocksize}"
+    if fmt.is_4bit and (fmt.blocksize < 32 or fmt.blocksize & (fmt.blocksize - 1)):
+        return f"it reads blocks of 32 weights or more, by powers of two, not of {fmt.blocksize}"
+    if shape.experts > MAX_EXPERTS:
+        return f"it takes {MAX_EXPERTS} experts at most, not {shape.experts}"
     multiple = 8 if fmt.is_4bit else 16
     if shape.columns % multiple or shape.rows % 2:
         return (
@@ -86,6 +89,11 @@ def _launcher(bits: int, dtype: torch.dtype, device: int) -> compiled.Launcher:
     return found
 
 
+def _tiles_of_a_block(rows: int) -> int:
+    """A block makes tables first: where there are blocks for all processors anyway, it uses them longer."""
+    return 1 if rows < 32 else 4
+
+
 def few_rows_product(
     x_Sc: torch.Tensor, stack: PackedStack, offsets_E: torch.Tensor, factor_ENR: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -101,13 +109,17 @@ def few_rows_product(
         ``[S, N]``.
 
     Raises:
-        ValueError: offsets of another dtype, or tensors on different devices.
+        ValueError: offsets or factors of another dtype, too few offsets, tensors on different devices.
     """
     if offsets_E.dtype != torch.int32:
         raise ValueError(f"offsets have to be int32, not {offsets_E.dtype}")
     others = {t.device for t in (stack.data, offsets_E, factor_ENR) if t is not None} - {x_Sc.device}
     if others:
         raise ValueError(f"rows are on {x_Sc.device}, weights or offsets on {', '.join(map(str, others))}")
+    if factor_ENR is not None and factor_ENR.dtype != x_Sc.dtype:
+        raise ValueError(f"rows are {x_Sc.dtype}, factors {factor_ENR.dtype}")
+    if offsets_E.numel() != stack.shape.experts:
+        raise ValueError(f"{offsets_E.numel()} offsets of {stack.shape.experts} experts")
     fmt, shape, device, S = stack.fmt, stack.shape, x_Sc.device, x_Sc.shape[0]
     E, N, K = shape.experts, shape.rows, shape.columns
     R = 0 if factor_ENR is None else factor_ENR.shape[2]
@@ -133,15 +145,15 @@ def few_rows_product(
     with torch.cuda.device_of(x_Sc):
         index = x_Sc.get_device()
         _launcher(4 if fmt.is_4bit else 8, x_Sc.dtype, index)(
-            (-(-N // TILE_M), min(E, S), 1),
+            (-(-N // TILE_M // _tiles_of_a_block(S)), min(E, S), 1),
             THREADS,
             0,
             compiled.stream(index),
             (),
             [t.data_ptr() for t in used],
             (
-                E, N, K, R, x_Sc.stride(0), row_bytes, max(fmt.blocksize, 1), stored, part_rows, groups,
-                int(fmt.double_quant),
+                E, N, K, R, x_Sc.stride(0), row_bytes, fmt.blocksize.bit_length() - 1, stored, part_rows,
+                groups, int(fmt.double_quant),
             ),
         )  # fmt: skip
     return out_SN
