@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 BASE: dict[str, Any] = {
+    "lora_target_parameters": ["all"],
     "adapter": "qlora",
     "load_in_4bit": True,
     "lora_r": 16,

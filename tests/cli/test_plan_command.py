@@ -104,3 +104,12 @@ def test_bad_input_is_answered(
 def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "./nothing-here"]) == 2
     assert "base_model: there is no folder ./nothing-here" in capsys.readouterr().err
+
+
+def test_a_dense_model_is_planned_without_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.dense().save_pretrained(tmp_path)
+    status, data = _json(capsys, str(tmp_path))
+    assert status == 0
+    assert data["settings"]["target_parameters"] == []
+    assert main(["plan", str(tmp_path), "lora_target_parameters=all"]) == 2
+    assert "dense" in capsys.readouterr().err

@@ -26,6 +26,7 @@ OF_A_MODEL: dict[str, Any] = {
     "load_in_4bit": True,
     "sequence_len": 2048,
     "gradient_checkpointing": True,
+    "lora_target_parameters": ["all"],
     "optimizer": "adamw_torch_fused",
     "datasets": [{"path": "-"}],
 }
@@ -61,7 +62,8 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     card = None if args.gpu is None else parse_size(args.gpu)
     if args.cpu and (args.gpu or args.capability):
         raise ConfigurationError("--cpu: contradicts --gpu and --capability. Keep one of them.")
-    config = _config(args)
+    is_run = Path(args.model).suffix in (".yaml", ".yml")
+    config = _config(args, is_run)
     from fourfold.cli.libraries import quiet
 
     quiet(args.debug)
@@ -80,7 +82,14 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
             capability = capability or torch.cuda.get_device_capability()
             card = card or torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         target = Target("cuda", capability or (8, 0))
-    planner, settings = planner_of(config, target)
+    try:
+        planner, settings = planner_of(config, target)
+    except ConfigurationError as error:
+        # (a bare model's experts are trained where it has any that can be; nobody has asked for them)
+        asked = is_run or any(text.startswith("lora_target_parameters") for text in args.overrides)
+        if asked or not str(error).startswith("lora_target_parameters"):
+            raise
+        planner, settings = planner_of(config.model_copy(update={"lora_target_parameters": []}), target)
     plan = planner.plan(settings, both=True)
     fits = None if card is None else plan.peak <= room(card)
     suggestions = suggest(planner, settings, room(card)) if card is not None and not fits else []
@@ -94,11 +103,11 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     return Outcome(SAYS_NO if fits is False else DONE, data)
 
 
-def _config(args: argparse.Namespace) -> TrainConfig:
+def _config(args: argparse.Namespace, is_run: bool) -> TrainConfig:
     """The run: of the file, or of a model with the settings of `OF_A_MODEL`."""
     from fourfold.training.read_config import examine, examine_values
 
-    if Path(args.model).suffix in (".yaml", ".yml"):
+    if is_run:
         examined = examine(args.model, args.overrides)
     else:
         examined = examine_values({"base_model": args.model, **OF_A_MODEL}, args.overrides)
