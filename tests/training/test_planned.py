@@ -105,3 +105,12 @@ def test_a_run_out_of_memory_says_what_the_plan_suggests(
     monkeypatch.setattr(planned.Memory, "advice", lambda self: "Do as the plan says.")
     with pytest.raises(TrainingError, match=r"CUDA out of memory.*Do as the plan says. Nothing was saved"):
         run_module.run(config, quiet())
+
+
+def test_modules_trained_as_a_whole_are_counted(settings: Settings) -> None:
+    without, with_head = (
+        planner_of(TrainConfig(**settings(lora_modules_to_save=names)), CPU) for names in (None, ["lm_head"])
+    )
+    plans = [planner.plan(planned) for planner, planned in (without, with_head)]
+    assert plans[1].trained - plans[0].trained == 32 * 64
+    assert plans[1].optimizer - plans[0].optimizer == 8 * 32 * 64

@@ -45,6 +45,7 @@ class Settings:
         r: rank.
         rank_pattern: other ranks by name.
         exclude_modules: not wrapped though a target.
+        modules_to_save: modules trained as a whole, in fp32.
         batch: examples in a micro batch.
         length: tokens of each.
         accumulation: micro batches in a step.
@@ -61,6 +62,7 @@ class Settings:
     r: int = 8
     rank_pattern: tuple[tuple[str, int], ...] = ()
     exclude_modules: tuple[str, ...] | str | None = None
+    modules_to_save: tuple[str, ...] = ()
     batch: int = 1
     length: int = 2048
     accumulation: int = 1
@@ -230,6 +232,7 @@ class Planner:
                 target_parameters=list(parameters),
                 rank_pattern=dict(settings.rank_pattern),
                 exclude_modules=list(excluded) if isinstance(excluded, tuple) else excluded,
+                modules_to_save=list(settings.modules_to_save) or None,
             )
 
     def plan(self, settings: Settings, *, both: bool = False) -> Plan:
@@ -316,6 +319,7 @@ def _adapters_key(settings: Settings) -> tuple[Any, ...]:
         settings.r,
         settings.rank_pattern,
         settings.exclude_modules,
+        settings.modules_to_save,
     )
 
 

@@ -52,6 +52,7 @@ def settings_of(
         r=config.lora_r,
         rank_pattern=tuple((config.lora_rank_pattern or {}).items()),
         exclude_modules=fixed(config.lora_exclude_modules),
+        modules_to_save=tuple(config.lora_modules_to_save or ()),
         batch=config.micro_batch_size,
         length=config.sequence_len,
         accumulation=config.gradient_accumulation_steps,
