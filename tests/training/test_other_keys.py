@@ -68,8 +68,8 @@ def test_the_same_within_a_dataset(tmp_path: Path, key: str) -> None:
 
 
 def test_a_value_is_no_false_for_looking_like_it(tmp_path: Path) -> None:
-    [problem] = look(tmp_path, {"sample_packing": 0}).problems
-    assert problem.key == "sample_packing"
+    [problem] = look(tmp_path, {"sample_packing_sequentially": 0}).problems
+    assert problem.key == "sample_packing_sequentially"
     [problem] = look(tmp_path, {"context_parallel_size": True}).problems
     assert problem.key == "context_parallel_size"
 
@@ -209,7 +209,7 @@ def test_the_shipped_file_fits_the_schema_and_wrong_ones_do_not() -> None:
         {"lora_r": 0},
         {"lora_r": True},
         {"lr_scheduler": "cosin"},
-        {"sample_packing": True},
+        {"sample_packing_sequentially": True},
         {"datasets": []},
         {"datasets": [{"path": "x", "splt": "y"}]},
         {"special_tokens": {"pad": "x"}},

@@ -43,6 +43,8 @@ def complaints(tmp_path: Path, text: str, *overrides: str) -> list[str]:
 
 # Every key, with a value that is not its default.
 EVERY_KEY: dict[str, tuple[str, Any]] = {
+    "sample_packing": ("true", True),
+    "eval_sample_packing": ("true", True),
     "base_model": ("a/b", "a/b"),
     "adapter": ("lora", "lora"),
     "load_in_4bit": ("false", False),

@@ -43,6 +43,7 @@ class Tokenized:
         largest_id: the largest token id.
         digest: a hash of ids and labels, in their order.
         first: the index of the first conversation that is in ``dataset``.
+        packed: several examples a row (see packing.py), where that is asked for.
     """
 
     dataset: Any
@@ -53,11 +54,19 @@ class Tokenized:
     largest_id: int
     digest: str
     first: int
+    packed: Any = None
+
+    @property
+    def rows(self) -> Any:
+        """What the trainer draws from: packed rows, or examples."""
+        return self.dataset if self.packed is None else self.packed
 
     def to_dict(self) -> dict[str, int]:
         """Counts only."""
+        packed = {} if self.packed is None else {"packed_rows": len(self.packed)}
         return {
             "examples": len(self.dataset),
+            **packed,
             "truncated": self.truncated,
             "dropped": self.dropped,
             "tokens": self.tokens,

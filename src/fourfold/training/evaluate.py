@@ -21,6 +21,7 @@ from torch import nn
 
 from fourfold.errors import TrainingError
 from fourfold.training.data import IGNORED
+from fourfold.training.packing import fill
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def evaluate_answers(
     dataset: Any,
     collate: Callable[[list[dict[str, list[int]]]], dict[str, torch.Tensor]],
     batch_size: int,
+    packed: tuple[Callable[[list[dict[str, list[int]]]], dict[str, Any]], int] | None = None,
 ) -> AnswerLosses:
     """The loss of ``model`` on each answer of ``dataset`` (``input_ids``, ``labels`` not shifted, -100
     elsewhere).
@@ -121,6 +123,7 @@ def evaluate_answers(
         dataset: rows with ``input_ids`` and ``labels``.
         collate: makes a right-padded batch of rows.
         batch_size: how many answers at once; the result does not depend on it.
+        packed: instead, a collator that lays rows end to end, and the most tokens of a batch.
 
     Raises:
         TrainingError: a loss is not finite; the message names the row.
@@ -129,12 +132,18 @@ def evaluate_answers(
     order = sorted(range(len(rows)), key=lambda index: (len(rows[index]["input_ids"]), index))
     losses = [0.0] * len(rows)
     tokens = [0] * len(rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if packed is not None:
+        batches = list(fill(lengths, order, packed[1]))
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            for index, loss, count in zip(
-                chosen, *_batch_losses(model, collate([rows[i] for i in chosen])), strict=True
-            ):
+        for chosen in batches:
+            members = [rows[i] for i in chosen]
+            if packed is not None:
+                found = _packed_losses(model, packed[0](members), [lengths[i] for i in chosen])
+            else:
+                found = _batch_losses(model, collate(members))
+            for index, loss, count in zip(chosen, *found, strict=True):
                 if not math.isfinite(loss):
                     raise TrainingError(f"The loss on held-out row {index} is {loss}. Are the weights sound?")
                 losses[index], tokens[index] = loss, count
@@ -162,6 +171,27 @@ def _batch_losses(model: Any, batch: dict[str, torch.Tensor]) -> tuple[list[floa
         counts.append(int(kept.sum()))
         means.append(float(loss) / counts[-1])
     return means, counts
+
+
+def _packed_losses(
+    model: Any, batch: dict[str, Any], lengths: Sequence[int]
+) -> tuple[list[float], list[int]]:
+    """As ``_batch_losses``, of examples laid end to end in one row."""
+    device = next(model.parameters()).device
+    labels_T = batch.pop("labels")[0, 1:].to(device)
+    positions_P = (labels_T != IGNORED).nonzero().squeeze(1)
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    if _takes_positions(model):
+        logits_PV = model(**inputs, use_cache=False, logits_to_keep=positions_P).logits[0]
+    else:
+        logits_PV = model(**inputs, use_cache=False).logits[0, positions_P]
+    losses_P = nn.functional.cross_entropy(logits_PV.float(), labels_T[positions_P], reduction="none")
+    # The position before a token predicts it: an example's first one is predicted by none of its own.
+    ends = torch.tensor(lengths, device=device).cumsum(0) - 1
+    owner_P = torch.searchsorted(ends, positions_P, right=True)
+    sums = torch.zeros(len(lengths), device=device).index_add_(0, owner_P, losses_P)
+    counts = torch.bincount(owner_P, minlength=len(lengths))
+    return (sums / counts).tolist(), counts.tolist()
 
 
 def _takes_positions(model: Any) -> bool:

@@ -24,6 +24,7 @@ _ATTENTION = "attention is that of transformers: see attn_implementation"
 _MEMORY = "it stays on the GPU: the same results, more memory"
 _ONE_PROCESS = "a run is one process on one GPU, so there is nothing to set"
 _COMPILED = "a run is not compiled: the same results"
+_PACKED = "with sample_packing the whole training set is packed by best fit, once"
 _SHOWN = "tokens a second are always shown and in report.json"
 
 # Key -> what happens instead.
@@ -81,7 +82,10 @@ DIFFERENT: dict[str, str] = {
     "remove_unused_columns": "the trainer gets token ids and labels, whatever columns the data have",
     "group_by_length": "examples of similar length always share a batch; their order hangs on seed and epoch",
     "pad_to_sequence_len": "batches are padded to their longest example: the same results, fewer tokens",
-    "eval_sample_packing": "held-out examples are evaluated in padded batches: the same results",
+    "sample_packing_group_size": _PACKED,
+    "sample_packing_bin_size": _PACKED,
+    "multipack_real_batches": "the rows of a batch are laid end to end: the same results",
+    "batch_flattening": "without sample_packing batches are padded: the same results",
     "eot_tokens": "what the chat template writes after an answer is trained, its end token included",
     "ddp": _ONE_PROCESS,
     "ddp_timeout": _ONE_PROCESS,
@@ -132,10 +136,6 @@ class NotYet:
     off: tuple[Any, ...] = (False,)
 
 
-_PACKING = NotYet(
-    "several examples in one row of a batch",
-    "Set sample_packing: false; batches are then padded, and hold micro_batch_size examples each.",
-)
 _CARDS = NotYet("training on more than one GPU", "Drop the key to train on one GPU.")
 _DEGREE = NotYet(_CARDS.what, _CARDS.remedy, (False, 0, 1))
 _PREFERENCE = NotYet("training on preferences or rewards", "Fourfold trains on conversations (datasets).")
@@ -160,12 +160,7 @@ _NAMED = NotYet("taking it from elsewhere than base_model", "Drop the key.")
 
 # Key -> what is missing.
 NOT_YET: dict[str, NotYet] = {
-    "sample_packing": _PACKING,
-    "sample_packing_group_size": _PACKING,
-    "sample_packing_bin_size": _PACKING,
-    "sample_packing_sequentially": _PACKING,
-    "multipack_real_batches": _PACKING,
-    "batch_flattening": _PACKING,
+    "sample_packing_sequentially": NotYet("packing in the files' order", "Drop it: the longest come first."),
     "curriculum_sampling": _DATA,
     "fsdp": NotYet(_CARDS.what, _CARDS.remedy, (False, [])),
     "fsdp_config": _CARDS,

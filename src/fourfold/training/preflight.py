@@ -21,6 +21,8 @@ from fourfold.errors import ConfigurationError
 from fourfold.loading.paths import ensure_reachable, is_meant_as_path
 from fourfold.training.contradictions import ignored_within
 from fourfold.training.data import Tokenized, load_conversations, tokenize
+from fourfold.training.isolation import check_isolation
+from fourfold.training.packing import pack
 from fourfold.training.records import Conversation, Messages
 from fourfold.training.remarks import needed_packages
 from fourfold.training.resume import check_unchanged, find_checkpoint, fixed_settings, run_settings
@@ -79,6 +81,8 @@ def check(config: TrainConfig) -> Checked:
     skeleton = make_skeleton(config, quantization_config)
     modules, parameters = find_targets(config, skeleton)
     check_patterns(config, skeleton, modules, parameters)
+    if config.sample_packing or config.eval_sample_packing:
+        check_isolation(config.base_model, config.attention)
     tokenizer = load_tokenizer(config.base_model, config.special_tokens)
     tokenizer.chat_template = choose_template(config, tokenizer)
     cut = (config.sequence_len, "datasets", config.excess_length_strategy)
@@ -88,7 +92,9 @@ def check(config: TrainConfig) -> Checked:
         cut = (config.sequence_len, "held-out data", config.excess_length_strategy)
         tokenized_held_out = tokenize(held_out, tokenizer, *cut)
     check_vocabulary(tokenizer, skeleton, (tokenized, tokenized_held_out))
-    check_steps(config, len(tokenized.dataset))
+    if config.sample_packing:
+        tokenized.packed = pack(tokenized.dataset, config.sequence_len)
+    check_steps(config, len(tokenized.rows))
     bf16 = resolve_bf16(config)
     settings = run_settings(config, modules, parameters, bf16, tokenized.digest)
     if checkpoint is not None:

@@ -36,6 +36,7 @@ FIXED = (
     "peft_init_lora_weights",
     "sequence_len",
     "excess_length_strategy",
+    "sample_packing",
     "micro_batch_size",
     "gradient_accumulation_steps",
     "optimizer",

@@ -32,6 +32,8 @@ from fourfold.training.callbacks import (
     peak_memory,
 )
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
+from fourfold.training.isolation import refuse_leaks
+from fourfold.training.packing import packing_collator
 from fourfold.training.preflight import Checked, check
 from fourfold.training.resume import RunFile, step_of
 from fourfold.training.schema import TrainConfig
@@ -67,27 +69,31 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         checked = check(config)
     with clock("loading and packing the model"):
         model, packed = load(config, checked)
-    collate = make_collator(checked.tokenizer)
+    collate, flatten = make_collator(checked.tokenizer), packing_collator(checked.tokenizer)
 
     def evaluate(what: str) -> AnswerLosses | None:
         if checked.held_out is None:
             return None
         with clock(f"{what}: {len(checked.held_out.dataset)} held-out answers", "evaluation"):
             size = config.eval_batch_size or config.micro_batch_size * EVALUATION_BATCHES
-            return evaluate_answers(model, checked.held_out.dataset, collate, size)
+            packed = (flatten, config.sequence_len) if config.eval_sample_packing else None
+            return evaluate_answers(model, checked.held_out.dataset, collate, size, packed)
 
     before = evaluate("before training")
     with clock("a sample answer", "samples"):
         answer_before = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
 
     model, lost = with_adapters(model, config, checked), None
+    if config.sample_packing or config.eval_sample_packing:
+        refuse_leaks(model)  # with the layers and kernels that are really there
     if config.peft_init_lora_weights == "loftq" and checked.checkpoint is None:
         with clock("fitting adapters to what packing lost"):
             lost = fourfold.loftq_init(model)
     curve = Curve()
     if before is not None:
         curve.held_out.append((0, before.mean))
-    trainer = make_trainer(model, config, checked, collate, curve, console, evaluate)
+    batch_of = flatten if config.sample_packing else collate
+    trainer = make_trainer(model, config, checked, batch_of, curve, console, evaluate)
     with clock("training", "training (evaluations and checkpoints included)", announce=False):
         train(trainer, checked.checkpoint)
     output = Path(config.output_dir)
@@ -180,7 +186,7 @@ def make_trainer(
     evaluate: Any,
 ) -> MoeTrainer:
     """The trainer with our callbacks and without the printing of its own."""
-    examples = len(checked.train.dataset)
+    examples = len(checked.train.rows)
     arguments = trainer_arguments(
         config, bf16=checked.bf16, use_cpu=not torch.cuda.is_available(), examples=examples
     )
@@ -189,7 +195,7 @@ def make_trainer(
         model=model,
         args=arguments,
         data_collator=collate,
-        train_dataset=checked.train.dataset,
+        train_dataset=checked.train.rows,
         processing_class=checked.tokenizer,
     )
     trainer.remove_callback(PrinterCallback)

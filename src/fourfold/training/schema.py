@@ -216,8 +216,18 @@ class TrainConfig(Strict):
         "drop",
         description="`drop`, `truncate` or `raise`: what becomes of examples longer than sequence_len",
     )
+    sample_packing: bool = Field(
+        False,
+        description="true: rows of sequence_len tokens hold several examples, each as if it were alone; "
+        "a model in which they would see each other is refused",
+    )
+    eval_sample_packing: bool | None = Field(
+        None, description="true: held-out examples packed too; the same losses, by fewer batches"
+    )
 
-    micro_batch_size: Positive = Field(1, description="a positive whole number of examples")
+    micro_batch_size: Positive = Field(
+        1, description="a positive whole number of examples (of rows, with sample_packing)"
+    )
     eval_batch_size: Positive | None = Field(
         None, description="a positive whole number of held-out examples; absent means 4 micro batches"
     )

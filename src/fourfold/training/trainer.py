@@ -91,7 +91,9 @@ class MoeTrainer(SFTTrainer):
         Raises:
             TrainingError: the loss is NaN or infinite.
         """
-        self.tokens_seen += int(inputs["attention_mask"].sum())
+        # (without a mask nothing is padding: packed rows lie end to end)
+        mask = inputs.get("attention_mask")
+        self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(float(loss)):
             blame = "the last update has ruined the adapters, or a row is damaged"
