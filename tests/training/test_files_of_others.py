@@ -147,7 +147,10 @@ def test_each_key_is_done_said_or_refused(tmp_path: Path) -> None:
     assert asked <= done | said | {"fsdp_config"}
 
 
-def test_such_a_file_is_trained(tmp_path: Path, moe_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_such_a_file_is_trained(
+    tmp_path: Path, moe_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # dataset_prepared_path is relative
     words = {"user": "human", "assistant": "gpt"}
     records = [
         {
@@ -171,6 +174,8 @@ def test_such_a_file_is_trained(tmp_path: Path, moe_folder: Path, capsys: pytest
     captured = capsys.readouterr()
     assert '"packed_rows": 4' in captured.out  # half of 32 examples, 4 to a row of 64 tokens
     assert '"steps": 1' in captured.out  # 4 rows a batch, 2 batches a step
-    for key in ("plugins", "evals_per_epoch", "eot_tokens", "dataset_prepared_path"):
+    for key in ("plugins", "evals_per_epoch", "eot_tokens"):
         assert f", {key}" in captured.err, key
+    [kept] = (tmp_path / "prepared").iterdir()
+    assert (kept / "train").is_dir()
     assert {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-1"}

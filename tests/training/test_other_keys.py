@@ -10,11 +10,12 @@ import pytest
 import yaml
 
 from fourfold.errors import ConfigurationError
+from fourfold.training.dataset_keys import DatasetConfig
 from fourfold.training.json_schema import json_schema
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, ELSEWHERE, NOT_YET, PLUGINS
 from fourfold.training.read_config import Examined, examine, load_config
 from fourfold.training.reference import render
-from fourfold.training.schema import DatasetConfig, TrainConfig
+from fourfold.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 BASE: dict[str, Any] = {
@@ -90,7 +91,7 @@ def test_plugins_are_known_one_by_one(tmp_path: Path) -> None:
         ({"tokenizer_type": "LlamaTokenizer"}, "tokenizer_type", "`LlamaTokenizer`"),
         ({"attn_implementation": "someone/kernel"}, "attn_implementation", "kernels from the hub"),
         ({"save_strategy": "best"}, "save_strategy", "`best`"),
-        ({"datasets": [{"path": "d", "type": "alpaca"}]}, "datasets.0.type", "`alpaca`"),
+        ({"datasets": [{"path": "d", "type": "context_qa"}]}, "datasets.0.type", "`context_qa`"),
     ],
 )
 def test_values_that_are_not_yet(tmp_path: Path, changes: dict[str, Any], key: str, what: str) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from fourfold.errors import ConfigurationError
-from fourfold.training.data import IGNORED
+from fourfold.training.encode import IGNORED
 from fourfold.training.evaluate import evaluate_answers
 from fourfold.training.isolation import check_isolation, refuse_leaks
 from fourfold.training.packing import fill, pack, packing_collator

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fourfold.errors import TrainingError
-from fourfold.training.data import IGNORED
+from fourfold.training.encode import IGNORED
 from fourfold.training.packing import fill
 
 
@@ -199,13 +199,10 @@ def _takes_positions(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
-def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int = 64) -> str:
-    """The model's greedy answer to a conversation."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(
-        next(model.parameters()).device
-    )
-    inputs.pop("token_type_ids", None)
+def answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int = 64) -> str:
+    """The model's greedy answer to the tokens of a prompt."""
+    ids_BT = torch.tensor([ids], device=next(model.parameters()).device)
+    inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
     with evaluating(model):
         output = model.generate(
             **inputs,

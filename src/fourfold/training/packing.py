@@ -12,6 +12,7 @@ The first label of each example is -100: nothing before an example predicts it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,16 +38,23 @@ def pack(dataset: Any, sequence_len: int) -> Any:
         order, and ``length``, their sum. Every example is in it once.
     """
     examples = dataset.select_columns(list(COLUMNS))
+    # (in memory: else it would write a file of its own beside one that is kept)
+    options = {"batch_size": GROUP, "load_from_cache_file": False, "keep_in_memory": True}
+    with without_bars():
+        packed = pack_dataset(examples, sequence_len, "bfd", options)
+    return packed.add_column("length", [len(ids) for ids in packed["input_ids"]])
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the progress bars of `datasets`."""
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        packed = pack_dataset(
-            examples, sequence_len, "bfd", {"batch_size": GROUP, "load_from_cache_file": False}
-        )
+        yield
     finally:
         if shown:
             datasets.enable_progress_bars()
-    return packed.add_column("length", [len(ids) for ids in packed["input_ids"]])
 
 
 def packing_collator(tokenizer: Any) -> DataCollatorForLanguageModeling:

@@ -20,10 +20,11 @@ import torch
 from fourfold.errors import ConfigurationError
 from fourfold.loading.paths import ensure_reachable, is_meant_as_path
 from fourfold.training.contradictions import ignored_within
-from fourfold.training.data import Tokenized, load_conversations, tokenize
+from fourfold.training.data import Tokenized, load_records
+from fourfold.training.encode import Sample
 from fourfold.training.isolation import check_isolation
 from fourfold.training.packing import pack
-from fourfold.training.records import Conversation, Messages
+from fourfold.training.prepared import prepare_data, templates_of
 from fourfold.training.remarks import needed_packages
 from fourfold.training.resume import check_unchanged, find_checkpoint, fixed_settings, run_settings
 from fourfold.training.schema import TrainConfig
@@ -41,8 +42,8 @@ class Checked:
         tokenizer: the base model's.
         train: tokenized training conversations.
         held_out: tokenized held-out conversations, if any.
-        sample: the turns before one answer, to show before and after; held out if anything is.
-        reference: the answer in the data.
+        sample: one question, to be answered before and after; held out if anything is.
+        bad: place and problem of each record that was left out.
         quantization_config: for ``from_pretrained``; None where nothing is to be quantized or the checkpoint
         is packed.
         target_modules: LoRA targets among the modules; text is a regular expression, or "all-linear".
@@ -55,8 +56,8 @@ class Checked:
     tokenizer: Any
     train: Tokenized
     held_out: Tokenized | None
-    sample: Messages
-    reference: str
+    sample: Sample
+    bad: list[str]
     quantization_config: Any
     target_modules: list[str] | str
     target_parameters: list[str]
@@ -76,7 +77,8 @@ def check(config: TrainConfig) -> Checked:
     if checkpoint is not None:
         check_unchanged(checkpoint, fixed_settings(config))
     check_device(config)
-    train, held_out = load_conversations(config)
+    # (where they may be kept already, they are read once it is clear that they are not)
+    loaded = None if config.dataset_prepared_path is not None else load_records(config)
     quantization_config = make_quantization_config(config)
     skeleton = make_skeleton(config, quantization_config)
     modules, parameters = find_targets(config, skeleton)
@@ -84,13 +86,10 @@ def check(config: TrainConfig) -> Checked:
     if config.sample_packing or config.eval_sample_packing:
         check_isolation(config.base_model, config.attention)
     tokenizer = load_tokenizer(config.base_model, config.special_tokens)
+    templates = templates_of(config, tokenizer)
     tokenizer.chat_template = choose_template(config, tokenizer)
-    cut = (config.sequence_len, "datasets", config.excess_length_strategy)
-    tokenized = tokenize(train, tokenizer, *cut)
-    tokenized_held_out = None
-    if held_out:
-        cut = (config.sequence_len, "held-out data", config.excess_length_strategy)
-        tokenized_held_out = tokenize(held_out, tokenizer, *cut)
+    data = prepare_data(config, tokenizer, templates, loaded)
+    tokenized, tokenized_held_out = data.train, data.held_out
     check_vocabulary(tokenizer, skeleton, (tokenized, tokenized_held_out))
     if config.sample_packing:
         tokenized.packed = pack(tokenized.dataset, config.sequence_len)
@@ -100,16 +99,12 @@ def check(config: TrainConfig) -> Checked:
     if checkpoint is not None:
         check_unchanged(checkpoint, settings)
     check_writable(Path(config.output_dir))  # last: it makes the folder
-    shown = train[tokenized.first]
-    if tokenized_held_out is not None:
-        shown = held_out[tokenized_held_out.first]
-    sample, reference = sample_of(shown)
     return Checked(
         tokenizer=tokenizer,
         train=tokenized,
         held_out=tokenized_held_out,
-        sample=sample,
-        reference=reference,
+        sample=data.sample,
+        bad=data.bad,
         quantization_config=quantization_config,
         target_modules=modules,
         target_parameters=parameters,
@@ -282,9 +277,3 @@ def make_skeleton(config: TrainConfig, quantization_config: Any) -> Any:
     from fourfold.loading.skeleton import build_skeleton
 
     return build_skeleton(config.base_model, quantization_config)
-
-
-def sample_of(conversation: Conversation) -> tuple[Messages, str]:
-    """The turns before the first answer to train on, and that answer."""
-    index = conversation.answers[0]
-    return conversation.messages[:index], conversation.messages[index]["content"]

@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from fourfold.training.dataset_keys import DatasetConfig, PromptFormat, Turn
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, NOT_YET, PLUGINS, NotYet
-from fourfold.training.schema import Checkpointing, DatasetConfig, SpecialTokens, TrainConfig, Turn
+from fourfold.training.schema import Checkpointing, SpecialTokens, TrainConfig
 
 HEAD = """\
 # Configuration
@@ -49,6 +50,7 @@ def render() -> str:
     for title, model in (
         ("An entry of `datasets` and `test_datasets`", DatasetConfig),
         ("`message_property_mappings`", Turn),
+        ("`type`, where it is a mapping", PromptFormat),
         ("`special_tokens`", SpecialTokens),
         ("`gradient_checkpointing_kwargs`", Checkpointing),
     ):

@@ -35,6 +35,7 @@ from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evalua
 from fourfold.training.isolation import refuse_leaks
 from fourfold.training.packing import packing_collator
 from fourfold.training.preflight import Checked, check
+from fourfold.training.records import left_out
 from fourfold.training.resume import RunFile, step_of
 from fourfold.training.schema import TrainConfig
 from fourfold.training.summary import RunResult, write_loss_curve, write_report
@@ -67,6 +68,8 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
     clock = _Clock(console)
     with clock("checking configuration, data and targets"):
         checked = check(config)
+    for line in left_out(checked.bad):
+        console.print(line, style="yellow", soft_wrap=True, highlight=False, markup=False)
     with clock("loading and packing the model"):
         model, packed = load(config, checked)
     collate, flatten = make_collator(checked.tokenizer), packing_collator(checked.tokenizer)
@@ -81,7 +84,7 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
 
     before = evaluate("before training")
     with clock("a sample answer", "samples"):
-        answer_before = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
+        answer_before = answer(model, checked.tokenizer, checked.sample.ids, SAMPLE_TOKENS)
 
     model, lost = with_adapters(model, config, checked), None
     if config.sample_packing or config.eval_sample_packing:
@@ -107,7 +110,7 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         if "mlflow" not in config.trackers:  # (its run has ended; another would be begun)
             trainer.log({"eval_loss": after.mean})
     with clock("a sample answer", "samples"):
-        answer_after = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
+        answer_after = answer(model, checked.tokenizer, checked.sample.ids, SAMPLE_TOKENS)
     facts = _facts(model, config, checked)
     if lost is not None:
         facts["adapters"]["loftq"] = lost.to_dict()["roles"]
@@ -120,8 +123,8 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         improvement=None if before is None or after is None else Improvement.between(before, after),
         curve=curve,
         sample={
-            "prompt": checked.sample[-1]["content"],
-            "reference": checked.reference,
+            "prompt": checked.sample.question,
+            "reference": checked.sample.reference,
             "before": answer_before,
             "after": answer_after,
         },
@@ -306,7 +309,7 @@ def _facts(model: Any, config: TrainConfig, checked: Checked) -> dict[str, Any]:
             "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trainable}),
         },
         "data": {
-            "train": checked.train.to_dict(),
+            "train": {**checked.train.to_dict(), "bad_records": len(checked.bad)},
             "held_out": None if held_out is None else held_out.to_dict(),
         },
         "peak_memory_bytes": peak_memory(),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.errors import ConfigurationError
+from fourfold.training.dataset_keys import DatasetConfig
 from fourfold.training.schema import SpecialTokens, TrainConfig
 
 # Turns between marks that many models know; written where a tokenizer brings no template of its own.
@@ -52,8 +53,8 @@ def load_tokenizer(name: str, special: SpecialTokens | None = None) -> Any:
     return tokenizer
 
 
-def choose_template(config: TrainConfig, tokenizer: Any) -> str | None:
-    """The chat template that ``chat_template`` means for this tokenizer.
+def choose_template(config: TrainConfig | DatasetConfig, tokenizer: Any) -> str | None:
+    """The chat template that ``chat_template`` means for this tokenizer: of a run, or of one dataset.
 
     Raises:
         ConfigurationError: it is written with tokens that the vocabulary lacks.
@@ -71,7 +72,7 @@ def choose_template(config: TrainConfig, tokenizer: Any) -> str | None:
     missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_vocab()]
     if missing:
         raise ConfigurationError(
-            f"chat_template: chatml is written with {missing[0]}, which {config.base_model} has no token "
-            "for. Use tokenizer_default, or jinja with chat_template_jinja."
+            f"chat_template: chatml is written with {missing[0]}, which {tokenizer.name_or_path} has no "
+            "token for. Use tokenizer_default, or jinja with chat_template_jinja."
         )
     return CHATML
