@@ -168,6 +168,7 @@ def fits(value: Any, schema: dict[str, Any], definitions: dict[str, Any]) -> boo
     }
     checks = {
         "anyOf": lambda x: any(fits(value, option, definitions) for option in x),
+        "oneOf": lambda x: sum(fits(value, option, definitions) for option in x) == 1,
         "type": lambda x: (
             isinstance(value, (int, float) if x == "number" else kinds[x])
             and (x == "boolean" or not isinstance(value, bool))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from fourfold.training.key_types import OneOrMore, PathText, Strict, Text, only
 
@@ -80,6 +80,13 @@ def _plain_type(value: Any) -> Any:
     return "chat_template" if value == "chat_template.default" else value
 
 
+_TypeName = Annotated[
+    Type,
+    only(TYPES, f"Write one of {', '.join(TYPES)}, or a mapping with `format`.", TYPES + OTHER_TYPES),
+    BeforeValidator(_plain_type),
+]
+
+
 class DatasetConfig(Strict):
     """Training data: a file, a folder of files, or a dataset on the hub.
 
@@ -93,14 +100,10 @@ class DatasetConfig(Strict):
         description="a local file (.jsonl, .json, .csv, .tsv, .txt, .parquet), a folder (of files, or one "
         "saved by `datasets`), or a dataset's id on the hub"
     )
-    type: (
-        PromptFormat
-        | Annotated[
-            Type,
-            only(TYPES, f"Write one of {', '.join(TYPES)}, or a mapping with `format`.", TYPES + OTHER_TYPES),
-            BeforeValidator(_plain_type),
-        ]
-    ) = Field(
+    type: Annotated[
+        Annotated[PromptFormat, Tag("mapping")] | Annotated[_TypeName, Tag("name")],
+        Discriminator(lambda value: "mapping" if isinstance(value, Mapping | PromptFormat) else "name"),
+    ] = Field(
         "chat_template",
         description="`chat_template` or `sharegpt` (turns), `alpaca`, `alpaca_chat`, `alpaca_chat.load_qa`, "
         "`alpaca_w_system.load_open_orca` (instructions), `prompt_completion`, `input_output` (segments), "
