@@ -98,7 +98,7 @@ def test_escape_sequences_in_data_are_shown(config: Path, tmp_path: Path, monkey
         (["base_model=./nowhere"], "there is no folder ./nowhere"),
         (["datasets.0.path=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["max_bad_records=0"], "line 121: empty"),
-        (["datasets.0.type=alpca"], "line 7, datasets.0.type"),
+        (["datasets.0.type=alpca"], "'alpca' is not one of 'chat_template'"),
     ],
 )
 def test_bad_input(config: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
