@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from fourfold.training.key_types import OneOrMore, PathText, Strict, Text, only
+from fourfold.training.templates import TEMPLATES
 
 # Who speaks, by the words for it in common files; `roles` replaces the table.
 Role = Literal["system", "user", "assistant", "tool"]
@@ -43,11 +44,6 @@ OTHER_TYPES = (
     "stepwise_supervised",
 )
 CHAT_TYPES = ("chat_template", "sharegpt")
-TEMPLATES = ("tokenizer_default", "tokenizer_default_fallback_chatml", "chatml", "jinja")
-Template = Annotated[
-    Literal["tokenizer_default", "tokenizer_default_fallback_chatml", "chatml", "jinja"],
-    only(TEMPLATES, "Write tokenizer_default for the model's own, or jinja with chat_template_jinja."),
-]
 Ends = Literal["turn", "all", "last", "none"]
 
 
@@ -142,7 +138,9 @@ class DatasetConfig(Strict):
     message_field_training: Text | None = Field(
         None, description="a field of turns that says, true or false, whether one is trained"
     )
-    chat_template: Template | None = Field(None, description="as the run's, for this dataset alone")
+    chat_template: Literal[TEMPLATES] | None = Field(  # type: ignore[valid-type]
+        None, description="as the run's, for this dataset alone"
+    )
     chat_template_jinja: PathText | None = Field(None, description="as the run's, for this dataset alone")
     drop_system_message: bool = Field(False, description="true: turns of the system are left out")
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fourfold.errors import TrainingError
+from fourfold.training import processes
 from fourfold.training.encode import IGNORED
 from fourfold.training.packing import fill
 
@@ -116,7 +117,7 @@ def evaluate_answers(
     packed: tuple[Callable[[list[dict[str, list[int]]]], dict[str, Any]], int] | None = None,
 ) -> AnswerLosses:
     """The loss of ``model`` on each answer of ``dataset`` (``input_ids``, ``labels`` not shifted, -100
-    elsewhere).
+    elsewhere), the batches shared out among the processes of the run.
 
     Args:
         model: a causal language model, with or without adapters.
@@ -137,7 +138,7 @@ def evaluate_answers(
     if packed is not None:
         batches = list(fill(lengths, order, packed[1]))
     with evaluating(model):
-        for chosen in batches:
+        for chosen in batches[processes.rank() :: processes.count()]:
             members = [rows[i] for i in chosen]
             if packed is not None:
                 found = _packed_losses(model, packed[0](members), [lengths[i] for i in chosen])
@@ -147,7 +148,9 @@ def evaluate_answers(
                 if not math.isfinite(loss):
                     raise TrainingError(f"The loss on held-out row {index} is {loss}. Are the weights sound?")
                 losses[index], tokens[index] = loss, count
-    return AnswerLosses(losses, tokens)
+    device = next(model.parameters()).device
+    everyone = processes.sum_of([*losses, *(float(count) for count in tokens)], device)
+    return AnswerLosses(everyone[: len(rows)], [round(count) for count in everyone[len(rows) :]])
 
 
 def _batch_losses(model: Any, batch: dict[str, torch.Tensor]) -> tuple[list[float], list[int]]:

@@ -32,7 +32,7 @@ _TOLERANCE = 1e-3  # of the largest logit, in fp32; a sound model is within 1e-6
 _REMEDY = "Set sample_packing: false"
 
 
-def check_isolation(name: str, attention: str | None) -> None:
+def check_isolation(name: str, attention: str | None, trust_remote_code: bool = False) -> None:
     """Refuse packing where a narrow model of the configuration of ``name`` lets examples see each other.
 
     Where no such model can be built or run, nothing is said: the loaded model is asked before its first step.
@@ -40,11 +40,12 @@ def check_isolation(name: str, attention: str | None) -> None:
     Args:
         name: the base model's folder or id.
         attention: the attention asked for; None for the model's own choice.
+        trust_remote_code: whether its configuration may be code of its own.
 
     Raises:
         ConfigurationError: says what leaks and what to set.
     """
-    model = narrow_model(read_config(name), attention)
+    model = narrow_model(read_config(name, trust_remote_code), attention)
     if model is not None:
         refuse_leaks(model)
 

@@ -67,6 +67,12 @@ def packing_collator(tokenizer: Any) -> DataCollatorForLanguageModeling:
     return DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=True)
 
 
+def lies_within(row: list[int], batch: list[int]) -> bool:
+    """Whether a row's tokens stand in a batch of rows laid end to end."""
+    begins = (at for at, token in enumerate(batch) if token == row[0])
+    return any(batch[at : at + len(row)] == row for at in begins)
+
+
 def fill(lengths: Sequence[int], order: Sequence[int], tokens: int) -> Iterator[list[int]]:
     """Indices of examples for each batch of up to ``tokens`` tokens, in the given order; none is empty."""
     batch: list[int] = []

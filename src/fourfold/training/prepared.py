@@ -62,7 +62,7 @@ def templates_of(config: TrainConfig, tokenizer: Any) -> dict[tuple[str, str | N
     """
     entries = [*config.datasets, *(config.test_datasets or ())]
     return {
-        (entry.chat_template, entry.chat_template_jinja): choose_template(entry, tokenizer)
+        (entry.chat_template, entry.chat_template_jinja): choose_template(config, tokenizer, entry)
         for entry in entries
         if entry.chat_template is not None
     }

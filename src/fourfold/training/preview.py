@@ -59,7 +59,7 @@ def preview(config: TrainConfig, count: int) -> Preview:
     """
     check_model_folder(config.base_model)
     loaded = None if config.dataset_prepared_path is not None else load_records(config)
-    tokenizer = load_tokenizer(config.base_model, config.special_tokens)
+    tokenizer = load_tokenizer(config.base_model, config.special_tokens, config.trust_remote_code)
     templates = templates_of(config, tokenizer)
     tokenizer.chat_template = choose_template(config, tokenizer)
     data = prepare_data(config, tokenizer, templates, loaded)
