@@ -82,12 +82,13 @@ def test_escape_sequences_in_data_are_shown(config: Path, tmp_path: Path, monkey
 
     shown = Shown([("\x1b]0;title\x07a\tb\n", False), ("c\x9b2J", True)], 2, 1, [1, 2], [False, True])
     counts = {"examples": 1, "tokens": 2, "trained_tokens": 1, "truncated": 3, "dropped": 4}
-    found = Preview([shown], counts, None, [])
+    found = Preview([shown], counts, None, [], ["datasets: a note"])
     monkeypatch.setattr("fourfold.training.preview.preview", lambda *_: found)
     out = run(config, Console(file=io.StringIO(), width=100))
     assert "\\x1b]0;title\\x07a" in out
     assert "⟦c\\x9b2J⟧" in out
     assert not any(sign in out for sign in ("\x1b", "\x07", "\x9b"))
+    assert "datasets: a note\n" in out
     assert "3 cut to sequence_len; 4 dropped for their length" in out
 
 

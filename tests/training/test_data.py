@@ -191,6 +191,9 @@ def test_long_examples_are_dropped_or_cut_and_counted(
     result = tokenize(records, tokenizer, 16, "datasets", excess)
     assert [len(ids) for ids in result.dataset["input_ids"]] == lengths
     assert result.to_dict() == {"examples": len(lengths), **counts}
+    said, *places = result.too_long("datasets")
+    assert said.startswith(f"datasets: {counts['truncated'] or counts['dropped']} ")
+    assert places == ["  here: 47 tokens", "  here: 47 tokens"]
     assert all(len(row["input_ids"]) == len(row["labels"]) == row["length"] for row in result.dataset)
 
 
@@ -205,7 +208,8 @@ def test_long_examples_may_be_an_error(tokenizer: Any) -> None:
 )
 def test_most_examples_dropped_is_an_error(tokenizer: Any, excess: str, said: str) -> None:
     hopeless = Conversation(turns(" ".join(["what"] * 40), "red"), "here")
-    with pytest.raises(DataError, match=rf"datasets: 3 of 3 examples {said} sequence_len: 16"):
+    expected = rf"datasets: 3 of 3 examples {said} sequence_len: 16[^\n]*\n  here: \d+ tokens"
+    with pytest.raises(DataError, match=expected):
         tokenize([hopeless] * 3, tokenizer, 16, "datasets", excess)
 
 

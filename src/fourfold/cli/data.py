@@ -45,7 +45,6 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     quiet(args.debug)
 
     from fourfold.training.preview import preview
-    from fourfold.training.records import left_out
 
     found = preview(config, args.examples)
     marks = MARKS if _writes(console, MARKS) else PLAIN_MARKS
@@ -62,7 +61,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
                 line.append(f"{marks[0]}{text}{marks[1]}" if trained else text)
         console.print(line, soft_wrap=True)
         console.print()
-    say(console, *left_out(found.bad))
+    say(console, *found.notes)
     say(console, f"trained on: {_counts(found.train)}")
     if found.held_out is not None:
         say(console, f"held out:   {_counts(found.held_out)}")

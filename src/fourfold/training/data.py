@@ -11,7 +11,7 @@ from typing import Any
 
 from fourfold.errors import DataError
 from fourfold.training.encode import IGNORED, Example, encode
-from fourfold.training.records import Conversation, Record, read_records
+from fourfold.training.records import SHOWN_PROBLEMS, Conversation, Record, read_records
 from fourfold.training.schema import TrainConfig
 from fourfold.training.texts import Text
 
@@ -34,6 +34,7 @@ class Tokenized:
         largest_id: the largest token id.
         digest: a hash of ids and labels, in their order.
         first: the index of the first record that is in ``dataset``.
+        long: place and length of the first few examples that were longer.
         packed: several examples a row (see packing.py), where that is asked for.
     """
 
@@ -45,12 +46,19 @@ class Tokenized:
     largest_id: int
     digest: str
     first: int
+    long: list[str]
     packed: Any = None
 
     @property
     def rows(self) -> Any:
         """What the trainer draws from: packed rows, or examples."""
         return self.dataset if self.packed is None else self.packed
+
+    def too_long(self, what: str) -> list[str]:
+        """Lines that say what became of examples longer than ``sequence_len``, and where they are."""
+        counted = [(self.truncated, "cut to sequence_len"), (self.dropped, "dropped for their length")]
+        said = ", ".join(f"{count} {fate}" for count, fate in counted if count)
+        return [f"{what}: {said}; the first:", *(f"  {line}" for line in self.long)] if said else []
 
     def to_dict(self) -> dict[str, int]:
         """Counts only."""
@@ -144,6 +152,7 @@ def tokenize(
     digest = hashlib.sha256()
     total = truncated = dropped = largest = 0
     first: int | None = None
+    long: list[str] = []
     for index, record in enumerate(records):
         template = None
         if isinstance(record, Conversation):
@@ -161,6 +170,8 @@ def tokenize(
                     f"{record.source}: {len(ids)} tokens, and sequence_len is {sequence_len}. Raise "
                     "it, shorten the example, or set excess_length_strategy: drop or truncate."
                 )
+            if is_long and len(long) < SHOWN_PROBLEMS:
+                long.append(f"{record.source}: {len(ids)} tokens")
             ids, labels = ids[:sequence_len], labels[:sequence_len]
             # The first label is never predicted: models shift.
             if is_long and (excess == "drop" or all(label == IGNORED for label in labels[1:])):
@@ -178,7 +189,7 @@ def tokenize(
         remedy = ", or set excess_length_strategy: truncate" if excess == "drop" else ""
         raise DataError(
             f"{what}: {dropped} of {total} examples {reason} sequence_len: {sequence_len}. "
-            f"Raise sequence_len{remedy}."
+            f"Raise sequence_len{remedy}. The first ones:\n  " + "\n  ".join(long)
         )
     trained = sum(label != IGNORED for labels in columns["labels"] for label in labels[1:])
     return Tokenized(
@@ -190,6 +201,7 @@ def tokenize(
         largest_id=largest,
         digest=digest.hexdigest(),
         first=first or 0,
+        long=long,
     )
 
 

@@ -27,7 +27,6 @@ from fourfold.training.encode import Sample
 from fourfold.training.isolation import check_isolation
 from fourfold.training.packing import pack
 from fourfold.training.prepared import prepare_data, templates_of
-from fourfold.training.records import left_out
 from fourfold.training.remarks import beyond, needed_packages
 from fourfold.training.resume import (
     check_unchanged,
@@ -129,7 +128,7 @@ def check(config: TrainConfig) -> Checked:
     check_vocabulary(tokenizer, rows, (tokenized, tokenized_held_out))
     if config.sample_packing:
         tokenized.packed = pack(tokenized.dataset, config.sequence_len)
-    notes = left_out(data.bad) + check_steps(config, len(tokenized.rows))
+    notes = data.notes + check_steps(config, len(tokenized.rows))
     bf16 = resolve_bf16(config)
     settings = run_settings(config, modules, parameters, bf16, tokenized.digest)
     if checkpoint is not None:

@@ -25,7 +25,7 @@ from fourfold.training.data import Loaded, Templates, Tokenized, load_records, t
 from fourfold.training.dataset_keys import DatasetConfig
 from fourfold.training.encode import Sample, sample_of
 from fourfold.training.packing import without_bars
-from fourfold.training.records import Conversation
+from fourfold.training.records import Conversation, left_out
 from fourfold.training.schema import TrainConfig
 from fourfold.training.tokenizer import choose_template
 
@@ -53,6 +53,12 @@ class Prepared:
     sample: Sample
     bad: list[str]
     kept: str | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines that say what is not trained on as it stands in the files."""
+        held_out = [] if self.held_out is None else self.held_out.too_long("held-out data")
+        return [*left_out(self.bad), *self.train.too_long("datasets"), *held_out]
 
 
 def templates_of(config: TrainConfig, tokenizer: Any) -> dict[tuple[str, str | None], str | None]:

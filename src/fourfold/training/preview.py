@@ -43,12 +43,14 @@ class Preview:
         train: counts of the training set.
         held_out: those of the held-out set, if there is one.
         bad: place and problem of each record that was left out.
+        notes: lines that say these and what became of long examples.
     """
 
     examples: list[Shown]
     train: dict[str, int]
     held_out: dict[str, int] | None
     bad: list[str]
+    notes: list[str]
 
 
 def preview(config: TrainConfig, count: int) -> Preview:
@@ -71,6 +73,7 @@ def preview(config: TrainConfig, count: int) -> Preview:
         data.train.to_dict(),
         None if data.held_out is None else data.held_out.to_dict(),
         data.bad,
+        data.notes,
     )
 
 
