@@ -18,7 +18,7 @@ from fourfold.training.evaluate import evaluate_answers
 from fourfold.training.isolation import check_isolation, refuse_leaks
 from fourfold.training.packing import fill, pack, packing_collator
 from fourfold.training.schema import TrainConfig
-from fourfold.training.trainer import make_collator
+from fourfold.training.trainer import describe_examples, make_collator
 
 LENGTHS = (9, 3, 14, 5, 1, 8)
 
@@ -156,6 +156,15 @@ def test_packed_losses_and_gradients_are_those_of_examples_alone(
     wrong, wrong_gradients = loss_and_gradients(model, [plain])
     assert abs(wrong - expected) > 1e-4
     assert far(expected_gradients, wrong_gradients) > 1e-2
+
+
+def test_packed_rows_are_named_in_messages(tokenizer: Any) -> None:
+    rows = pack(dataset(examples()), 15)
+    batch = packing_collator(tokenizer)([dict(rows[index]) for index in (0, 2)])
+    said = describe_examples([batch], rows, len(rows), tokenizer)
+    assert said.startswith(' on packed rows 1 ("')
+    assert ', 3 ("' in said
+    assert ', 2 ("' not in said
 
 
 def test_held_out_losses_are_the_same_packed(tokenizer: Any) -> None:

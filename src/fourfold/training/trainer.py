@@ -160,20 +160,19 @@ def describe_examples(batches: list[dict[str, Any]], dataset: Any, count: int, t
             if trained:
                 wanted.append((trained, ids_T))
     found: dict[int, str] = {}
-    packed = "seq_lengths" in dataset.column_names
     for index in range(count):
         row = dataset[index]
         ids = list(row["input_ids"])
         for trained, ids_T in wanted:
             same = ids == ids_T[: len(ids)] and trained == tuple(x for x in row["labels"] if x != IGNORED)
-            if same or (packed and lies_within(ids, ids_T)):
+            if same or ("seq_lengths" in row and lies_within(ids, ids_T)):
                 text = " ".join(str(tokenizer.decode(ids[:SHOWN_TOKENS])).split())
                 found[index] = text if len(text) <= SHOWN_TEXT else text[:SHOWN_TEXT] + "..."
     if not found:
         return ""
     shown = [f'{index + 1} ("{text}")' for index, text in list(found.items())[:SHOWN_EXAMPLES]]
     more = f" and {len(found) - SHOWN_EXAMPLES} more" if len(found) > SHOWN_EXAMPLES else ""
-    what = "packed row" if packed else "training example"
+    what = "packed row" if "seq_lengths" in dataset[0] else "training example"
     return f" on {what}{'s' if len(found) > 1 else ''} {', '.join(shown)}{more}"
 
 
