@@ -17,6 +17,7 @@ from fourfold.training.encode import IGNORED
 from fourfold.training.evaluate import evaluate_answers
 from fourfold.training.isolation import check_isolation, refuse_leaks
 from fourfold.training.packing import fill, pack, packing_collator
+from fourfold.training.remarks import remarks
 from fourfold.training.schema import TrainConfig
 from fourfold.training.trainer import describe_examples, make_collator
 
@@ -221,6 +222,13 @@ def test_what_a_loaded_model_carries_over_is_found(differentiable: bool, said: s
     model.model.layers[1] = Carrying(model.model.layers[1], differentiable)
     with pytest.raises(ConfigurationError, match=said):
         refuse_leaks(model)
+
+
+def test_what_packing_costs_without_flash_attention_is_said() -> None:
+    values = {"base_model": "m", "adapter": "lora", "datasets": [{"path": "d.jsonl"}], "sample_packing": True}
+    for attention, said in (("sdpa", True), ("flash_attention_2", False), (None, True)):
+        config = TrainConfig.model_validate({**values, "attn_implementation": attention})
+        assert ("sample_packing" in dict(remarks(config))) is said, attention
 
 
 def test_measuring_leaves_random_numbers_alone(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_what_is_kept_is_what_was_made(
         file.write("{}\n")
     made = prepare(config, tokenizer)
     assert made.kept is None
-    assert len(made.bad) == 1
+    assert made.notes == ["1 bad record left out:", f"  {tmp_path / 'd.jsonl'}, line 13: empty"]
     [folder] = folders(tmp_path)
     assert not list(folder.rglob("*.pkl"))
     monkeypatch.setattr(prepared, "load_records", None)  # not read again
