@@ -91,7 +91,7 @@ def _launcher(bits: int, dtype: torch.dtype, device: int) -> compiled.Launcher:
 
 def _tiles_of_a_block(rows: int) -> int:
     """A block makes tables first: where there are blocks for all processors anyway, it uses them longer."""
-    return 1 if rows < 32 else 4
+    return 1 if rows < 32 else 2
 
 
 def few_rows_product(
