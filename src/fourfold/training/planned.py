@@ -59,7 +59,7 @@ def settings_of(
         bf16=bf16,
         checkpointing=bool(config.gradient_checkpointing),
         optimizer=config.optimizer,
-        padded=config.micro_batch_size > 1,
+        padded=config.micro_batch_size > 1 and not config.sample_packing,
     )
 
 
