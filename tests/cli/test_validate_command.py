@@ -42,7 +42,7 @@ def test_a_sound_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["validate", path]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{path}: valid\nGiven differently:\n  line 4, lora_mlp_kernel: attention")
-    assert "Note:\n  lora_target_parameters: absent, so experts are trained as well" in out
+    assert "Note:\n  lora_target_parameters: absent, so experts are not trained; name" in out
     status, result = validate(capsys, path, "max_steps=7")
     assert (status, result["valid"], result["problems"], result["not_yet"]) == (0, True, [], [])
     assert result["config"]["max_steps"] == 7
@@ -61,9 +61,9 @@ def test_every_problem_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]
     assert [(row["line"], row["key"]) for row in result["not_yet"]] == [
         (7, "sample_packing"),
-        (None, "deepspeed"),
     ]
-    assert result["not_yet"][1]["where"] == "command line (deepspeed=zero3.json)"
+    [card] = result["refused_at_start"]
+    assert (card["key"], card["where"]) == ("deepspeed", "command line (deepspeed=zero3.json)")
     assert all(row["what"] and row["remedy"] for row in result["problems"] + result["not_yet"])
     assert main(["validate", path]) == 1
     out = capsys.readouterr().out

@@ -145,6 +145,7 @@ def settings(moe_folder: Path, data_files: tuple[Path, Path], tmp_path: Path) ->
             "base_model": str(moe_folder),
             "adapter": "qlora",
             "load_in_4bit": True,
+            "lora_target_parameters": "all",
             "lora_r": 8,
             "lora_alpha": 16,
             "datasets": [{"path": str(train), "type": "chat_template"}],

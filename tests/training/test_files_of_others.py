@@ -73,6 +73,8 @@ weight_decay: 0.0
 special_tokens:
 """
 CARDS = """\
+optimizer: adamw_torch_8bit
+gradient_checkpointing: false
 fsdp_config:
   fsdp_version: 2
   offload_params: false
@@ -108,6 +110,13 @@ ple_cpu_offload: true
 """
 
 
+def sharded(text: str) -> str:
+    """A file for several cards: other keys beside those of FSDP."""
+    for line in ("optimizer: adamw_bnb_8bit\n", "gradient_checkpointing: true\n"):
+        text = text.replace(line, "")
+    return text + CARDS
+
+
 def look(tmp_path: Path, text: str, *overrides: str) -> Any:
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")
@@ -119,9 +128,9 @@ def look(tmp_path: Path, text: str, *overrides: str) -> Any:
     [
         (COMMON, ["sample_packing"]),
         (COMMON + KERNELS, ["sample_packing"]),
-        (COMMON + CARDS, ["sample_packing", "fsdp_config"]),
+        (sharded(COMMON), ["sample_packing"]),
         (COMMON + "context_parallel_size: 2\n", ["sample_packing", "context_parallel_size"]),
-        (COMMON + "deepspeed: zero3.json\n", ["sample_packing", "deepspeed"]),
+        (COMMON + "deepspeed: zero3.json\n", ["sample_packing"]),
         (COMMON + "processor_type: AutoProcessor\nskip_prepare_dataset: true\n", None),
         (COMMON.replace("[q_proj, k_proj, v_proj, o_proj]", r"'layers.[\d]+.self_attn.(q|k)_proj'"), None),
         (COMMON.replace("adamw_bnb_8bit", "adamw_torch_4bit"), ["sample_packing"]),
@@ -139,7 +148,7 @@ def test_nothing_is_wrong_and_what_is_missing_is_named(
 
 
 def test_each_key_is_done_said_or_refused(tmp_path: Path) -> None:
-    text = COMMON + KERNELS + CARDS
+    text = sharded(COMMON + KERNELS)
     examined = look(tmp_path, text, "fsdp_config=null", "sample_packing=null")
     done = set(examined.config.model_dump())
     said = {note.key for note in examined.instead}

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fourfold.errors import ConfigurationError
+from fourfold.training.cards import CARDS
 from fourfold.training.json_schema import json_schema
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, ELSEWHERE, NOT_YET, PLUGINS
 from fourfold.training.read_config import Examined, examine, load_config
@@ -85,7 +86,8 @@ def test_plugins_are_known_one_by_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "key", "what"),
     [
-        ({"chat_template": "llama3"}, "chat_template", "`llama3`"),
+        ({"optimizer": "galore_adamw"}, "optimizer", "`galore_adamw`"),
+        ({"lr_scheduler": "rex"}, "lr_scheduler", "`rex`"),
         ({"model_type": "LlamaForCausalLM"}, "model_type", "`LlamaForCausalLM`"),
         ({"tokenizer_type": "LlamaTokenizer"}, "tokenizer_type", "`LlamaTokenizer`"),
         ({"attn_implementation": "someone/kernel"}, "attn_implementation", "kernels from the hub"),
@@ -123,28 +125,34 @@ def test_remarks(tmp_path: Path) -> None:
     said = {note.key for note in look(tmp_path, {"evals_per_epoch": 4, "use_wandb": True}).remarks}
     absent = {"lora_target_parameters", "quantize_moe_experts", "lora_target_modules"}
     assert said == absent | {"evals_per_epoch", "use_wandb"}
-    targets = {"lora_target_parameters": [], "lora_target_modules": ["q_proj"], "quantize_moe_experts": False}
-    [note] = look(tmp_path, targets).remarks
+    targets = {"lora_target_parameters": "all", "lora_target_modules": ["q_proj"]}
+    [note] = look(tmp_path, {**targets, "quantize_moe_experts": False}).remarks
     assert note.what.startswith("false: experts, most of the model, stay in high precision")
+    sound = {**targets, "quantize_moe_experts": True, "max_steps": 20}
+    further = {"router_aux_loss_coef": 0.1, "trust_remote_code": True, "save_steps": 50, "use_trackio": True}
+    notes = {note.key: note.what for note in look(tmp_path, {**sound, **further}).remarks}
+    assert notes.keys() == further.keys()
+    assert notes["save_steps"] == "50, and the run has 20 steps, so the adapter is saved at the end only"
+    assert notes["use_trackio"] == "trackio needs a further package: pip install trackio"
 
 
 def test_the_page_is_that_of_the_tables() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == render(), "python -m fourfold.training.reference > docs/configuration.md"
     rows = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
-    assert {*TrainConfig.model_fields, *DIFFERENT, *NOT_YET, *DATASET_NOT_YET, *PLUGINS} <= rows
+    assert {*TrainConfig.model_fields, *DIFFERENT, *NOT_YET, *CARDS, *DATASET_NOT_YET, *PLUGINS} <= rows
 
 
 def test_the_schema_for_editors_has_every_key() -> None:
     schema = json_schema()
-    assert set(schema["properties"]) == {*TrainConfig.model_fields, *DIFFERENT, *NOT_YET}
+    assert set(schema["properties"]) == {*TrainConfig.model_fields, *DIFFERENT, *NOT_YET, *CARDS}
     assert set(schema["$defs"]["DatasetConfig"]["properties"]) == {
         *DatasetConfig.model_fields,
         *DATASET_NOT_YET,
     }
     assert schema["additionalProperties"] is False
     assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
-    assert schema["required"] == ["base_model", "adapter", "datasets"]
+    assert set(schema["required"]) == {"base_model", "adapter", "datasets"}
     for name, entry in schema["properties"].items():
         assert entry["description"], name
     scheduler = schema["properties"]["lr_scheduler"]

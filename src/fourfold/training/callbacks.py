@@ -131,7 +131,15 @@ class FiniteGradients(TrainerCallback):
 
     The loss may be finite all the same, and one such step ruins every adapter whose gradients were clipped by
     the common norm.
+
+    Args:
+        batch: names the examples of this step, for the message.
+        tolerated: how many steps in a row may have such a gradient: in fp16 the scaler skips a step that
+            overflows and halves its scale, from 65,536 down.
     """
+
+    def __init__(self, batch: Callable[[], str] = str, tolerated: int = 0) -> None:
+        self.batch, self.tolerated, self.in_a_row = batch, tolerated, 0
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Look at the norm of each gradient, with one transfer from the device.
@@ -143,10 +151,14 @@ class FiniteGradients(TrainerCallback):
         if not gradients:
             return
         norms = torch.stack([norm.float().to(gradients[0].device) for norm in torch._foreach_norm(gradients)])
-        if not bool(torch.isfinite(norms).all()):
+        if bool(torch.isfinite(norms).all()):
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        if self.in_a_row > self.tolerated:
             raise TrainingError(
-                f"A gradient at step {state.global_step + 1} is not finite; the step was not taken. Lower "
-                "learning_rate, or look for damaged rows in the data."
+                f"A gradient at step {state.global_step + 1} is not finite; the step was not taken"
+                f"{self.batch()}. Lower learning_rate, or look for damaged rows in the data."
             )
 
 

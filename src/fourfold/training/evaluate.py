@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fourfold.errors import TrainingError
+from fourfold.training import processes
 from fourfold.training.data import IGNORED
 
 
@@ -114,7 +115,7 @@ def evaluate_answers(
     batch_size: int,
 ) -> AnswerLosses:
     """The loss of ``model`` on each answer of ``dataset`` (``input_ids``, ``labels`` not shifted, -100
-    elsewhere).
+    elsewhere), the batches shared out among the processes of the run.
 
     Args:
         model: a causal language model, with or without adapters.
@@ -127,18 +128,20 @@ def evaluate_answers(
     """
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in dataset]
     order = sorted(range(len(rows)), key=lambda index: (len(rows[index]["input_ids"]), index))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     losses = [0.0] * len(rows)
     tokens = [0] * len(rows)
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in batches[processes.rank() :: processes.count()]:
             for index, loss, count in zip(
                 chosen, *_batch_losses(model, collate([rows[i] for i in chosen])), strict=True
             ):
                 if not math.isfinite(loss):
                     raise TrainingError(f"The loss on held-out row {index} is {loss}. Are the weights sound?")
                 losses[index], tokens[index] = loss, count
-    return AnswerLosses(losses, tokens)
+    device = next(model.parameters()).device
+    everyone = processes.sum_of([*losses, *(float(count) for count in tokens)], device)
+    return AnswerLosses(everyone[: len(rows)], [round(count) for count in everyone[len(rows) :]])
 
 
 def _batch_losses(model: Any, batch: dict[str, torch.Tensor]) -> tuple[list[float], list[int]]:

@@ -1,4 +1,5 @@
-"""Keys of axolotl's files that are no fields of ``TrainConfig``: given differently, or not yet.
+"""Keys of axolotl's files that are no fields of ``TrainConfig``: given differently, or not yet. (Those of
+several cards, which a file may have and a run refuses, are in ``cards.py``.)
 
 Two tables, one literal each. Results decide which one a key belongs to: a key that could only change speed,
 memory or what is shown is *given differently* (accepted, and said); one that changes what is trained is *not
@@ -10,20 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from reprlib import repr as brief
 from typing import Any
 
+from fourfold.training.cards import CARDS, card_problems
 from fourfold.training.yaml_file import Problem, nearest, short
 
 _PRODUCTS = "Fourfold's own kernels multiply experts and their LoRA (`fourfold inspect MODEL --ways`)"
 _LINEARS = "attention and other Linears run as PEFT and bitsandbytes compute them; the same results"
 _LIGER = "the model's own layers are used; the same results"
-_LOSS = "the loss is taken from all logits of a batch: the same results, more memory at a large vocabulary"
+_LOSS = "the loss is taken in chunks of tokens, always: no tensor of [tokens, vocabulary] is ever held"
 _LOADED = "loading is always shard by shard, packed as it goes"
 _TOKENIZED = "data are read and tokenized at each start, in one process; nothing is cached"
 _ATTENTION = "attention is that of transformers: see attn_implementation"
 _MEMORY = "it stays on the GPU: the same results, more memory"
-_ONE_PROCESS = "a run is one process on one GPU, so there is nothing to set"
-_COMPILED = "a run is not compiled: the same results"
+_PROCESSES = "torchrun or accelerate launch start the processes, and torch's DDP averages their gradients"
+_COMPILED = "torch.compile keeps its own options: the same results"
 _SHOWN = "tokens a second are always shown and in report.json"
 
 # Key -> what happens instead.
@@ -58,9 +61,6 @@ DIFFERENT: dict[str, str] = {
     "sdpa_varlen": _ATTENTION,
     "flash_attn_cross_entropy": _LOSS,
     "flash_attn_fuse_mlp": _ATTENTION,
-    "torch_compile": _COMPILED,
-    "torch_compile_backend": _COMPILED,
-    "torch_compile_mode": _COMPILED,
     "torch_compile_options": _COMPILED,
     "activation_offloading": _MEMORY,
     "layer_offloading": _MEMORY,
@@ -83,11 +83,11 @@ DIFFERENT: dict[str, str] = {
     "pad_to_sequence_len": "batches are padded to their longest example: the same results, fewer tokens",
     "eval_sample_packing": "held-out examples are evaluated in padded batches: the same results",
     "eot_tokens": "what the chat template writes after an answer is trained, its end token included",
-    "ddp": _ONE_PROCESS,
-    "ddp_timeout": _ONE_PROCESS,
-    "ddp_bucket_cap_mb": _ONE_PROCESS,
-    "ddp_broadcast_buffers": _ONE_PROCESS,
-    "ddp_find_unused_parameters": _ONE_PROCESS,
+    "ddp": _PROCESSES,
+    "ddp_timeout": _PROCESSES,
+    "ddp_bucket_cap_mb": _PROCESSES,
+    "ddp_broadcast_buffers": _PROCESSES,
+    "ddp_find_unused_parameters": _PROCESSES,
     "save_safetensors": "weights are always saved as safetensors",
     "hf_use_auth_token": "the hub login of this machine is used wherever the hub is asked",
     "merge_method": "`fourfold merge` streams, always",
@@ -141,8 +141,8 @@ _DEGREE = NotYet(_CARDS.what, _CARDS.remedy, (False, 0, 1))
 _PREFERENCE = NotYet("training on preferences or rewards", "Fourfold trains on conversations (datasets).")
 _OPTIMIZER = NotYet("this way to train", "Drop the key, or choose another optimizer.")
 _CURVE = NotYet("this curve of the learning rate", "Drop the key, or choose another lr_scheduler.")
-_HUB = NotYet("uploading to the hub", "Drop the key; upload output_dir with `hf upload` after the run.")
-_CODE = NotYet("code from the hub is never run", "Take a model that transformers itself knows.")
+_HUB = NotYet("this upload to the hub", "Drop the key; hub_model_id uploads the adapter.")
+_CODE = NotYet("code of a dataset is never run", "Take its files as JSON or Parquet.")
 _PRECISION = NotYet("this number format", "Set bf16: true or false.")
 _BEST = NotYet("choosing among checkpoints", "Drop the key; report.json has the loss of each evaluation.")
 _PLACES = NotYet("a model spread over devices", "Drop the key; the model lies on one GPU.")
@@ -167,11 +167,6 @@ NOT_YET: dict[str, NotYet] = {
     "multipack_real_batches": _PACKING,
     "batch_flattening": _PACKING,
     "curriculum_sampling": _DATA,
-    "fsdp": NotYet(_CARDS.what, _CARDS.remedy, (False, [])),
-    "fsdp_config": _CARDS,
-    "fsdp_version": _CARDS,
-    "fsdp_final_state_dict_type": _CARDS,
-    "deepspeed": _CARDS,
     "deepcompile": _CARDS,
     "context_parallel_size": _DEGREE,
     "sequence_parallel_degree": _DEGREE,
@@ -186,15 +181,11 @@ NOT_YET: dict[str, NotYet] = {
     "max_memory": _PLACES,
     "gpu_memory_limit": _PLACES,
     "train_on_inputs": NotYet("loss on the prompts", "Set it to false."),
-    "fp16": _PRECISION,
     "bfloat16": _PRECISION,
     "float16": _PRECISION,
     "float32": _PRECISION,
     "fp8": _PRECISION,
     "fp32_norms": _PRECISION,
-    "trust_remote_code": _CODE,
-    "lora_modules_to_save": NotYet("training whole modules beside LoRA", "Drop the key.", (False, [])),
-    "lora_model_dir": NotYet("going on with a saved adapter", "To resume a run, see resume_from_checkpoint."),
     "lora_fan_in_fan_out": _LORA,
     "peft_use_dora": _LORA,
     "peft_layers_to_transform": _LORA,
@@ -203,17 +194,15 @@ NOT_YET: dict[str, NotYet] = {
     "peft_trainable_token_indices": _LORA,
     "peft_ensure_weight_tying": _LORA,
     "peft_autocast_adapter_dtype": NotYet("adapters in half precision", "Set it to true.", (True,)),
-    "peft": NotYet("settings of LoftQ", "Write peft_init_lora_weights: loftq."),
+    "peft": NotYet(
+        "settings by PEFT's own names",
+        "For loftq_config, write peft_init_lora_weights: loftq; drop others.",
+    ),
     "relora": _LORA,
     "gptq": NotYet("a model in GPTQ", "Take the original weights; they are packed while they load."),
     "qat": _LORA,
     "lisa_n_layers": _LORA,
     "unfrozen_parameters": NotYet("training parts of the base model", "Drop the key; LoRA trains adapters."),
-    "router_aux_loss_coef": NotYet(
-        "a balancing term in the loss; the routers are frozen", "Set it to 0, or drop it.", (0, False)
-    ),
-    "loraplus_lr_ratio": _OPTIMIZER,
-    "loraplus_lr_embedding": _OPTIMIZER,
     "optim_args": _OPTIMIZER,
     "optim_target_modules": _OPTIMIZER,
     "adam_beta3": _OPTIMIZER,
@@ -221,13 +210,10 @@ NOT_YET: dict[str, NotYet] = {
     "embedding_lr": _OPTIMIZER,
     "embedding_lr_scale": _OPTIMIZER,
     "lr_groups": _OPTIMIZER,
-    "lr_scheduler_kwargs": NotYet(_CURVE.what, _CURVE.remedy, (False, {})),
-    "cosine_min_lr_ratio": _CURVE,
     "cosine_constant_lr_ratio": _CURVE,
     "lr_div_factor": _CURVE,
     "lr_quadratic_warmup": _CURVE,
     "jagged_restart_steps": _CURVE,
-    "neftune_noise_alpha": NotYet("noise on the embeddings", "Drop the key.", (False, 0)),
     "batch_size": NotYet("a batch size of all GPUs together", "Set gradient_accumulation_steps."),
     "auto_find_batch_size": NotYet("searching the batch size", "Set micro_batch_size."),
     "eval_sequence_len": NotYet("another length for held-out examples", "Drop it: sequence_len holds."),
@@ -281,12 +267,8 @@ NOT_YET: dict[str, NotYet] = {
     "process_reward_model": _PREFERENCE,
     "num_labels": _PREFERENCE,
     "quantization": NotYet("quantizing after the run", "See `fourfold quantize`."),
-    "merge_lora": NotYet("merging at the end of a run", "Run `fourfold merge` after it."),
-    "hub_model_id": _HUB,
-    "hub_strategy": _HUB,
     "hub_revision": _HUB,
     "load_best_model_at_end": _BEST,
-    "early_stopping_patience": _BEST,
     "metric_for_best_model": _BEST,
     "greater_is_better": _BEST,
     "save_first_step": NotYet("a checkpoint after the first step", "Set save_steps."),
@@ -297,11 +279,9 @@ NOT_YET: dict[str, NotYet] = {
     "do_bench_eval": NotYet("benchmarks during a run", "Drop the key."),
     "generate_samples": NotYet("samples during a run", "Drop it: one answer is shown before and after."),
     "profiler_steps": NotYet("recording a profile", "Drop the key."),
-    "use_comet": NotYet("logging to Comet", "See use_tensorboard and wandb_project."),
-    "comet_project_name": NotYet("logging to Comet", "See use_tensorboard and wandb_project."),
-    "use_trackio": NotYet("logging to trackio", "See use_tensorboard and wandb_project."),
-    "trackio_project_name": NotYet("logging to trackio", "See use_tensorboard and wandb_project."),
-    "use_otel_metrics": NotYet("this log of metrics", "See use_tensorboard and wandb_project."),
+    "use_comet": NotYet("logging to Comet", "See use_tensorboard, use_trackio and wandb_project."),
+    "comet_project_name": NotYet("logging to Comet", "See use_tensorboard, use_trackio and wandb_project."),
+    "use_otel_metrics": NotYet("this log of metrics", "See use_tensorboard, use_trackio and wandb_project."),
     "hf_mlflow_log_artifacts": NotYet("uploading checkpoints to MLflow", "Drop the key."),
 }
 
@@ -370,9 +350,12 @@ def take_others(
     for key, value in values.items():
         if key in NOT_YET:
             missing += _refused(key, value, NOT_YET[key])
+        elif key in CARDS:
+            continue
         elif key == "plugins" and value is not None:
             for full_name in value if isinstance(value, list) else [value]:
-                name = short(str(full_name).rpartition(".")[2])
+                text = full_name if isinstance(full_name, str) else brief(full_name)
+                name = short(text.rpartition(".")[2])
                 if name in PLUGINS:
                     instead.append((key, f"{name}: {PLUGINS[name]}"))
                 else:
@@ -385,6 +368,7 @@ def take_others(
             rest[key] = [_entry(f"{key}.{index}", entry, missing) for index, entry in enumerate(value)]
         else:
             rest[key] = value
+    missing += card_problems(values)
     return rest, missing, instead
 
 
