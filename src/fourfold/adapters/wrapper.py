@@ -121,10 +121,8 @@ class ParamWrapper(StockParamWrapper):
     def get_param(self) -> torch.Tensor:
         """The unquantized parameter as far as PEFT looks at it: shape, dtype and device, no numbers."""
         experts = self._experts()
-        packed = experts._parameters[self.parameter_name]
-        assert packed is not None
         shape = experts.fourfold_layout.model_shape(self._projection())
-        return torch.empty(1, dtype=experts.fourfold_dtype, device=packed.device).expand(shape)
+        return torch.empty(1, dtype=experts.fourfold_dtype, device=experts.computing_device).expand(shape)
 
     def _low_rank(self) -> LowRank | None:
         """Factors of all active adapters, joined along the rank (of several, B holds its scaling)."""
