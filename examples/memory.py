@@ -5,8 +5,8 @@ table in README.md and docs/examples.md.
     python examples/memory.py --write    writes it into both pages, and the lines into the files
 
 Planned from the published configurations in configs/, without weights, for a card that is no Hopper
-(capability 8.0, where decoded weights need a workspace). The last columns of the table: factors of LoRA and the
-optimizer's state; what a step takes beside them, gradients included; the peak.
+(capability 8.0, where decoded weights need a workspace). The last columns of the table: factors of LoRA and
+the optimizer's state; what a step takes beside them, gradients included; the peak.
 """
 
 from __future__ import annotations
