@@ -16,12 +16,13 @@ from pydantic import BaseModel, ValidationError
 from fourfold.errors import ConfigurationError
 from fourfold.training.cards import CARDS, refusals
 from fourfold.training.contradictions import ContradictionError
+from fourfold.training.dataset_keys import DatasetConfig, PromptFormat, Turn
 from fourfold.training.key_types import NotYetError
 from fourfold.training.model_keys import SpecialTokens
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, ELSEWHERE, NOT_YET, take_others
 from fourfold.training.remarks import remarks
 from fourfold.training.run_keys import Checkpointing
-from fourfold.training.schema import DatasetConfig, TrainConfig, Turn
+from fourfold.training.schema import TrainConfig
 from fourfold.training.yaml_file import (
     KeyPath,
     Problem,
@@ -199,7 +200,8 @@ def _model_at(path: KeyPath) -> type[BaseModel]:
     """The mapping that the last part of ``path`` is a key of."""
     parts = [str(part) for part in path[:-1]]
     if parts and parts[0] in ("datasets", "test_datasets"):
-        return Turn if parts[-1] == "message_property_mappings" else DatasetConfig
+        inside: dict[str, type[BaseModel]] = {"message_property_mappings": Turn, "type": PromptFormat}
+        return inside.get(parts[-1], DatasetConfig)
     inner: dict[str, type[BaseModel]] = {
         "special_tokens": SpecialTokens,
         "gradient_checkpointing_kwargs": Checkpointing,

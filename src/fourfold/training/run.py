@@ -34,6 +34,8 @@ from fourfold.training.callbacks import (
     peak_memory,
 )
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
+from fourfold.training.isolation import refuse_leaks
+from fourfold.training.packing import packing_collator
 from fourfold.training.preflight import MERGED, Checked, check
 from fourfold.training.resume import STATE_FILE, first_line, step_of
 from fourfold.training.schema import TrainConfig
@@ -75,27 +77,31 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         console.print(note, soft_wrap=True, markup=False, highlight=False)
     with clock("loading and packing the model"):
         model, packed = load(config, checked)
-    collate = make_collator(checked.tokenizer)
+    collate, flatten = make_collator(checked.tokenizer), packing_collator(checked.tokenizer)
 
     def evaluate(what: str) -> AnswerLosses | None:
         if checked.held_out is None:
             return None
         with clock(f"{what}: {len(checked.held_out.dataset)} held-out answers", "evaluation"):
             size = config.eval_batch_size or config.micro_batch_size * EVALUATION_BATCHES
-            return evaluate_answers(model, checked.held_out.dataset, collate, size)
+            packed = (flatten, config.sequence_len) if config.eval_sample_packing else None
+            return evaluate_answers(model, checked.held_out.dataset, collate, size, packed)
 
     before = evaluate("before training")
     with clock("a sample answer", "samples"):
-        answer_before = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
+        answer_before = answer(model, checked.tokenizer, checked.sample.ids, SAMPLE_TOKENS)
 
     model, lost = with_adapters(model, config, checked), None
+    if config.sample_packing or config.eval_sample_packing:
+        refuse_leaks(model)  # with the layers and kernels that are really there
     if config.peft_init_lora_weights == "loftq" and checked.checkpoint is None:
         with clock("fitting adapters to what packing lost"):
             lost = fourfold.loftq_init(model)
     curve = Curve()
     if before is not None:
         curve.held_out.append((0, before.mean))
-    trainer = make_trainer(model, config, checked, collate, curve, console, evaluate)
+    batch_of = flatten if config.sample_packing else collate
+    trainer = make_trainer(model, config, checked, batch_of, curve, console, evaluate)
     output, after = Path(config.output_dir), None
 
     def at_the_end() -> None:
@@ -116,7 +122,7 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         else:
             train(trainer, checked.checkpoint)
     with clock("a sample answer", "samples"):
-        answer_after = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
+        answer_after = answer(model, checked.tokenizer, checked.sample.ids, SAMPLE_TOKENS)
     facts = _facts(model, config, checked)
     if lost is not None:
         facts["adapters"]["loftq"] = lost.to_dict()["roles"]
@@ -129,8 +135,8 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         improvement=None if before is None or after is None else Improvement.between(before, after),
         curve=curve,
         sample={
-            "prompt": checked.sample[-1]["content"],
-            "reference": checked.reference,
+            "prompt": checked.sample.question,
+            "reference": checked.sample.reference,
             "before": answer_before,
             "after": answer_after,
         },
@@ -227,7 +233,7 @@ def make_trainer(
     evaluate: Any,
 ) -> MoeTrainer:
     """The trainer with our callbacks and without the printing of its own."""
-    examples = len(checked.train.dataset)
+    examples = len(checked.train.rows)
     arguments = trainer_arguments(
         config, bf16=checked.bf16, use_cpu=not torch.cuda.is_available(), examples=examples
     )
@@ -236,7 +242,7 @@ def make_trainer(
         model=model,
         args=arguments,
         data_collator=collate,
-        train_dataset=checked.train.dataset,
+        train_dataset=checked.train.rows,
         processing_class=checked.tokenizer,
         settings=checked.settings,
         loraplus=None
@@ -352,7 +358,7 @@ def _facts(model: Any, config: TrainConfig, checked: Checked) -> dict[str, Any]:
             "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trainable}),
         },
         "data": {
-            "train": checked.train.to_dict(),
+            "train": {**checked.train.to_dict(), "bad_records": len(checked.bad)},
             "held_out": None if held_out is None else held_out.to_dict(),
         },
         "peak_memory_bytes": peak_memory(),
