@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from fourfold.loading.config import MoeBitsAndBytesConfig
     from fourfold.loading.enable import disable, enable
     from fourfold.loading.prepare import dequantize, prepare
+    from fourfold.planning.plan import Plan, plan
     from fourfold.planning.report import Report, verify
 
 __all__ = [
     "MergedCheckpoint",
     "MoeBitsAndBytesConfig",
+    "Plan",
     "Report",
     "__version__",
     "dequantize",
@@ -38,6 +40,7 @@ __all__ = [
     "export",
     "loftq_init",
     "merge",
+    "plan",
     "prepare",
     "verify",
 ]
@@ -45,6 +48,7 @@ __all__ = [
 _WHERE = {
     "MergedCheckpoint": "fourfold.adapters.merge_report",
     "MoeBitsAndBytesConfig": "fourfold.loading.config",
+    "Plan": "fourfold.planning.plan",
     "Report": "fourfold.planning.report",
     "dequantize": "fourfold.loading.prepare",
     "disable": "fourfold.loading.enable",
@@ -53,6 +57,7 @@ _WHERE = {
     "export": "fourfold.adapters.export",
     "loftq_init": "fourfold.adapters.loftq",
     "merge": "fourfold.adapters.merge",
+    "plan": "fourfold.planning.plan",
     "prepare": "fourfold.loading.prepare",
     "verify": "fourfold.planning.report",
 }

@@ -96,7 +96,19 @@ def examine(path: str | Path, overrides: list[str] | None = None) -> Examined:
     Raises:
         ConfigurationError: there is no such file, it is no YAML, or an override reaches nowhere.
     """
-    parsed = read_yaml(path)
+    return _examine(read_yaml(path), str(path), overrides)
+
+
+def examine_values(values: Mapping[str, Any], overrides: list[str] | None = None) -> Examined:
+    """The same for values that are in no file.
+
+    Raises:
+        ConfigurationError: an override reaches nowhere.
+    """
+    return _examine(YamlFile(dict(values), {}, []), "settings", overrides)
+
+
+def _examine(parsed: YamlFile, path: str, overrides: list[str] | None) -> Examined:
     overridden = apply_overrides(parsed, overrides or ())
     values, missing, instead = take_others(parsed.values)
     problems = parsed.problems + [_placed(problem, parsed, overridden) for problem in missing]
@@ -115,7 +127,7 @@ def examine(path: str | Path, overrides: list[str] | None = None) -> Examined:
             if not unsound.intersection(keys) and str(problem) not in {str(error) for _, error in errors}
         ]
     problems.sort(key=lambda problem: (not problem.where, len(problem.where), problem.where))  # by line
-    result = Examined(str(path), config, problems)
+    result = Examined(path, config, problems)
     result.at_start = [_placed(problem, parsed, overridden) for problem in refusals(parsed.values)]
     result.instead = [_placed(Problem(key, what, ""), parsed, overridden) for key, what in instead]
     if config is not None:

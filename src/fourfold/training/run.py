@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,13 @@ from fourfold.training.callbacks import (
 )
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
 from fourfold.training.isolation import refuse_leaks
+from fourfold.training.journal import Journal, write_reports
 from fourfold.training.packing import packing_collator
+from fourfold.training.planned import EVERYTHING_ELSE, Memory
 from fourfold.training.preflight import MERGED, Checked, check
 from fourfold.training.resume import STATE_FILE, first_line, step_of
 from fourfold.training.schema import TrainConfig
-from fourfold.training.summary import RunResult, write_loss_curve, write_report
+from fourfold.training.summary import RunResult, write_loss_curve
 from fourfold.training.watch import AtTheEnd, EarlyStop, Saved
 
 try:
@@ -58,7 +60,8 @@ EVALUATION_BATCHES = 4
 
 
 def run(config: TrainConfig, console: Console | None = None) -> RunResult:
-    """Train as ``config`` says; leaves adapter, tokenizer, report.json and loss.png in ``output_dir``.
+    """Train as ``config`` says; leaves adapter, tokenizer, report.html, report.json and loss.png in
+    ``output_dir``. A run that breaks once it has begun leaves the reports too.
 
     Raises:
         ConfigurationError, DataError, AdapterError, UnsupportedExpertsError: the input is wrong; found before
@@ -70,13 +73,23 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
     console = console or Console()
     if not processes.is_first():
         console = Console(quiet=True)
-    clock = _Clock(console)
+    journal = Journal()
+    with journal.reporting():
+        return _run(config, console, journal)
+
+
+def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
+    clock = _Clock(console, journal)
     with clock("checking configuration, data and targets"):
         checked = check(config)
-    for note in checked.notes:
+        memory = Memory(config, checked)
+        remark = memory.remark()
+        journal.begin(config)
+    for note in (*checked.notes, *([] if remark is None else [remark])):
         console.print(note, soft_wrap=True, markup=False, highlight=False)
     with clock("loading and packing the model"):
         model, packed = load(config, checked)
+        journal.facts["model"] = packed.to_dict()
     collate, flatten = make_collator(checked.tokenizer), packing_collator(checked.tokenizer)
 
     def evaluate(what: str) -> AnswerLosses | None:
@@ -97,11 +110,12 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
     if config.peft_init_lora_weights == "loftq" and checked.checkpoint is None:
         with clock("fitting adapters to what packing lost"):
             lost = fourfold.loftq_init(model)
-    curve = Curve()
+    curve = journal.curve
     if before is not None:
         curve.held_out.append((0, before.mean))
     batch_of = flatten if config.sample_packing else collate
     trainer = make_trainer(model, config, checked, batch_of, curve, console, evaluate)
+    trainer.add_callback(journal)
     output, after = Path(config.output_dir), None
 
     def at_the_end() -> None:
@@ -120,7 +134,7 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
             take_over(trainer, checked.checkpoint, curve)
             at_the_end()
         else:
-            train(trainer, checked.checkpoint)
+            train(trainer, checked.checkpoint, memory.advice)
     with clock("a sample answer", "samples"):
         answer_after = answer(model, checked.tokenizer, checked.sample.ids, SAMPLE_TOKENS)
     facts = _facts(model, config, checked)
@@ -141,10 +155,11 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
             "after": answer_after,
         },
         seconds=clock.seconds,
+        journal=journal.to_dict(),
     )
     if processes.is_first():
         with writing(output):
-            write_report(result, output / "report.json")
+            write_reports(result.to_dict(), output)
             write_loss_curve(result, output / "loss.png")
         if config.merge_lora:
             with clock("merging"):
@@ -264,8 +279,15 @@ def make_trainer(
     return trainer
 
 
-def train(trainer: MoeTrainer, checkpoint: str | None) -> None:
+def train(
+    trainer: MoeTrainer, checkpoint: str | None, advice: Callable[[], str] = lambda: EVERYTHING_ELSE
+) -> None:
     """Run the trainer; the progress bar is taken down whatever happens.
+
+    Args:
+        trainer: of `make_trainer`.
+        checkpoint: to resume from.
+        advice: what to change where memory runs out.
 
     Raises:
         TrainingError: a callback or the trainer stopped the run, or memory ran out; the message says what is
@@ -277,8 +299,7 @@ def train(trainer: MoeTrainer, checkpoint: str | None) -> None:
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"Out of GPU memory at step {trainer.state.global_step + 1} ({str(error).splitlines()[0]}). "
-            "Lower micro_batch_size (and raise gradient_accumulation_steps), lower sequence_len, or set "
-            f"gradient_checkpointing: true. {_what_is_left(trainer, checkpoint)}"
+            f"{advice()} {_what_is_left(trainer, checkpoint)}"
         ) from error
     except TrainingError as error:
         raise TrainingError(f"{error} {_what_is_left(trainer, checkpoint)}") from error
@@ -328,8 +349,8 @@ def set_tracker_environment(config: TrainConfig) -> None:
 class _Clock:
     """Says what is going on and adds up how long it took."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, journal: Journal) -> None:
+        self.console, self.journal = console, journal
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -337,8 +358,10 @@ class _Clock:
         if announce:
             self.console.print(f"{what} ...", style="dim", soft_wrap=True, highlight=False)
         started = time.perf_counter()
+        outer, self.journal.doing = self.journal.doing, what
         try:
             yield
+            self.journal.doing = outer
         finally:
             key = key or what
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
