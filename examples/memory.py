@@ -1,13 +1,12 @@
-"""What model, adapters and optimizer of each example take of a card: the line `# memory:` in its head, and
-the table in README.md and docs/examples.md.
+"""What each example takes of a card, as `fourfold plan` plans it: the line `# memory:` in its head, and the
+table in README.md and docs/examples.md.
 
-    python examples/memory.py            prints the table
+    python examples/memory.py            prints the table; a few minutes
     python examples/memory.py --write    writes it into both pages, and the lines into the files
 
-Counted on models without weights, made from the published configurations in configs/: the model as
-`fourfold verify` counts it after loading; LoRA factors and their gradients in fp32 (8 bytes a parameter), and
-the state of 8-bit AdamW (2 bytes). What a step computes with, activations and workspaces, comes on top: it
-depends on batch, sequence and attention.
+Planned from the published configurations in configs/, without weights, for a card that is no Hopper
+(capability 8.0, where decoded weights need a workspace). The last columns of the table: factors of LoRA and
+the optimizer's state; what a step takes beside them, gradients included; the peak.
 """
 
 from __future__ import annotations
@@ -17,62 +16,66 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoModelForCausalLM
 from transformers import logging as transformers_logging
 
-import fourfold
-from fourfold.adapters.peft_lora import add_lora
-from fourfold.loading.skeleton import build_skeleton, read_config
-from fourfold.training.read_config import load_config
+from fourfold.planning.fit import room
+from fourfold.planning.plan import Plan, Planner
+from fourfold.planning.standins import Target
+from fourfold.training.planned import planner_of
+from fourfold.training.read_config import examine, load_config
+
+if TYPE_CHECKING:
+    from fourfold.planning.plan import Settings
 
 HERE = Path(__file__).parent
-CARDS = (12, 16, 24, 32, 48, 80, 96, 141)  # GiB
-# What is left on the card for a step's activations, workspaces and the allocator.
-LEFT = 0.15
+CARDS = (8, 12, 16, 24, 32, 48, 80, 96, 141)  # GiB
 # Pages with the table, and whether its names of files are links there.
 PAGES = {HERE / "README.md": True, HERE.parent / "docs" / "examples.md": False}
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-# LoRA factors and gradients in fp32; the two moments of 8-bit AdamW.
-BYTES_A_PARAMETER = 4 + 4 + 2
 LINE = re.compile(r"^# memory: .*$", re.MULTILINE)
 
 
 @dataclass
 class Memory:
-    """What lies on the card all the time.
+    """Bytes of a planned run.
 
     Attributes:
-        model: bytes of the packed model.
-        before: bytes of the model in bf16.
-        trainable: parameters of the adapter.
+        model: of the packed model.
+        before: of the model in bf16.
+        trained: parameters of the adapter.
+        resident: what lies on the card between two steps.
+        peak: the most at a time.
     """
 
     model: int
     before: int
-    trainable: int
+    trained: int
+    resident: int
+    peak: int
 
-    @property
-    def training(self) -> int:
-        """Bytes of adapters, gradients and optimizer."""
-        return self.trainable * BYTES_A_PARAMETER
+    @classmethod
+    def of(cls, plan: Plan) -> Memory:
+        """What a plan says of it.
 
-    @property
-    def total(self) -> int:
-        return self.model + self.training
+        Raises:
+            ValueError: what a step needs could not be planned.
+        """
+        if plan.activations is None:
+            raise ValueError(f"{plan.model}: {plan.unknown}")
+        return cls(plan.weights.bytes, plan.weights.bytes_before, plan.trained, plan.resident, plan.peak)
 
     @property
     def card(self) -> int:
-        """GiB of the smallest usual card with some room left."""
-        return next(size for size in CARDS if self.total <= size * (1 - LEFT) * 2**30)
+        """GiB of the smallest usual card that it fits."""
+        return next(size for size in CARDS if self.peak <= room(size * 2**30))
 
     def __str__(self) -> str:
         parts = f"model {gib(self.model)} (bf16: {gib(self.before)})"
         return (
-            f"{gib(self.total)} GiB = {parts} + adapters, gradients, optimizer {gib(self.training)}; "
-            "activations come on top"
+            f"{gib(self.peak)} GiB planned = {parts} + LoRA and optimizer "
+            f"{gib(self.resident - self.model)} + a step {gib(self.peak - self.resident)}"
         )
 
 
@@ -85,43 +88,31 @@ def names() -> list[str]:
     return sorted(path.stem for path in HERE.glob("*.yaml"))
 
 
-def count(name: str) -> Memory:
-    """Build the model without weights, packed and with adapters as the example says, and count."""
-    settings = load_config(HERE / f"{name}.yaml")
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(read_config(HERE / "configs" / name), dtype=torch.bfloat16)
-    # (of a model with images maybe the text alone, which names its class)
-    plain.config.architectures = [type(plain).__name__]
-    arguments: Any = settings.quantization_kwargs()
-    model = build_skeleton(plain.config, fourfold.MoeBitsAndBytesConfig(**arguments))
-    report = fourfold.verify(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    with torch.device("meta"):
-        adapted = add_lora(
-            model,
-            r=settings.lora_r,
-            alpha=settings.lora_alpha,
-            target_modules=settings.target_modules,
-            target_parameters=settings.lora_target_parameters,
-            rank_pattern=settings.lora_rank_pattern or {},
-        )
-    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    return Memory(report.bytes, report.bytes_before, trainable)
+def planner(name: str) -> tuple[Planner, Settings]:
+    """Of an example, with the configuration in configs/ in place of the hub's."""
+    overrides = [f"base_model={HERE / 'configs' / name}"]
+    config: Any = examine(HERE / f"{name}.yaml", overrides).config
+    return planner_of(config, Target("cuda", (8, 0)))
+
+
+def plan(name: str) -> Memory:
+    """The planned memory of an example."""
+    found, settings = planner(name)
+    return Memory.of(found.plan(settings))
 
 
 def table(found: dict[str, Memory], links: bool = True) -> str:
     """Rows of README.md and, without links, of docs/examples.md."""
     lines = [
-        "| file | model | packed GiB | bf16 GiB | LoRA, millions | training GiB | together | card |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| file | model | bf16 GiB | packed GiB | LoRA, millions | LoRA, optimizer | a step | peak | card |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, memory in sorted(found.items(), key=lambda item: item[1].total):
+    for name, memory in sorted(found.items(), key=lambda item: item[1].peak):
         hub = load_config(HERE / f"{name}.yaml").base_model
         file = f"[{name}.yaml]({name}.yaml)" if links else f"`{name}.yaml`"
-        cells = [file, f"`{hub}`", gib(memory.model), gib(memory.before)]
-        cells += [f"{memory.trainable / 1e6:,.0f}", gib(memory.training), f"**{gib(memory.total)}**"]
-        lines.append(f"| {' | '.join([*cells, f'{memory.card} GB'])} |")
+        cells = [file, f"`{hub}`", gib(memory.before), gib(memory.model), f"{memory.trained / 1e6:,.0f}"]
+        cells += [gib(memory.resident - memory.model), gib(memory.peak - memory.resident)]
+        lines.append(f"| {' | '.join([*cells, f'**{gib(memory.peak)}**', f'{memory.card} GB'])} |")
     return "\n".join(lines)
 
 
@@ -143,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="into the pages and the files")
     args = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
-    found = {name: count(name) for name in names()}
+    found = {name: plan(name) for name in names()}
     print(table(found))
     if args.write:
         for name, memory in found.items():

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from fourfold.loading.enable import disable, enable
     from fourfold.loading.prepare import dequantize, prepare
     from fourfold.offloading.api import OffloadReport, offload, onload
+    from fourfold.planning.plan import Plan, plan
     from fourfold.planning.report import Report, verify
 
 __all__ = [
     "MergedCheckpoint",
     "MoeBitsAndBytesConfig",
     "OffloadReport",
+    "Plan",
     "Report",
     "__version__",
     "dequantize",
@@ -42,6 +44,7 @@ __all__ = [
     "merge",
     "offload",
     "onload",
+    "plan",
     "prepare",
     "verify",
 ]
@@ -50,6 +53,7 @@ _WHERE = {
     "MergedCheckpoint": "fourfold.adapters.merge_report",
     "MoeBitsAndBytesConfig": "fourfold.loading.config",
     "OffloadReport": "fourfold.offloading.api",
+    "Plan": "fourfold.planning.plan",
     "Report": "fourfold.planning.report",
     "dequantize": "fourfold.loading.prepare",
     "disable": "fourfold.loading.enable",
@@ -60,6 +64,7 @@ _WHERE = {
     "merge": "fourfold.adapters.merge",
     "offload": "fourfold.offloading.api",
     "onload": "fourfold.offloading.api",
+    "plan": "fourfold.planning.plan",
     "prepare": "fourfold.loading.prepare",
     "verify": "fourfold.planning.report",
 }

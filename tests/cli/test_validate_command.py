@@ -50,7 +50,9 @@ def test_a_sound_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_every_problem_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path, SOUND + "lora_rnk: 4\nsample_packing: true\nseed: 1\nseed: 2\nlora_r: 0\n")
+    path = write(
+        tmp_path, SOUND + "lora_rnk: 4\nsample_packing_sequentially: true\nseed: 1\nseed: 2\nlora_r: 0\n"
+    )
     status, result = validate(capsys, path, "deepspeed=zero3.json", "eval_steps=5")
     assert (status, result["valid"], result["config"]) == (1, False, None)
     assert [(row["line"], row["key"]) for row in result["problems"]] == [
@@ -60,7 +62,7 @@ def test_every_problem_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (None, "eval_steps"),
     ]
     assert [(row["line"], row["key"]) for row in result["not_yet"]] == [
-        (7, "sample_packing"),
+        (7, "sample_packing_sequentially"),
     ]
     [card] = result["refused_at_start"]
     assert (card["key"], card["where"]) == ("deepspeed", "command line (deepspeed=zero3.json)")
@@ -68,7 +70,7 @@ def test_every_problem_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["validate", path]) == 1
     out = capsys.readouterr().out
     assert out.startswith(f"{path}: 4 problems\n")
-    assert "  line 7, sample_packing: not yet: several examples in one row of a batch. Set" in out
+    assert "  line 7, sample_packing_sequentially: not yet: packing in the files' order. Drop" in out
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,10 @@ def test_a_part_of_another_thread_is_not_taken_for_the_module() -> None:
     found: list[int] = []
 
     def other() -> None:
-        for begin in (lambda: schedule.begin_part(4, lambda number: ("other", number), 3), lambda: schedule.begin(4)):
+        for begin in (
+            lambda: schedule.begin_part(4, lambda number: ("other", number), 3),
+            lambda: schedule.begin(4),
+        ):
             slot = begin()
             found.append(slot)
             schedule.end(slot)

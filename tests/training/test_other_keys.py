@@ -11,11 +11,12 @@ import yaml
 
 from fourfold.errors import ConfigurationError
 from fourfold.training.cards import CARDS
+from fourfold.training.dataset_keys import DatasetConfig
 from fourfold.training.json_schema import json_schema
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, ELSEWHERE, NOT_YET, PLUGINS
 from fourfold.training.read_config import Examined, examine, load_config
 from fourfold.training.reference import render
-from fourfold.training.schema import DatasetConfig, TrainConfig
+from fourfold.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 BASE: dict[str, Any] = {
@@ -69,8 +70,8 @@ def test_the_same_within_a_dataset(tmp_path: Path, key: str) -> None:
 
 
 def test_a_value_is_no_false_for_looking_like_it(tmp_path: Path) -> None:
-    [problem] = look(tmp_path, {"sample_packing": 0}).problems
-    assert problem.key == "sample_packing"
+    [problem] = look(tmp_path, {"sample_packing_sequentially": 0}).problems
+    assert problem.key == "sample_packing_sequentially"
     [problem] = look(tmp_path, {"context_parallel_size": True}).problems
     assert problem.key == "context_parallel_size"
 
@@ -92,7 +93,7 @@ def test_plugins_are_known_one_by_one(tmp_path: Path) -> None:
         ({"tokenizer_type": "LlamaTokenizer"}, "tokenizer_type", "`LlamaTokenizer`"),
         ({"attn_implementation": "someone/kernel"}, "attn_implementation", "kernels from the hub"),
         ({"save_strategy": "best"}, "save_strategy", "`best`"),
-        ({"datasets": [{"path": "d", "type": "alpaca"}]}, "datasets.0.type", "`alpaca`"),
+        ({"datasets": [{"path": "d", "type": "context_qa"}]}, "datasets.0.type", "`context_qa`"),
     ],
 )
 def test_values_that_are_not_yet(tmp_path: Path, changes: dict[str, Any], key: str, what: str) -> None:
@@ -175,6 +176,7 @@ def fits(value: Any, schema: dict[str, Any], definitions: dict[str, Any]) -> boo
     }
     checks = {
         "anyOf": lambda x: any(fits(value, option, definitions) for option in x),
+        "oneOf": lambda x: sum(fits(value, option, definitions) for option in x) == 1,
         "type": lambda x: (
             isinstance(value, (int, float) if x == "number" else kinds[x])
             and (x == "boolean" or not isinstance(value, bool))
@@ -217,7 +219,7 @@ def test_the_shipped_file_fits_the_schema_and_wrong_ones_do_not() -> None:
         {"lora_r": 0},
         {"lora_r": True},
         {"lr_scheduler": "cosin"},
-        {"sample_packing": True},
+        {"sample_packing_sequentially": True},
         {"datasets": []},
         {"datasets": [{"path": "x", "splt": "y"}]},
         {"special_tokens": {"pad": "x"}},

@@ -47,7 +47,7 @@ def test_targets_are_checked_before_the_data_is_tokenized_and_the_folder_made_la
     def must_not(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("too early")
 
-    monkeypatch.setattr(preflight, "tokenize", must_not)
+    monkeypatch.setattr(preflight, "prepare_data", must_not)
     config = TrainConfig(**settings(lora_target_modules=["q_porj"]))
     with pytest.raises(AdapterError, match="q_proj"):
         check(config)

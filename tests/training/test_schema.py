@@ -17,6 +17,11 @@ from fourfold.training.schema import TrainConfig
 
 # Every key, with a value that is not its default.
 EVERY_KEY: dict[str, tuple[str, Any]] = {
+    "sample_packing": ("true", True),
+    "train_on_inputs": ("true", True),
+    "max_bad_records": ("0.25", 0.25),
+    "dataset_prepared_path": ("kept", "kept"),
+    "eval_sample_packing": ("true", True),
     "base_model": ("a/b", "a/b"),
     "adapter": ("lora", "lora"),
     "load_in_4bit": ("false", False),

@@ -29,6 +29,8 @@ COMMANDS = {
     "train": "train an adapter as a YAML file says",
     "validate": "whether train would take a YAML file: every problem, with line and remedy",
     "schema": "the keys of the YAML file as JSON Schema, for editors",
+    "data": "the first training examples as the model sees them, trained tokens coloured",
+    "plan": "the memory of a run, whether it fits a card, and what would make it fit",
     "inspect": "experts of a model, their sizes and LoRA targets, from its configuration alone",
     "quantize": "write a packed checkpoint, streaming: the model is never in memory",
     "merge": "a checkpoint with an adapter added to its weights, streaming",

@@ -168,7 +168,7 @@ def _project(
     )
     if projection.bias is not None:
         bias_EN = getattr(module, projection.bias)
-        y_SN = y_SN + bias_EN[routing.expert_S].to(y_SN.dtype)
+        y_SN += bias_EN[routing.expert_S].to(y_SN.dtype)  # (in place: S x N numbers are a lot)
     return y_SN
 
 

@@ -42,10 +42,8 @@ class HostExperts(Protocol):
     def stack(self, projection: Projection) -> RemoteStack:
         """The packed weights of a projection, to be computed with."""
 
-    def hold(
-        self, device: torch.device, index_Tk: torch.Tensor | None = None
-    ) -> AbstractContextManager[Any]:
-        """Keep them on ``device`` while a forward runs there; only those in ``index_Tk`` are computed with."""
+    def hold(self, device: torch.device, index_Tk: torch.Tensor | None = None) -> AbstractContextManager[Any]:
+        """Keep them on ``device`` while a forward runs there, with those in ``index_Tk`` alone."""
 
 
 class PackedExperts(RoutedExperts):

@@ -62,6 +62,9 @@ def build_skeleton(
     model: str | Path | PretrainedConfig,
     quantization_config: MoeBitsAndBytesConfig | None = None,
     trust_remote_code: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    causal: bool = False,
 ) -> PreTrainedModel:
     """The model on the meta device.
 
@@ -69,6 +72,9 @@ def build_skeleton(
         model: local folder, bare ``config.json``, hub id, or a configuration.
         quantization_config: how it would be loaded; a checkpoint that is packed already says so itself.
         trust_remote_code: run the code that comes with the model, where it is no class of transformers.
+        dtype: to load in; None is the checkpoint's.
+        causal: the class that `AutoModelForCausalLM` would load (of a checkpoint with images, its text
+            alone), not the one that the configuration names.
 
     Returns:
         A model whose parameters have their shapes and dtypes as after loading, without storage.
@@ -79,8 +85,10 @@ def build_skeleton(
             request.
     """
     config = model if isinstance(model, PretrainedConfig) else read_config(model, trust_remote_code)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    cls = model_class(config)
+    if dtype is None:
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    causal = causal and type(config) in AutoModelForCausalLM._model_mapping
+    cls: Any = AutoModelForCausalLM if causal else model_class(config)
     remote = {"trust_remote_code": True} if trust_remote_code else {}
     stored = getattr(config, "quantization_config", None)
     packed = isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD

@@ -251,9 +251,7 @@ class HostExperts:
     def stack(self, projection: Projection) -> RemoteStack:
         return self._stacks[projection.name]
 
-    def hold(
-        self, device: torch.device, index_Tk: torch.Tensor | None = None
-    ) -> AbstractContextManager[Any]:
+    def hold(self, device: torch.device, index_Tk: torch.Tensor | None = None) -> AbstractContextManager[Any]:
         """Keep the module's experts where they are computed with while a forward runs.
 
         Args:
@@ -270,10 +268,10 @@ class HostExperts:
                 f"states are on {device}. Move the whole model (`model.to`), or call fourfold.onload and "
                 "fourfold.offload again where it computes"
             )
-        if index_Tk is not None and not torch.is_grad_enabled():
-            if index_Tk.numel() <= PART_OF_EXPERTS * self._experts:
-                hit = sorted(set(index_Tk.flatten().tolist()))
-                return self.streamer.use_part(self._unit, [e for e in hit if 0 <= e < self._experts])
+        most = 0 if index_Tk is None or torch.is_grad_enabled() else PART_OF_EXPERTS * self._experts
+        if index_Tk is not None and index_Tk.numel() <= most:
+            hit = sorted(set(index_Tk.flatten().tolist()))
+            return self.streamer.use_part(self._unit, [e for e in hit if 0 <= e < self._experts])
         return self.streamer.use(self._unit)
 
 

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fourfold.training.bnb_settings import bnb_contradictions
+from fourfold.training.dataset_contradictions import dataset_contradictions
 from fourfold.training.schedules import schedule_contradictions
 from fourfold.training.yaml_file import Problem
 
 if TYPE_CHECKING:
-    from fourfold.training.schema import DatasetConfig, TrainConfig
+    from fourfold.training.dataset_keys import DatasetConfig
+    from fourfold.training.schema import TrainConfig
 
 # The trainer's polynomial schedule ends here and must begin higher.
 POLYNOMIAL_END = 1e-7
@@ -51,7 +53,7 @@ def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Probl
     yield from _trainer_contradictions(config)
     yield from _loftq_contradictions(config)
     yield from _tracker_contradictions(config)
-    yield from _role_contradictions(config)
+    yield from dataset_contradictions(config)
     if config.val_set_size and config.test_datasets:
         remedy = "Set val_set_size: 0 to evaluate on test_datasets, or drop test_datasets."
         yield found(("val_set_size", "test_datasets"), "contradicts test_datasets", remedy)
@@ -137,15 +139,6 @@ def _tracker_contradictions(config: TrainConfig) -> Found:
                         f"Set {switch}: true, or to false to keep the key without effect, or drop it.",
                     ),
                 )
-
-
-def _role_contradictions(config: TrainConfig) -> Found:
-    for name in ("datasets", "test_datasets"):
-        for index, entry in enumerate(getattr(config, name) or ()):
-            words = [word for each in entry.roles.values() for word in each]
-            for word in sorted({word for word in words if words.count(word) > 1}):
-                key = f"{name}.{index}.roles"
-                yield (name,), Problem(key, f"`{word}` stands for two roles", "Leave it in one of them.")
 
 
 def _lora_contradictions(config: TrainConfig) -> Found:

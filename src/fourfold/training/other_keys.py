@@ -22,11 +22,12 @@ _LINEARS = "attention and other Linears run as PEFT and bitsandbytes compute the
 _LIGER = "the model's own layers are used; the same results"
 _LOSS = "the loss is taken in chunks of tokens, always: no tensor of [tokens, vocabulary] is ever held"
 _LOADED = "loading is always shard by shard, packed as it goes"
-_TOKENIZED = "data are read and tokenized at each start, in one process; nothing is cached"
+_TOKENIZED = "data are read and tokenized in one process; dataset_prepared_path keeps them"
 _ATTENTION = "attention is that of transformers: see attn_implementation"
 _MEMORY = "it stays on the GPU: the same results, more memory"
 _PROCESSES = "torchrun or accelerate launch start the processes, and torch's DDP averages their gradients"
 _COMPILED = "torch.compile keeps its own options: the same results"
+_PACKED = "with sample_packing the whole training set is packed by best fit, once"
 _SHOWN = "tokens a second are always shown and in report.json"
 
 # Key -> what happens instead.
@@ -70,7 +71,6 @@ DIFFERENT: dict[str, str] = {
     "low_cpu_mem_usage": _LOADED,
     "qlora_sharded_model_loading": _LOADED,
     "lora_on_cpu": "adapters are made where the model lies",
-    "dataset_prepared_path": _TOKENIZED,
     "dataset_num_proc": _TOKENIZED,
     "dataset_processes": _TOKENIZED,
     "dataset_keep_in_memory": _TOKENIZED,
@@ -78,10 +78,14 @@ DIFFERENT: dict[str, str] = {
     "dataloader_num_workers": "batches are made in the process that trains",
     "dataloader_pin_memory": "memory is pinned wherever there is a GPU",
     "dataloader_prefetch_factor": "batches are made in the process that trains",
+    "shuffle_merged_datasets": "the order of examples is drawn anew for each epoch, whatever the files' own",
     "remove_unused_columns": "the trainer gets token ids and labels, whatever columns the data have",
     "group_by_length": "examples of similar length always share a batch; their order hangs on seed and epoch",
     "pad_to_sequence_len": "batches are padded to their longest example: the same results, fewer tokens",
-    "eval_sample_packing": "held-out examples are evaluated in padded batches: the same results",
+    "sample_packing_group_size": _PACKED,
+    "sample_packing_bin_size": _PACKED,
+    "multipack_real_batches": "the rows of a batch are laid end to end: the same results",
+    "batch_flattening": "without sample_packing batches are padded: the same results",
     "eot_tokens": "what the chat template writes after an answer is trained, its end token included",
     "ddp": _PROCESSES,
     "ddp_timeout": _PROCESSES,
@@ -107,7 +111,13 @@ DIFFERENT: dict[str, str] = {
 }
 
 # Those whose false asks for something too.
-ALSO_FALSE = ("group_by_length", "remove_unused_columns", "dataloader_pin_memory", "save_safetensors")
+ALSO_FALSE = (
+    "shuffle_merged_datasets",
+    "group_by_length",
+    "remove_unused_columns",
+    "dataloader_pin_memory",
+    "save_safetensors",
+)
 
 # Plugins whose work is done otherwise, by the last part of their names; any other may change results.
 PLUGINS: dict[str, str] = {
@@ -132,10 +142,6 @@ class NotYet:
     off: tuple[Any, ...] = (False,)
 
 
-_PACKING = NotYet(
-    "several examples in one row of a batch",
-    "Set sample_packing: false; batches are then padded, and hold micro_batch_size examples each.",
-)
 _CARDS = NotYet("training on more than one GPU", "Drop the key to train on one GPU.")
 _DEGREE = NotYet(_CARDS.what, _CARDS.remedy, (False, 0, 1))
 _PREFERENCE = NotYet("training on preferences or rewards", "Fourfold trains on conversations (datasets).")
@@ -151,21 +157,12 @@ _TOKENS = NotYet("tokens or embeddings added to the model", "Drop the key, or us
 _TEMPLATE = NotYet("this setting of the chat template", "Write what it says into the conversations.")
 _LORA = NotYet("this kind of LoRA", "Drop the key.")
 _DATA = NotYet("this way to arrange data", "Prepare the file so, and drop the key.")
-_ONE_TEMPLATE = NotYet(
-    "a template for one dataset", "Set chat_template for the run.", (False, "tokenizer_default")
-)
-_RENAMED, _MAPPING = "this name of the key", "Write message_property_mappings: {role: ..., content: ...}."
 _ATTENDING = NotYet("this change to positions or attention", "Drop the key.")
 _NAMED = NotYet("taking it from elsewhere than base_model", "Drop the key.")
 
 # Key -> what is missing.
 NOT_YET: dict[str, NotYet] = {
-    "sample_packing": _PACKING,
-    "sample_packing_group_size": _PACKING,
-    "sample_packing_bin_size": _PACKING,
-    "sample_packing_sequentially": _PACKING,
-    "multipack_real_batches": _PACKING,
-    "batch_flattening": _PACKING,
+    "sample_packing_sequentially": NotYet("packing in the files' order", "Drop it: the longest come first."),
     "curriculum_sampling": _DATA,
     "deepcompile": _CARDS,
     "context_parallel_size": _DEGREE,
@@ -180,7 +177,6 @@ NOT_YET: dict[str, NotYet] = {
     "device_map": _PLACES,
     "max_memory": _PLACES,
     "gpu_memory_limit": _PLACES,
-    "train_on_inputs": NotYet("loss on the prompts", "Set it to false."),
     "bfloat16": _PRECISION,
     "float16": _PRECISION,
     "float32": _PRECISION,
@@ -220,13 +216,12 @@ NOT_YET: dict[str, NotYet] = {
     "min_sample_len": _DATA,
     "max_prompt_len": _DATA,
     "pad_to_multiple_of": NotYet("padding to a multiple", "Drop the key.", (False, 1)),
-    "shuffle_merged_datasets": NotYet("the files' own order", "Drop it: examples are shuffled.", (True,)),
     "shuffle_before_merging_datasets": _DATA,
     "dataset_shard_num": _DATA,
     "dataset_shard_idx": _DATA,
     "dataset_exact_deduplication": _DATA,
     "skip_prepare_dataset": _DATA,
-    "pretraining_dataset": NotYet("training on plain text", "Write conversations into datasets."),
+    "pretraining_dataset": NotYet("reading data as they are trained on", "Write datasets, type: completion."),
     "streaming": _DATA,
     "push_dataset_to_hub": _HUB,
     "chat_template_kwargs": NotYet(_TEMPLATE.what, _TEMPLATE.remedy, (False, {})),
@@ -291,25 +286,17 @@ DATASET_NOT_YET: dict[str, NotYet] = {
     "shards_idx": _DATA,
     "preprocess_shards": _DATA,
     "conversation": _TEMPLATE,
-    "chat_template": _ONE_TEMPLATE,
-    "chat_template_jinja": _ONE_TEMPLATE,
     "input_transform": _DATA,
     "input_format": _DATA,
-    "field": _DATA,
     "field_human": _DATA,
     "field_model": _DATA,
     "field_tools": NotYet("tools in conversations", "Write what they say into the turns."),
     "field_thinking": _DATA,
     "template_thinking_key": _DATA,
     "split_thinking": _DATA,
-    "message_field_role": NotYet(_RENAMED, _MAPPING, ("role",)),
-    "message_field_content": NotYet(_RENAMED, _MAPPING, ("content",)),
-    "message_field_training": NotYet("marks of what is trained", "Give turns a `weight` of 0 or 1."),
-    "message_field_training_detail": NotYet("marks of what is trained", "Give turns a `weight` of 0 or 1."),
-    "roles_to_train": NotYet("loss on other turns than answers", "Drop it.", (["assistant"], ["gpt"])),
-    "train_on_eos": NotYet("other than each answer's own end token", "Set it to turn.", ("turn",)),
-    "train_on_eot": NotYet("other than each answer's own end token", "Set it to turn.", ("turn",)),
-    "drop_system_message": _DATA,
+    "message_field_training_detail": NotYet(
+        "marks within a turn", "Mark whole turns: message_field_training."
+    ),
     "trust_remote_code": _CODE,
 }
 

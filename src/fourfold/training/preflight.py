@@ -22,8 +22,11 @@ from fourfold.loading.paths import ensure_reachable, is_meant_as_path
 from fourfold.training import processes
 from fourfold.training.adapting import check_adapters, saved_targets
 from fourfold.training.contradictions import ignored_within
-from fourfold.training.data import Tokenized, load_conversations, tokenize
-from fourfold.training.records import Conversation, Messages
+from fourfold.training.data import Tokenized, load_records
+from fourfold.training.encode import Sample
+from fourfold.training.isolation import check_isolation
+from fourfold.training.packing import pack
+from fourfold.training.prepared import prepare_data, templates_of
 from fourfold.training.remarks import beyond, needed_packages
 from fourfold.training.resume import (
     check_unchanged,
@@ -65,8 +68,8 @@ class Checked:
         tokenizer: the base model's.
         train: tokenized training conversations.
         held_out: tokenized held-out conversations, if any.
-        sample: the turns before one answer, to show before and after; held out if anything is.
-        reference: the answer in the data.
+        sample: one question, to be answered before and after; held out if anything is.
+        bad: place and problem of each record that was left out.
         quantization_config: for ``from_pretrained``; None where nothing is to be quantized or the checkpoint
         is packed.
         target_modules: LoRA targets among the modules; text is a regular expression, or "all-linear".
@@ -81,8 +84,8 @@ class Checked:
     tokenizer: Any
     train: Tokenized
     held_out: Tokenized | None
-    sample: Messages
-    reference: str
+    sample: Sample
+    bad: list[str]
     quantization_config: Any
     target_modules: list[str] | str
     target_parameters: list[str]
@@ -104,7 +107,8 @@ def check(config: TrainConfig) -> Checked:
     if checkpoint is not None:
         check_unchanged(checkpoint, fixed_settings(config))
     check_device(config)
-    train, held_out = load_conversations(config)
+    # (where they may be kept already, they are read once it is clear that they are not)
+    loaded = None if config.dataset_prepared_path is not None else load_records(config)
     quantization_config = make_quantization_config(config)
     skeleton = make_skeleton(config, quantization_config)
     check_balance(config, skeleton)
@@ -114,16 +118,17 @@ def check(config: TrainConfig) -> Checked:
     if saved is None:
         check_patterns(config, skeleton, modules, parameters)
     check_adapters(config, skeleton, modules, parameters)
+    if config.sample_packing or config.eval_sample_packing:
+        check_isolation(config.base_model, config.attention, config.trust_remote_code)
     tokenizer = load_tokenizer(config.base_model, config.special_tokens, config.trust_remote_code)
+    templates = templates_of(config, tokenizer)
     tokenizer.chat_template = choose_template(config, tokenizer)
-    cut = (config.sequence_len, "datasets", config.excess_length_strategy)
-    tokenized = tokenize(train, tokenizer, *cut)
-    tokenized_held_out = None
-    if held_out:
-        cut = (config.sequence_len, "held-out data", config.excess_length_strategy)
-        tokenized_held_out = tokenize(held_out, tokenizer, *cut)
+    data = prepare_data(config, tokenizer, templates, loaded)
+    tokenized, tokenized_held_out = data.train, data.held_out
     check_vocabulary(tokenizer, rows, (tokenized, tokenized_held_out))
-    notes = check_steps(config, len(tokenized.dataset))
+    if config.sample_packing:
+        tokenized.packed = pack(tokenized.dataset, config.sequence_len)
+    notes = data.notes + check_steps(config, len(tokenized.rows))
     bf16 = resolve_bf16(config)
     settings = run_settings(config, modules, parameters, bf16, tokenized.digest)
     if checkpoint is not None:
@@ -132,16 +137,12 @@ def check(config: TrainConfig) -> Checked:
     check_merge(config, checkpoint)
     if processes.is_first():
         check_writable(Path(config.output_dir))  # last: it makes the folder
-    shown = train[tokenized.first]
-    if tokenized_held_out is not None:
-        shown = held_out[tokenized_held_out.first]
-    sample, reference = sample_of(shown)
     return Checked(
         tokenizer=tokenizer,
         train=tokenized,
         held_out=tokenized_held_out,
-        sample=sample,
-        reference=reference,
+        sample=data.sample,
+        bad=data.bad,
         quantization_config=quantization_config,
         target_modules=modules,
         target_parameters=parameters,
@@ -371,9 +372,3 @@ def make_skeleton(config: TrainConfig, quantization_config: Any) -> Any:
     from fourfold.loading.skeleton import build_skeleton
 
     return build_skeleton(config.base_model, quantization_config, config.trust_remote_code)
-
-
-def sample_of(conversation: Conversation) -> tuple[Messages, str]:
-    """The turns before the first answer to train on, and that answer."""
-    index = conversation.answers[0]
-    return conversation.messages[:index], conversation.messages[index]["content"]

@@ -16,12 +16,13 @@ from pydantic import BaseModel, ValidationError
 from fourfold.errors import ConfigurationError
 from fourfold.training.cards import CARDS, refusals
 from fourfold.training.contradictions import ContradictionError
+from fourfold.training.dataset_keys import DatasetConfig, PromptFormat, Turn
 from fourfold.training.key_types import NotYetError
 from fourfold.training.model_keys import SpecialTokens
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, ELSEWHERE, NOT_YET, take_others
 from fourfold.training.remarks import remarks
 from fourfold.training.run_keys import Checkpointing
-from fourfold.training.schema import DatasetConfig, TrainConfig, Turn
+from fourfold.training.schema import TrainConfig
 from fourfold.training.yaml_file import (
     KeyPath,
     Problem,
@@ -95,7 +96,19 @@ def examine(path: str | Path, overrides: list[str] | None = None) -> Examined:
     Raises:
         ConfigurationError: there is no such file, it is no YAML, or an override reaches nowhere.
     """
-    parsed = read_yaml(path)
+    return _examine(read_yaml(path), str(path), overrides)
+
+
+def examine_values(values: Mapping[str, Any], overrides: list[str] | None = None) -> Examined:
+    """The same for values that are in no file.
+
+    Raises:
+        ConfigurationError: an override reaches nowhere.
+    """
+    return _examine(YamlFile(dict(values), {}, []), "settings", overrides)
+
+
+def _examine(parsed: YamlFile, path: str, overrides: list[str] | None) -> Examined:
     overridden = apply_overrides(parsed, overrides or ())
     values, missing, instead = take_others(parsed.values)
     problems = parsed.problems + [_placed(problem, parsed, overridden) for problem in missing]
@@ -114,7 +127,7 @@ def examine(path: str | Path, overrides: list[str] | None = None) -> Examined:
             if not unsound.intersection(keys) and str(problem) not in {str(error) for _, error in errors}
         ]
     problems.sort(key=lambda problem: (not problem.where, len(problem.where), problem.where))  # by line
-    result = Examined(str(path), config, problems)
+    result = Examined(path, config, problems)
     result.at_start = [_placed(problem, parsed, overridden) for problem in refusals(parsed.values)]
     result.instead = [_placed(Problem(key, what, ""), parsed, overridden) for key, what in instead]
     if config is not None:
@@ -199,7 +212,8 @@ def _model_at(path: KeyPath) -> type[BaseModel]:
     """The mapping that the last part of ``path`` is a key of."""
     parts = [str(part) for part in path[:-1]]
     if parts and parts[0] in ("datasets", "test_datasets"):
-        return Turn if parts[-1] == "message_property_mappings" else DatasetConfig
+        inside: dict[str, type[BaseModel]] = {"message_property_mappings": Turn, "type": PromptFormat}
+        return inside.get(parts[-1], DatasetConfig)
     inner: dict[str, type[BaseModel]] = {
         "special_tokens": SpecialTokens,
         "gradient_checkpointing_kwargs": Checkpointing,

@@ -12,10 +12,11 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from fourfold.training.cards import CARDS
+from fourfold.training.dataset_keys import DatasetConfig, PromptFormat, Turn
 from fourfold.training.model_keys import SpecialTokens
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, NOT_YET, PLUGINS, NotYet
 from fourfold.training.run_keys import Checkpointing
-from fourfold.training.schema import DatasetConfig, TrainConfig, Turn
+from fourfold.training.schema import TrainConfig
 
 HEAD = """\
 # Configuration
@@ -53,6 +54,7 @@ def render() -> str:
     for title, model in (
         ("An entry of `datasets` and `test_datasets`", DatasetConfig),
         ("`message_property_mappings`", Turn),
+        ("`type`, where it is a mapping", PromptFormat),
         ("`special_tokens`", SpecialTokens),
         ("`gradient_checkpointing_kwargs`", Checkpointing),
     ):

@@ -70,6 +70,12 @@ def remarks(config: TrainConfig) -> Iterator[tuple[str, str]]:
     held_out = bool(config.val_set_size or config.test_datasets)
     if config.evals_per_epoch and not held_out:
         yield "evals_per_epoch", "without val_set_size or test_datasets there is nothing to evaluate"
+    if config.sample_packing and not str(config.attention).startswith("flash"):
+        yield (
+            "sample_packing",
+            "scores between examples are computed and masked out; with attn_implementation: "
+            "flash_attention_2 they are skipped",
+        )
     if isinstance(config.gradient_checkpointing, str):
         yield "gradient_checkpointing", "activations are recomputed; their inputs stay on the GPU"
     chosen = config.lora_target_modules is not None or config.lora_target_linear or config.lora_model_dir

@@ -49,6 +49,7 @@ FIXED = (
     "fp16",
     "sequence_len",
     "excess_length_strategy",
+    "sample_packing",
     "micro_batch_size",
     "gradient_accumulation_steps",
     "optimizer",

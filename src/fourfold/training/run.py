@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,14 @@ from fourfold.training.callbacks import (
     peak_memory,
 )
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
+from fourfold.training.isolation import refuse_leaks
+from fourfold.training.journal import Journal, write_reports
+from fourfold.training.packing import packing_collator
+from fourfold.training.planned import EVERYTHING_ELSE, Memory
 from fourfold.training.preflight import MERGED, Checked, check
 from fourfold.training.resume import STATE_FILE, first_line, step_of
 from fourfold.training.schema import TrainConfig
-from fourfold.training.summary import RunResult, write_loss_curve, write_report
+from fourfold.training.summary import RunResult, write_loss_curve
 from fourfold.training.watch import AtTheEnd, EarlyStop, Saved
 
 try:
@@ -56,7 +60,8 @@ EVALUATION_BATCHES = 4
 
 
 def run(config: TrainConfig, console: Console | None = None) -> RunResult:
-    """Train as ``config`` says; leaves adapter, tokenizer, report.json and loss.png in ``output_dir``.
+    """Train as ``config`` says; leaves adapter, tokenizer, report.html, report.json and loss.png in
+    ``output_dir``. A run that breaks once it has begun leaves the reports too.
 
     Raises:
         ConfigurationError, DataError, AdapterError, UnsupportedExpertsError: the input is wrong; found before
@@ -68,34 +73,49 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
     console = console or Console()
     if not processes.is_first():
         console = Console(quiet=True)
-    clock = _Clock(console)
+    journal = Journal()
+    with journal.reporting():
+        return _run(config, console, journal)
+
+
+def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
+    clock = _Clock(console, journal)
     with clock("checking configuration, data and targets"):
         checked = check(config)
-    for note in checked.notes:
+        memory = Memory(config, checked)
+        remark = memory.remark()
+        journal.begin(config)
+    for note in (*checked.notes, *([] if remark is None else [remark])):
         console.print(note, soft_wrap=True, markup=False, highlight=False)
     with clock("loading and packing the model"):
         model, packed = load(config, checked)
-    collate = make_collator(checked.tokenizer)
+        journal.facts["model"] = packed.to_dict()
+    collate, flatten = make_collator(checked.tokenizer), packing_collator(checked.tokenizer)
 
     def evaluate(what: str) -> AnswerLosses | None:
         if checked.held_out is None:
             return None
         with clock(f"{what}: {len(checked.held_out.dataset)} held-out answers", "evaluation"):
             size = config.eval_batch_size or config.micro_batch_size * EVALUATION_BATCHES
-            return evaluate_answers(model, checked.held_out.dataset, collate, size)
+            packed = (flatten, config.sequence_len) if config.eval_sample_packing else None
+            return evaluate_answers(model, checked.held_out.dataset, collate, size, packed)
 
     before = evaluate("before training")
     with clock("a sample answer", "samples"):
-        answer_before = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
+        answer_before = answer(model, checked.tokenizer, checked.sample.ids, SAMPLE_TOKENS)
 
     model, lost = with_adapters(model, config, checked), None
+    if config.sample_packing or config.eval_sample_packing:
+        refuse_leaks(model)  # with the layers and kernels that are really there
     if config.peft_init_lora_weights == "loftq" and checked.checkpoint is None:
         with clock("fitting adapters to what packing lost"):
             lost = fourfold.loftq_init(model)
-    curve = Curve()
+    curve = journal.curve
     if before is not None:
         curve.held_out.append((0, before.mean))
-    trainer = make_trainer(model, config, checked, collate, curve, console, evaluate)
+    batch_of = flatten if config.sample_packing else collate
+    trainer = make_trainer(model, config, checked, batch_of, curve, console, evaluate)
+    trainer.add_callback(journal)
     output, after = Path(config.output_dir), None
 
     def at_the_end() -> None:
@@ -114,9 +134,9 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
             take_over(trainer, checked.checkpoint, curve)
             at_the_end()
         else:
-            train(trainer, checked.checkpoint)
+            train(trainer, checked.checkpoint, memory.advice)
     with clock("a sample answer", "samples"):
-        answer_after = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
+        answer_after = answer(model, checked.tokenizer, checked.sample.ids, SAMPLE_TOKENS)
     facts = _facts(model, config, checked)
     if lost is not None:
         facts["adapters"]["loftq"] = lost.to_dict()["roles"]
@@ -129,16 +149,17 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         improvement=None if before is None or after is None else Improvement.between(before, after),
         curve=curve,
         sample={
-            "prompt": checked.sample[-1]["content"],
-            "reference": checked.reference,
+            "prompt": checked.sample.question,
+            "reference": checked.sample.reference,
             "before": answer_before,
             "after": answer_after,
         },
         seconds=clock.seconds,
+        journal=journal.to_dict(),
     )
     if processes.is_first():
         with writing(output):
-            write_report(result, output / "report.json")
+            write_reports(result.to_dict(), output)
             write_loss_curve(result, output / "loss.png")
         if config.merge_lora:
             with clock("merging"):
@@ -227,7 +248,7 @@ def make_trainer(
     evaluate: Any,
 ) -> MoeTrainer:
     """The trainer with our callbacks and without the printing of its own."""
-    examples = len(checked.train.dataset)
+    examples = len(checked.train.rows)
     arguments = trainer_arguments(
         config, bf16=checked.bf16, use_cpu=not torch.cuda.is_available(), examples=examples
     )
@@ -236,7 +257,7 @@ def make_trainer(
         model=model,
         args=arguments,
         data_collator=collate,
-        train_dataset=checked.train.dataset,
+        train_dataset=checked.train.rows,
         processing_class=checked.tokenizer,
         settings=checked.settings,
         loraplus=None
@@ -258,8 +279,15 @@ def make_trainer(
     return trainer
 
 
-def train(trainer: MoeTrainer, checkpoint: str | None) -> None:
+def train(
+    trainer: MoeTrainer, checkpoint: str | None, advice: Callable[[], str] = lambda: EVERYTHING_ELSE
+) -> None:
     """Run the trainer; the progress bar is taken down whatever happens.
+
+    Args:
+        trainer: of `make_trainer`.
+        checkpoint: to resume from.
+        advice: what to change where memory runs out.
 
     Raises:
         TrainingError: a callback or the trainer stopped the run, or memory ran out; the message says what is
@@ -271,8 +299,7 @@ def train(trainer: MoeTrainer, checkpoint: str | None) -> None:
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"Out of GPU memory at step {trainer.state.global_step + 1} ({str(error).splitlines()[0]}). "
-            "Lower micro_batch_size (and raise gradient_accumulation_steps), lower sequence_len, or set "
-            f"gradient_checkpointing: true. {_what_is_left(trainer, checkpoint)}"
+            f"{advice()} {_what_is_left(trainer, checkpoint)}"
         ) from error
     except TrainingError as error:
         raise TrainingError(f"{error} {_what_is_left(trainer, checkpoint)}") from error
@@ -322,8 +349,8 @@ def set_tracker_environment(config: TrainConfig) -> None:
 class _Clock:
     """Says what is going on and adds up how long it took."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, journal: Journal) -> None:
+        self.console, self.journal = console, journal
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -331,8 +358,10 @@ class _Clock:
         if announce:
             self.console.print(f"{what} ...", style="dim", soft_wrap=True, highlight=False)
         started = time.perf_counter()
+        outer, self.journal.doing = self.journal.doing, what
         try:
             yield
+            self.journal.doing = outer
         finally:
             key = key or what
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
@@ -352,7 +381,7 @@ def _facts(model: Any, config: TrainConfig, checked: Checked) -> dict[str, Any]:
             "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trainable}),
         },
         "data": {
-            "train": checked.train.to_dict(),
+            "train": {**checked.train.to_dict(), "bad_records": len(checked.bad)},
             "held_out": None if held_out is None else held_out.to_dict(),
         },
         "peak_memory_bytes": peak_memory(),

@@ -37,7 +37,9 @@ class Checkpointing(Strict):
 class RunKeys(Strict):
     """How it is trained."""
 
-    micro_batch_size: Positive = Field(1, description="a positive whole number of examples")
+    micro_batch_size: Positive = Field(
+        1, description="a positive whole number of examples (of rows, with sample_packing)"
+    )
     eval_batch_size: Positive | None = Field(
         None, description="a positive whole number of held-out examples; absent means 4 micro batches"
     )

@@ -14,89 +14,24 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from fourfold.training.adapter_keys import AdapterKeys
 from fourfold.training.contradictions import ContradictionError, contradictions
+from fourfold.training.dataset_keys import DatasetConfig
 from fourfold.training.key_types import (
-    OneOrMore,
+    BelowOne,
     PathText,
     Share,
-    Strict,
-    Text,
     not_bool,
-    only,
 )
 from fourfold.training.model_keys import ModelKeys
 from fourfold.training.run_keys import RunKeys
 from fourfold.training.templates import TEMPLATES
 from fourfold.training.tracker_keys import TrackerKeys
 
-# Who speaks, by the words for it in common files; `roles` replaces the table.
-Role = Literal["system", "user", "assistant", "tool"]
-ROLES: dict[Role, list[str]] = {
-    "system": ["system"],
-    "user": ["user", "human"],
-    "assistant": ["assistant", "gpt"],
-    "tool": ["tool"],
-}
-DATASET_TYPES = (
-    "chat_template",
-    "alpaca",
-    "alpaca_chat",
-    "completion",
-    "sharegpt",
-    "input_output",
-    "context_qa",
-    "pretrain",
-    "chat_template.default",
-    "chat_template.argilla",
-)
-
-
-class Turn(Strict):
-    """What a turn's fields are called in a file."""
-
-    role: Text = Field("role", description="the field that says who speaks")
-    content: Text = Field("content", description="the field with the text")
-
-
-class DatasetConfig(Strict):
-    """Conversations: a file, a folder of files, or a dataset on the hub.
-
-    A record may hold whatever else says something about it (an id, its source); fields that would change the
-    conversation (``tools`` and the like, see ``records.CHANGES_CONVERSATION``) are refused, and so is
-    anything in a turn but ``role``, ``content`` and ``weight`` (0: the answer is shown, not trained).
-    """
-
-    path: PathText = Field(
-        description="a local file (.jsonl, .json, .parquet), a folder, or a dataset's id on the hub"
-    )
-    type: Annotated[
-        Literal["chat_template"],
-        only(("chat_template",), "Write conversations, and type: chat_template.", DATASET_TYPES),
-    ] = Field("chat_template", description="`chat_template`")
-    name: Text | None = Field(None, description="the name of the hub dataset's configuration")
-    split: Text | None = Field(
-        None, description="a split, or a slice of one, such as train[:20%]; absent means train"
-    )
-    data_files: OneOrMore | None = Field(None, description="a file, or a list of files, within `path`")
-    ds_type: Literal["json", "parquet", "arrow"] | None = Field(
-        None, description="`json`, `parquet` or `arrow`, where a file's name does not say"
-    )
-    revision: Text | None = Field(None, description="a branch, tag or commit of a dataset on the hub")
-    field_messages: str = Field("messages", min_length=1, description="the name of the field with the turns")
-    message_property_mappings: Turn = Field(
-        default_factory=lambda: Turn.model_validate({}),
-        description="a mapping of role and content to the turns' own fields, such as {role: from}",
-    )
-    roles: dict[Role, OneOrMore] = Field(
-        default_factory=lambda: ROLES,
-        description="a mapping of system, user, assistant and tool to the words for them in the file",
-    )
-
 
 class TrainConfig(TrackerKeys, RunKeys, AdapterKeys, ModelKeys):
     """A training run. Field names are the YAML keys; see ``load_config``."""
 
     datasets: list[DatasetConfig] = Field(
-        min_length=1, description="a list of entries with `path` and `type`"
+        min_length=1, description="a list of entries with `path` and `type`, see below"
     )
     test_datasets: list[DatasetConfig] | None = Field(
         None, min_length=1, description="a list of entries as in datasets, held out for evaluation"
@@ -113,12 +48,31 @@ class TrainConfig(TrackerKeys, RunKeys, AdapterKeys, ModelKeys):
     chat_template_jinja: PathText | None = Field(
         None, description="a Jinja template, or the path of a file with one; with chat_template: jinja"
     )
+    train_on_inputs: bool = Field(
+        False, description="true: every turn, or the whole prompt, is trained and not answers alone"
+    )
+    max_bad_records: BelowOne = Field(
+        0.01,
+        description="the share of a dataset's records that may be empty or malformed: they are counted, "
+        "shown and left out; beyond it, and with 0 always, they are an error",
+    )
+    dataset_prepared_path: PathText | None = Field(
+        None, description="a folder that keeps tokenized data, by what they were made of"
+    )
     sequence_len: Annotated[int, Field(ge=8), BeforeValidator(not_bool)] = Field(
         512, description="a whole number of tokens, at least 8; longer ones: see excess_length_strategy"
     )
     excess_length_strategy: Literal["drop", "truncate", "raise"] = Field(
         "drop",
         description="`drop`, `truncate` or `raise`: what becomes of examples longer than sequence_len",
+    )
+    sample_packing: bool = Field(
+        False,
+        description="true: rows of sequence_len tokens hold several examples, each as if it were alone; "
+        "a model in which they would see each other is refused",
+    )
+    eval_sample_packing: bool | None = Field(
+        None, description="true: held-out examples packed too; the same losses, by fewer batches"
     )
 
     @model_validator(mode="after")

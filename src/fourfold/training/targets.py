@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fourfold.errors import ConfigurationError, NoExpertsError
+from fourfold.planning.plan import attention_projections
 from fourfold.training.schema import TrainConfig
 
 
@@ -43,21 +44,6 @@ def find_targets(config: TrainConfig, skeleton: Any) -> tuple[list[str] | str, l
             )
     check_targets(skeleton, modules, parameters)
     return modules, parameters
-
-
-def attention_projections(model: torch.nn.Module) -> list[str]:
-    """Names of the Linears directly inside attention modules: q/k/v/o_proj in most models, MLA's or fused
-    ones in others.
-
-    Directly: what lies deeper (a sparse-attention indexer) may lie beside the path of the gradient.
-    """
-    found: dict[str, None] = {}
-    for name, module in model.named_modules():
-        parent, _, leaf = name.rpartition(".")
-        inside = parent.rpartition(".")[2].lower()
-        if isinstance(module, torch.nn.Linear) and ("attn" in inside or "attention" in inside):
-            found.setdefault(leaf)
-    return list(found)
 
 
 def check_patterns(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.errors import ConfigurationError
+from fourfold.training.dataset_keys import DatasetConfig
 from fourfold.training.model_keys import SpecialTokens
 from fourfold.training.schema import TrainConfig
 from fourfold.training.templates import FAMILIES, is_of_family
@@ -54,47 +55,49 @@ def load_tokenizer(name: str, special: SpecialTokens | None = None, trust_remote
     return tokenizer
 
 
-def _check_family(config: TrainConfig, own: str | None) -> None:
+def _check_family(config: TrainConfig, name: str, own: str | None) -> None:
     """A family's name is taken for the tokenizer's own template, where it has one and is of that family."""
     from fourfold.loading.skeleton import read_config
 
     kind = read_config(config.base_model, trust_remote_code=config.trust_remote_code).model_type
     remedy = "Write tokenizer_default for the model's own, or jinja with chat_template_jinja."
-    if not is_of_family(config.chat_template, kind):
+    if not is_of_family(name, kind):
         raise ConfigurationError(
-            f"chat_template: {config.chat_template} is the template of another family than "
+            f"chat_template: {name} is the template of another family than "
             f"{config.base_model} ({kind}), and not here. {remedy}"
         )
     if not own:
         raise ConfigurationError(
-            f"chat_template: {config.chat_template} is the family of {config.base_model}, and its tokenizer "
+            f"chat_template: {name} is the family of {config.base_model}, and its tokenizer "
             "brings no template. Take its chat variant, or write jinja with chat_template_jinja."
         )
 
 
-def choose_template(config: TrainConfig, tokenizer: Any) -> str | None:
-    """The chat template that ``chat_template`` means for this tokenizer.
+def choose_template(config: TrainConfig, tokenizer: Any, entry: DatasetConfig | None = None) -> str | None:
+    """The chat template that ``chat_template`` means for this tokenizer: the run's, or that of one dataset.
 
     Raises:
         ConfigurationError: it is another family's, or written with tokens that the vocabulary lacks.
     """
     own: str | None = tokenizer.chat_template
-    if config.chat_template == "jinja":
-        given = str(config.chat_template_jinja)
+    asked = config if entry is None else entry
+    name = str(asked.chat_template)
+    if name == "jinja":
+        given = str(asked.chat_template_jinja)
         path = Path(given)
         is_file = "{" not in given and path.is_file()
         if not is_file and "{" not in given:
             raise ConfigurationError(f"chat_template_jinja: there is no file {given}. Name one.")
         return path.read_text(encoding="utf-8") if is_file else given
-    if config.chat_template in FAMILIES:
-        _check_family(config, own)
+    if name in FAMILIES:
+        _check_family(config, name, own)
         return own
-    if config.chat_template == "tokenizer_default" or (own and config.chat_template != "chatml"):
+    if name == "tokenizer_default" or (own and name != "chatml"):
         return own
     missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_vocab()]
     if missing:
         raise ConfigurationError(
-            f"chat_template: chatml is written with {missing[0]}, which {config.base_model} has no token "
-            "for. Use tokenizer_default, or jinja with chat_template_jinja."
+            f"chat_template: chatml is written with {missing[0]}, which {config.base_model} has no "
+            "token for. Use tokenizer_default, or jinja with chat_template_jinja."
         )
     return CHATML

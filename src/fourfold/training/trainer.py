@@ -25,7 +25,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from fourfold.adapters.peft_lora import loraplus_optimizer
 from fourfold.errors import TrainingError
 from fourfold.training import processes
-from fourfold.training.data import IGNORED
+from fourfold.training.encode import IGNORED
+from fourfold.training.packing import lies_within
 from fourfold.training.resume import RUN_FILE, Settings, commit, first_line, keep_newest
 from fourfold.training.sampler import LengthGroupedSampler
 from fourfold.training.schedules import schedule_arguments
@@ -89,7 +90,9 @@ class MoeTrainer(SFTTrainer):
         Raises:
             TrainingError: the loss is NaN or infinite; names the step and the examples.
         """
-        self.tokens_seen += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
+        # (without a mask nothing is padding: packed rows lie end to end)
+        mask = inputs.get("attention_mask")
+        self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         step = self.state.global_step
         if self.step_inputs[0] != step:
             self.step_inputs = (step, [])
@@ -161,14 +164,16 @@ def describe_examples(batches: list[dict[str, Any]], dataset: Any, count: int, t
         row = dataset[index]
         ids = list(row["input_ids"])
         for trained, ids_T in wanted:
-            if ids == ids_T[: len(ids)] and trained == tuple(x for x in row["labels"] if x != IGNORED):
+            same = ids == ids_T[: len(ids)] and trained == tuple(x for x in row["labels"] if x != IGNORED)
+            if same or ("seq_lengths" in row and lies_within(ids, ids_T)):
                 text = " ".join(str(tokenizer.decode(ids[:SHOWN_TOKENS])).split())
                 found[index] = text if len(text) <= SHOWN_TEXT else text[:SHOWN_TEXT] + "..."
     if not found:
         return ""
     shown = [f'{index + 1} ("{text}")' for index, text in list(found.items())[:SHOWN_EXAMPLES]]
     more = f" and {len(found) - SHOWN_EXAMPLES} more" if len(found) > SHOWN_EXAMPLES else ""
-    return f" on training example{'s' if len(found) > 1 else ''} {', '.join(shown)}{more}"
+    what = "packed row" if "seq_lengths" in dataset[0] else "training example"
+    return f" on {what}{'s' if len(found) > 1 else ''} {', '.join(shown)}{more}"
 
 
 def run_name(config: TrainConfig) -> str | None:
