@@ -131,6 +131,28 @@ def test_generation(engine: str) -> None:
     assert_equal(steps(model), steps(plain))
 
 
+def test_decoding_brings_the_experts_that_are_hit(engine: str) -> None:
+    chain = Chain()
+    x = torch.randn(2, chain.H, device="cuda")
+
+    def decoded() -> list[torch.Tensor]:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            return [chain(x[:rows], False) for rows in (1, 2, 1, 2)]
+
+    resident, total = decoded(), packed_bytes(chain)
+    report = offload(chain)
+    for _ in range(2):
+        before = report.counts()["bytes"]
+        assert_equal(decoded(), resident)
+        assert report.counts()["bytes"] - before < 4 * total // 2
+    assert report.counts()["fills"] == 0
+    assert report.counts()["parts"] == 2 * 4 * MODULES
+    x = torch.randn(chain.T, chain.H, device="cuda")
+    streamed = passes(chain, x, True)
+    onload(chain)
+    assert_equal(streamed, passes(chain, x, True))
+
+
 class Chain(nn.Module):
     """Experts modules one behind the other, and nothing else; sizes at which kernels of every kind run."""
 
@@ -160,7 +182,8 @@ class Chain(nn.Module):
 
     def forward(self, x: torch.Tensor, recomputed: bool) -> torch.Tensor:
         for module in self.experts:
-            arguments = (nn.functional.layer_norm(x, x.shape[-1:]), self.index, self.weights)
+            routing = (self.index[: len(x)], self.weights[: len(x)])
+            arguments = (nn.functional.layer_norm(x, x.shape[-1:]), *routing)
             if recomputed:
                 y = checkpoint(module, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
