@@ -18,10 +18,10 @@ from fourfold.offloading.budget import (
     choose_streamed,
     fitting_buffers,
     free_bytes,
-    parse_bytes,
 )
 from fourfold.offloading.host import HostMemory, check_room
 from fourfold.offloading.schedule import Counts
+from fourfold.offloading.sizes import parse_bytes
 from fourfold.offloading.streamer import HostExperts, Streamer, Unit
 
 BUFFERS = 2
