@@ -88,6 +88,7 @@ def lora(model: nn.Module, checkpointing: str | None) -> nn.Module:
     return model
 
 
+@pytest.mark.usefixtures("poison_memory")  # (and so the same sums each time)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("kind", list(tiny.KINDS))
 def test_every_layout_has_the_bits_of_a_resident_model(kind: str, fmt: PackFormat, engine: str) -> None:
@@ -99,6 +100,7 @@ def test_every_layout_has_the_bits_of_a_resident_model(kind: str, fmt: PackForma
     assert_equal(steps(model), resident)
 
 
+@pytest.mark.usefixtures("poison_memory")  # (and so the same sums each time)
 @pytest.mark.parametrize("checkpointing", [None, "non-reentrant", "reentrant"])
 @pytest.mark.parametrize("buffers", [1, 2, 3])
 def test_every_kind_of_checkpointing(checkpointing: str | None, buffers: int, engine: str) -> None:
@@ -110,6 +112,7 @@ def test_every_kind_of_checkpointing(checkpointing: str | None, buffers: int, en
     assert_equal(steps(model), resident)
 
 
+@pytest.mark.usefixtures("poison_memory")  # (and so the same sums each time)
 @pytest.mark.parametrize("model_type", own_forward.TYPES)
 def test_experts_that_keep_their_forward(model_type: str, engine: str) -> None:
     if not own_forward.is_known(model_type):

@@ -71,10 +71,15 @@ def test_where_pinning_fails_pageable_memory_is_taken_and_said_so(driver: Driver
 @without_cuda
 def test_pinned_memory_or_none(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     model = offloading.packed_model("qwen3_moe")
+    expected = tiny.logits(model)
+    offload(model, pin=False)
     driver.limit = 60_000
     with pytest.raises(ConfigurationError, match=r"pin=True: .* could not be pinned.*ulimit -l"):
         offload(model, pin=True)
     assert not driver.pages
+    assert all(m.fourfold_host is not None for m in model.modules() if isinstance(m, PackedExperts))
+    assert torch.equal(tiny.logits(model), expected)
+    onload(model)
     monkeypatch.undo()
     with pytest.raises(ConfigurationError, match="pin=True: there is no CUDA device"):
         offload(model, pin=True)
@@ -136,3 +141,28 @@ def test_adapters_and_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     factors = [p for n, p in adapted.named_parameters() if "experts" in n and "lora_" in n]
     assert factors
     assert all(p.is_meta for p in factors)
+
+
+@without_cuda
+def test_torch_pins_what_the_system_does_not(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.Tensor] = []
+
+    def by_torch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        given.append(torch.empty(shape, dtype=dtype))
+        driver.pages[given[-1].data_ptr()] = given[-1].nbytes
+        return given[-1]
+
+    driver.limit = 0
+    monkeypatch.setattr(host, "_pinned_by_torch", by_torch)
+    model = offloading.packed_model("qwen3_moe")
+    expected = tiny.logits(model)
+    assert offload(model, pin=True).pinned
+    packed = [p for m in model.modules() if isinstance(m, PackedExperts) for p in m.parameters(recurse=False)]
+    assert {p.data_ptr() for p in packed} == {t.data_ptr() for t in given}
+    assert torch.equal(tiny.logits(model), expected)
+
+
+def test_torch_is_not_asked_where_its_rounding_leaves_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "available_bytes", lambda: 1999)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("it was asked"))
+    assert host._pinned_by_torch((1000,), torch.uint8) is None

@@ -64,6 +64,19 @@ def _take_error() -> None:
         torch.ones(1, device="cuda")
 
 
+def _pinned_by_torch(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+    """From torch's own allocator, where the system registers no pages; None where that has none either, or
+    its rounding up might not leave room.
+    """
+    free = available_bytes()
+    if free is not None and free < 2 * torch.Size(shape).numel() * dtype.itemsize:
+        return None
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError:
+        return None
+
+
 class HostMemory:
     """Gives out host memory, and knows whether it is pinned.
 
@@ -102,13 +115,17 @@ class HostMemory:
             reason = _register(tensor.data_ptr(), nbytes)
             if reason is None:
                 pages.registered_at = tensor.data_ptr()
-            elif self._pin:
+                return tensor
+            with torch.device("cpu"), torch.inference_mode(False):
+                pinned = _pinned_by_torch(shape, dtype)
+            if pinned is not None:
+                return pinned
+            if self._pin:
                 raise ConfigurationError(
                     f"pin=True: {nbytes / 2**20:.0f} MiB of host memory could not be pinned, {reason}. Raise "
                     "the limit of locked memory (`ulimit -l`), or leave pin None to take pageable memory"
                 )
-            else:
-                self.unpinned = reason  # (and nothing more is tried: what is left would be refused as well)
+            self.unpinned = reason  # (and nothing more is tried: what is left would be refused as well)
         return tensor
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
