@@ -99,16 +99,22 @@ def test_memory_is_written_and_read_like_any_other(shape: tuple[int, ...], dtype
 
 
 def test_the_smallest_of_what_is_free_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(name: str, text: str) -> Path:
-        (tmp_path / name).write_text(text)
-        return tmp_path / name
+    def write(**files: str) -> None:
+        for name, text in files.items():
+            (tmp_path / name.replace("_", ".")).write_text(text)
 
-    meminfo = write("meminfo", "MemTotal: 900 kB\nMemAvailable:   700 kB\n")
-    monkeypatch.setattr(host, "_MEMINFO", meminfo)
-    monkeypatch.setattr(host, "_GROUPS", ((write("max", "max\n"), write("current", "5\n")),))
+    (tmp_path / "info").write_text("MemTotal: 900 kB\nMemAvailable:   700 kB\n")
+    monkeypatch.setattr(host, "_MEMINFO", tmp_path / "info")
+    group = (tmp_path, "memory.max", "memory.current", ("inactive_file", "active_file"))
+    monkeypatch.setattr(host, "_GROUPS", (group,))
+    assert available_bytes() == 700 * 1024  # (there is no group)
+    write(memory_max="max\n", memory_current="5\n", memory_stat="anon 5\n")
     assert available_bytes() == 700 * 1024
-    monkeypatch.setattr(host, "_GROUPS", ((write("max", "600000\n"), write("current", "400000\n")),))
+    write(memory_max="600000\n", memory_current="400000\n")
     assert available_bytes() == 200_000
+    # What the group has read of files counts as its use, and is dropped when memory is asked for.
+    write(memory_stat="anon 5\ninactive_file 20000\nactive_file 1000\n")
+    assert available_bytes() == 221_000
     monkeypatch.setattr(host, "_MEMINFO", tmp_path / "none")
     monkeypatch.setattr(host, "_GROUPS", ())
     assert available_bytes() is None

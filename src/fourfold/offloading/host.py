@@ -18,12 +18,15 @@ import torch
 from fourfold.errors import ConfigurationError
 
 _MEMINFO = Path("/proc/meminfo")
-# Limit and use of the memory group of this process: version 2, then version 1.
+# Of the memory group of this process, version 2 and version 1: its folder, limit, use, and what of the use is
+# files that the system would drop.
 _GROUPS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", ("inactive_file", "active_file")),
     (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
     ),
 )
 
@@ -145,9 +148,11 @@ def available_bytes() -> int | None:
                 found.append(int(line.split()[1]) * 1024)
     except (OSError, ValueError):
         pass
-    for limit, use in _GROUPS:
+    for folder, limit, use, files in _GROUPS:
         try:
-            found.append(int(limit.read_text()) - int(use.read_text()))
+            left = int((folder / limit).read_text()) - int((folder / use).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            found.append(left + sum(int(stat.get(name, 0)) for name in files))
             break
         except (OSError, ValueError):  # ("max" is no number)
             continue
