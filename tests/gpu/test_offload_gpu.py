@@ -25,6 +25,9 @@ from fourfold.offloading import streamer
 from fourfold.offloading.api import OffloadReport, offload, onload
 from fourfold.offloading.budget import free_bytes
 from fourfold.offloading.engine import CudaEngine
+from fourfold.training.run import run
+from fourfold.training.schema import TrainConfig
+from tiny_chat import Settings, quiet
 
 pytestmark = pytest.mark.gpu
 FORMATS = [PackFormat("nf4", 64, True), PackFormat("nf4"), PackFormat("int8")]
@@ -350,3 +353,18 @@ def test_loading_never_holds_the_experts_on_the_gpu(tmp_path: Path) -> None:
         with torch.no_grad():
             assert torch.equal(model(tiny.IDS.cuda()).logits, expected)
         del model, experts, report
+
+
+@pytest.mark.usefixtures("poison_memory")
+def test_a_run_from_host_memory_has_the_losses_of_a_resident_one(settings: Settings, tmp_path: Path) -> None:
+    curves = {}
+    for where in (None, "cpu", "auto"):
+        changes = {"bf16": True, "gradient_checkpointing": True, "eval_steps": 0, "max_steps": 4}
+        out = str(tmp_path / str(where))
+        config = TrainConfig(**settings(**changes, experts_offload=where, output_dir=out))
+        result = run(config, quiet())
+        curves[where] = result.curve.train
+        if where is not None:
+            assert result.offload is not None
+            assert (result.offload["streamed_modules"] > 0) == (where == "cpu")
+    assert curves["cpu"] == curves["auto"] == curves[None]
