@@ -63,7 +63,11 @@ def _or_null(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _not_yet(entry: NotYet) -> dict[str, Any]:
     """Only values that ask for nothing: an editor marks any other."""
-    return {"description": f"Not yet: {entry.what}. {entry.remedy}", "enum": [None, *entry.off]}
+    nothing = [value for value in ("", [], {}) if value not in entry.off]
+    return {
+        "description": f"Not yet: {entry.what}. {entry.remedy}",
+        "enum": [None, *entry.off, *nothing],
+    }
 
 
 def _lists_of_one(schema: dict[str, Any], definitions: dict[str, Any]) -> None:

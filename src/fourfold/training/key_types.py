@@ -186,6 +186,7 @@ MOST = 2**31 - 1
 Positive = Annotated[int, Field(gt=0, le=MOST), BeforeValidator(not_bool)]
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(number)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(number)]
+Epochs = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False), BeforeValidator(number)]
 Count = Annotated[int, Field(ge=0, le=MOST), BeforeValidator(not_bool)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(number)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(number)]

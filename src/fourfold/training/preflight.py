@@ -168,7 +168,10 @@ def check_model_folder(name: str) -> None:
             f"base_model: there is no folder {name}. Relative paths start at the current directory, "
             f"{Path.cwd()}."
         )
-    ensure_reachable(name)
+    try:
+        ensure_reachable(name)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"base_model: {error}") from None
 
 
 def check_steps(config: TrainConfig, examples: int) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fourfold.errors import ConfigurationError, NoExpertsError
+from fourfold.errors import AdapterError, ConfigurationError, NoExpertsError
 from fourfold.training.schema import TrainConfig
 
 
@@ -41,7 +41,10 @@ def find_targets(config: TrainConfig, skeleton: Any) -> tuple[list[str] | str, l
                 f"lora_target_modules: no attention projection was found in {type(skeleton).__name__}. Name "
                 "the modules."
             )
-    check_targets(skeleton, modules, parameters)
+    try:
+        check_targets(skeleton, modules, parameters)
+    except AdapterError as error:
+        raise AdapterError(f"lora_{error}") from None  # (a message begins with PEFT's name of the key)
     return modules, parameters
 
 
