@@ -6,6 +6,11 @@ import re
 from typing import Any
 
 
+def is_whole(value: Any, kind: str) -> bool:
+    """To JSON Schema 8.0 is an integer."""
+    return kind == "integer" and isinstance(value, float) and value.is_integer()
+
+
 def fits(value: Any, schema: dict[str, Any], definitions: dict[str, Any]) -> bool:
     """Enough of JSON Schema for ours: every keyword in it is known here, or this fails."""
     if "$ref" in schema:
@@ -21,7 +26,7 @@ def fits(value: Any, schema: dict[str, Any], definitions: dict[str, Any]) -> boo
     checks = {
         "anyOf": lambda x: any(fits(value, option, definitions) for option in x),
         "type": lambda x: (
-            isinstance(value, (int, float) if x == "number" else kinds[x])
+            (isinstance(value, (int, float) if x == "number" else kinds[x]) or is_whole(value, x))
             and (x == "boolean" or not isinstance(value, bool))
         ),
         "enum": lambda x: any(type(value) is type(item) and value == item for item in x),
