@@ -57,7 +57,7 @@ def test_products(kind: PackFormat | str, transposed: bool) -> None:
         shape = (len(counts), R, K) if transposed else (len(counts), N, R)
         factor = (torch.randn(shape, device="cuda") * max(R, 1) ** -0.5).to(dtype) if R else None
         problem = ways.problem(x, stack, R, transposed=transposed)
-        assert ways.choose(problem) == "hopper"
+        assert ways.choose(problem, "hopper") == "hopper"
         found = hopper_product(x, stack, offsets, factor, transposed=transposed).double()
         w = decode(stack, dtype).double()
         start = 0

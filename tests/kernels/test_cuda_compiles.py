@@ -9,8 +9,8 @@ import torch
 from fourfold.formats import PackFormat, StackShape
 from fourfold.formats.plain import PlainStack
 from fourfold.kernels.cuda import compile as compiled
+from fourfold.kernels.cuda import few_rows, outer, routing, rows
 from fourfold.kernels.cuda import hopper as products
-from fourfold.kernels.cuda import outer, rows
 from fourfold.kernels.cuda.hopper_source import shared_bytes, source
 
 VARIANTS = [
@@ -110,6 +110,17 @@ MODES = list(itertools.product((rows.GATHER, rows.SILU, rows.BACKWARD), (False, 
 def test_passes_over_rows_compile_for_every_card(capability: tuple[int, int]) -> None:
     for (mode, rank_first), dtype in itertools.product(MODES, (torch.bfloat16, torch.float16)):
         assert b"rows_pass" in rows._cubin(mode, rank_first, dtype, capability)
+    for mode, dtype in itertools.product((rows.GATHER, rows.SILU), (torch.bfloat16, torch.float16)):
+        assert b"rows_pass" in rows._cubin(mode, True, dtype, capability, one_row=True)
+
+
+def test_when_a_block_takes_one_row() -> None:
+    assert rows.takes_one_row(rows.GATHER, True, 512, 128, 2048)
+    assert not rows.takes_one_row(rows.GATHER, True, 513, 128, 2048)
+    assert not rows.takes_one_row(rows.GATHER, False, 8, 128, 2048)
+    assert not rows.takes_one_row(rows.BACKWARD, True, 8, 128, 2048)
+    assert not rows.takes_one_row(rows.SILU, True, 8, 128, 20000)
+    assert rows.FEW_COLUMNS * 2 + 16 <= 48 * 1024
 
 
 @pytest.mark.parametrize(("mode", "rank_first"), MODES)
@@ -120,13 +131,60 @@ def test_shared_memory_of_passes_over_rows(mode: int, rank_first: bool) -> None:
     assert size <= 48 * 1024  # (several blocks are to run on a processor)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+def test_routing_compiles_for_every_card(capability: tuple[int, int]) -> None:
+    for mode, dtype in itertools.product((routing.ROUTE, routing.SUM), (torch.bfloat16, torch.float16)):
+        assert routing._KERNELS[mode][0].encode() in routing._cubin(mode, dtype, capability)
+    checked = routing._source() + f"static_assert(THREADS == {routing.THREADS});\n"
+    compiled.cubin(checked, "sm_80", ("MODE=1", "HALF=0"))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+def test_products_of_few_rows_compile_for_every_card(capability: tuple[int, int]) -> None:
+    for bits, dtype in itertools.product((4, 8), (torch.bfloat16, torch.float16)):
+        assert b"few_rows" in few_rows._cubin(bits, dtype, capability)
+    for name in ("THREADS", "TILE_M"):
+        checked = few_rows._source() + f"static_assert({name} == {getattr(few_rows, name)});\n"
+        compiled.cubin(checked, "sm_80", ("WEIGHTS=4", "HALF=0"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"capability": None}, "NVIDIA"),
+        ({"capability": (7, 5)}, "8.0 or more, and this one has 7.5"),
+        ({"transposed": True}, "forward alone"),
+        ({"dtype": torch.float32}, "bf16 or fp16"),
+        ({"fmt": None}, "packed weights"),
+        ({"aligned": False}, "16 bytes"),
+        ({"shape": StackShape(2, 128, 100)}, "columns by 8, not 128 x 100"),
+        ({"shape": StackShape(2, 127, 128)}, "even number of rows"),
+        ({"fmt": PackFormat("int8"), "shape": StackShape(2, 128, 104)}, "columns by 16, not 128 x 104"),
+    ],
+    ids=str,
+)
+def test_what_few_rows_refuses(
+    changed: dict[str, object], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_rows, "unavailable", lambda capability: None)
+    taken = {
+        "fmt": PackFormat("nf4", 32, True),
+        "shape": StackShape(2, 128, 1000),
+        "dtype": BF16,
+        "capability": (8, 6),
+        "transposed": False,
+    }
+    assert few_rows.refusal(**taken) is None  # type: ignore[arg-type]
+    assert reason in (few_rows.refusal(**taken | changed) or "")  # type: ignore[arg-type]
+
+
 def test_rows_that_the_copy_engine_cannot_read_are_copied() -> None:
     x = torch.randn(6, 64).bfloat16()
-    assert products._readable(x) is x
+    assert compiled.readable(x) is x
     wide = torch.randn(6, 80).bfloat16()
-    assert products._readable(wide[:, :64]).data_ptr() == wide.data_ptr()
+    assert compiled.readable(wide[:, :64]).data_ptr() == wide.data_ptr()
     for odd in (torch.randn(6, 128).bfloat16()[:, ::2], torch.randn(6, 68).bfloat16()[:, 4:], x.t()):
-        copy = products._readable(odd)
+        copy = compiled.readable(odd)
         assert torch.equal(copy, odd)
         assert copy.stride(1) == 1
         assert copy.stride(0) % 8 == 0

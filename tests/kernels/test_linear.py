@@ -7,6 +7,7 @@ from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.plain import PlainStack
 from fourfold.formats.quantize import pack_stack
 from fourfold.kernels import LowRank, packed_linear, reference_linear
+from fourfold.kernels.linear import padded_factors
 from fourfold.kernels.workspace import matrices
 
 COUNTS = {
@@ -101,3 +102,50 @@ def test_a_factor_beside_weights_that_are_not_packed_is_refused(transposed: bool
     stack = PlainStack(StackShape(2, 8, 16), torch.randn(2, 8, 16))
     with pytest.raises(ValueError, match="no room for a factor"):
         matrices(stack, torch.float32, torch.randn(2, 4, 16), transposed=transposed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaling", [1.0, 2.0, 0.3])
+def test_a_scaled_factor_is_rounded_once_and_its_gradient_lies_as_the_factor_does(
+    scaling: float, dtype: torch.dtype
+) -> None:
+    E, N, R = 3, 10, 4
+    weight = torch.randn(N, R * E, requires_grad=True)  # PEFT's: the expert fastest
+    b = weight.view(N, R, E).permute(2, 0, 1)
+    _, ready = padded_factors(LowRank(torch.randn(E, R, 6), b, scaling), torch.empty(0, dtype=dtype))
+    assert ready.dtype == dtype
+    assert ready.is_contiguous()
+    assert torch.equal(ready, (b * scaling).to(dtype))
+    probe = torch.randn(E, N, R).to(dtype)
+    (grad,) = torch.autograd.grad(ready, b, probe, retain_graph=True)
+    assert grad.stride() == b.stride()
+    assert torch.equal(grad, probe.float() * scaling)
+    (grad,) = torch.autograd.grad(ready, weight, probe)
+    assert torch.equal(grad, (probe.float() * scaling).permute(1, 2, 0).reshape(N, R * E))
+
+
+def test_a_factor_that_is_ready_is_not_copied() -> None:
+    b = torch.randn(3, 10, 4)
+    _, ready = padded_factors(LowRank(torch.randn(3, 4, 6), b), torch.empty(0))
+    assert ready is b
+
+
+def test_a_rank_is_padded_with_zeros() -> None:
+    class OnTheGpu:
+        dtype, is_cuda = torch.bfloat16, True
+
+    a, b = torch.randn(2, 3, 6), torch.randn(2, 10, 3, requires_grad=True)
+    ready_a, ready_b = padded_factors(LowRank(a, b, 0.5), OnTheGpu())  # type: ignore[arg-type]
+    assert ready_a.shape == (2, 8, 6)
+    assert ready_b.shape == (2, 10, 8)
+    assert torch.equal(ready_b[..., :3], (b * 0.5).bfloat16())
+    assert not ready_a[:, 3:].any()
+    assert not ready_b[..., 3:].any()
+    (grad,) = torch.autograd.grad(ready_b, b, torch.ones_like(ready_b))
+    assert torch.equal(grad, torch.full_like(b, 0.5))
+
+
+def test_scaling_is_part_of_the_product() -> None:
+    stack, x, a, b, offsets = setup(PackFormat("nf4"), [5, 0, 2, 3], rank=4)
+    wanted = packed_linear(x, stack, offsets, LowRank(a, b * 0.7))
+    assert torch.allclose(packed_linear(x, stack, offsets, LowRank(a, b, 0.7)), wanted, rtol=1e-5, atol=1e-5)

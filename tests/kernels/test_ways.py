@@ -16,6 +16,7 @@ from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.plain import PlainStack
 from fourfold.formats.quantize import pack_stack
 from fourfold.kernels import LowRank, packed_linear, ways
+from fourfold.kernels.cuda import few_rows
 from fourfold.kernels.cuda import hopper as products
 from fourfold.kernels.layer import silu_experts
 from fourfold.kernels.routing import route
@@ -33,7 +34,7 @@ def _nothing_remembered() -> Iterator[None]:
 
 
 def but(**changes) -> ways.Problem:
-    return dataclasses.replace(CUDA, **changes)
+    return CUDA._replace(**changes)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,20 @@ def test_the_rule(problem: ways.Problem, way: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ways, "_interpreting", lambda: False)
     monkeypatch.setattr(products, "unavailable", lambda: None)
     assert ways.choose(problem) == way
+    # Few rows an expert have a kernel of their own, forward, where it can be compiled.
+    monkeypatch.setattr(few_rows, "unavailable", lambda capability: None)
+    ways._by_rule.cache_clear()
+    few = problem.device == "cuda" and problem.rows == 8 and problem.dtype == torch.bfloat16
+    assert ways.choose(problem) == ("few_rows" if few else way)
+    assert ways.choose(problem._replace(transposed=True)) == way
+
+
+def test_a_way_of_forward_alone_leaves_gradients_to_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "unavailable", lambda capability: None)
+    assert ways.choose(CUDA, "few_rows") == "few_rows"
+    assert ways.choose(but(transposed=True), "few_rows") == "workspace"
+    with pytest.raises(ConfigurationError, match="packed weights"):
+        ways.choose(but(fmt=None), "few_rows")
 
 
 def test_a_way_that_cannot_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +140,26 @@ def add_lora(
         task_type="CAUSAL_LM",
         **lora_arguments,
     )
-    return get_peft_model(model, config)
+    patterns = {**config.rank_pattern, **config.alpha_pattern}
+    with _applied_patterns_are_not_called_ignored(model, patterns, config.target_parameters):
+        return get_peft_model(model, config)
+
+
+@contextlib.contextmanager
+def _applied_patterns_are_not_called_ignored(
+    model: nn.Module, patterns: Iterable[str], target_parameters: Sequence[str] | None
+) -> Iterator[None]:
+    """PEFT looks for the keys of rank_pattern and alpha_pattern among modules alone, and warns that it
+    ignored those of parameters, which it applies. The warning stays where a key meets neither."""
+    targets = tuple(f".{target}" for target in target_parameters or ())
+    parameters = [clean_name(name) for name, _ in model.named_parameters()]
+    names = [name for name in parameters if f".{name}".endswith(targets)]
+    names += [clean_name(name) for name, _ in model.named_modules()]
+    with warnings.catch_warnings():
+        if all(any(re.match(rf"(.*\.)?({key})$", name) for name in names) for key in patterns):
+            message = r"The following (rank|alpha)_pattern keys did not match any targeted module"
+            warnings.filterwarnings("ignore", message=message, category=RuntimeWarning)
+        yield
 
 
 def load_adapter(
@@ -167,7 +188,15 @@ def load_adapter(
             stored = set(reader.keys())
     except SafetensorError as error:
         raise AdapterError(f"{weights} is truncated or damaged ({error}); copy it again") from error
-    with provenance.any_base() if any_base else contextlib.nullcontext():
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        config = {}  # PEFT says what is wrong with it
+    patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
+    with (
+        provenance.any_base() if any_base else contextlib.nullcontext(),
+        _applied_patterns_are_not_called_ignored(model, patterns, config.get("target_parameters")),
+    ):
         loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
     wanted = set(get_peft_model_state_dict(loaded, adapter_name=loaded.active_adapter))
     # PEFT warns of both; either means that another model answers than the one that was trained.

@@ -127,27 +127,29 @@ class ParamWrapper(StockParamWrapper):
         return torch.empty(1, dtype=experts.fourfold_dtype, device=packed.device).expand(shape)
 
     def _low_rank(self) -> LowRank | None:
-        """Factors of all active adapters, joined along the rank; the scaling goes into B."""
-        a_parts, b_parts = [], []
+        """Factors of all active adapters, joined along the rank (of several, B holds its scaling)."""
+        parts = []
         for name in self.active_adapters:
             if name not in self.lora_A:
                 continue
             a_weight, b_weight = self.lora_A[name].weight, self.lora_B[name].weight
-            a_parts.append(a_weight.view(self.num_experts, -1, a_weight.shape[1]))
+            a_ErK = a_weight.view(self.num_experts, -1, a_weight.shape[1])
             b_NrE = b_weight.view(b_weight.shape[0], -1, self.num_experts)
-            b_parts.append(b_NrE.permute(2, 0, 1) * self.scaling[name])
-        if not a_parts:
-            return None
-        if len(a_parts) == 1:
-            return LowRank(a_parts[0], b_parts[0])
-        return LowRank(torch.cat(a_parts, dim=1), torch.cat(b_parts, dim=2))
+            parts.append(LowRank(a_ErK, b_NrE.permute(2, 0, 1), self.scaling[name]))
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        return LowRank(
+            torch.cat([part.a_ERK for part in parts], dim=1),
+            torch.cat([part.b_ENR * part.scaling for part in parts], dim=2),
+        )
 
     def _update(self) -> Update | None:
         """What the active adapters add to the weight in the model's own shape (own forwards)."""
         factors = None if self.disable_adapters else self._low_rank()
         if factors is None:
             return None
-        a_ERK, b_ENR, dtype = factors.a_ERK, factors.b_ENR, self._experts().fourfold_dtype
+        a_ERK, b_ENR = factors.a_ERK, factors.b_ENR * factors.scaling
+        dtype = self._experts().fourfold_dtype
         if self._param_ndim == 2:
             experts = self._projection().shape.experts
             return Update(b_ENR[0].view(experts, -1, b_ENR.shape[2]), a_ERK.expand(experts, -1, -1), dtype)

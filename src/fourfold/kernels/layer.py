@@ -28,7 +28,7 @@ from fourfold.formats import PackedStack
 from fourfold.formats.plain import PlainStack
 from fourfold.kernels.decode import HAS_TRITON
 from fourfold.kernels.grouped import grouped_outer
-from fourfold.kernels.linear import How, LowRank, empty_rows, padded_factors, product
+from fourfold.kernels.linear import How, LowRank, empty_rows, no_autocast, padded_factors, product
 from fourfold.kernels.routing import Routing, sum_rows
 
 
@@ -67,7 +67,7 @@ class _SiluExperts(torch.autograd.Function):
         S, H = routing.order_S.shape[0], x_TH.shape[1]
         I = experts.down.shape.columns  # noqa: E741
         like = torch.empty(0, dtype=compute_dtype, device=x_TH.device)
-        with torch.autocast(x_TH.device.type, enabled=False):
+        with no_autocast(x_TH.device.type):
             rank = 0 if a_up is None else a_up.shape[1]
             x_Ss = empty_rows(like, S, H, rank)
             inner = None if a_up is None else a_up.transpose(1, 2)
@@ -99,7 +99,7 @@ class _SiluExperts(torch.autograd.Function):
         H, N = grad_TH.shape[1], up_SN.shape[1]
         needs_x, needs_w, needs_a_up, needs_b_up, needs_a_down, needs_b_down = ctx.needs_input_grad[:6]
         grad_a_up = grad_b_up = grad_a_down = grad_b_down = grad_x = None
-        with torch.autocast(grad_TH.device.type, enabled=False):
+        with no_autocast(grad_TH.device.type):
             rank = 0 if b_down is None else b_down.shape[2]
             grad_Ss = empty_rows(up_SN, S, H, rank)
             weighted_low = rows.gather(

@@ -27,6 +27,7 @@ S rows sorted by expert, K in, N out, R rank, E experts.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,15 +50,17 @@ from fourfold.kernels.workspace import matrices
 
 @dataclass(frozen=True)
 class LowRank:
-    """LoRA factors of one projection of all experts; the scaling is already in ``b_ENR``.
+    """LoRA factors of one projection of all experts.
 
     Attributes:
         a_ERK: ``[E, R, K]``.
-        b_ENR: ``[E, N, R]``.
+        b_ENR: ``[E, N, R]``, in any order in memory (PEFT's has the expert fastest).
+        scaling: what B is multiplied by.
     """
 
     a_ERK: torch.Tensor
     b_ENR: torch.Tensor
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,13 @@ class How:
         """The way of one product."""
         rank = 0 if factor is None else factor.shape[1 if transposed else 2]
         return ways.WAYS[ways.choose(ways.problem(rows_SM, stack, rank, transposed=transposed), self.way)]
+
+
+def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Products in the dtype that was chosen, whatever surrounds them."""
+    if torch.is_autocast_enabled(device):  # (the context takes 6 us to enter and leave)
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def empty_rows(like: torch.Tensor, rows: int, columns: int, extra: int) -> torch.Tensor:
@@ -161,7 +171,7 @@ class _PackedLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.stack, ctx.how = stack, how
         h_SR = None
-        with torch.autocast(x_SK.device.type, enabled=False):
+        with no_autocast(x_SK.device.type):
             if a_ERK is None or b_ENR is None:
                 y_SN = product(x_SK, stack, offsets_E, how, transposed=False)
             else:
@@ -181,7 +191,7 @@ class _PackedLinear(torch.autograd.Function):
         grad_SN = grad_SN.contiguous()  # grouped_mm rejects expanded gradients
         needs_x, needs_a, needs_b = ctx.needs_input_grad[:3]
         grad_x = grad_a = grad_b = grad_h_SR = None
-        with torch.autocast(grad_SN.device.type, enabled=False):
+        with no_autocast(grad_SN.device.type):
             if needs_x and b_ENR is not None:
                 grad_x, grad_h_SR, _ = _with_low_rank(
                     grad_SN, b_ENR, a_ERK, ctx.stack, offsets_E, ctx.how, transposed=True
@@ -197,18 +207,56 @@ class _PackedLinear(torch.autograd.Function):
         return grad_x, grad_a, grad_b, None, None, None
 
 
+class _ScaledFactor(torch.autograd.Function):
+    """B times its scaling, rounded once, in one piece, with zeros behind: one pass and one launch.
+
+    (Scaling, casting and bringing in order one by one are three, for each projection of each layer; at few
+    tokens they would be half of what the host launches.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, b_ENR: torch.Tensor, scaling: float, padding: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.scaling, ctx.like = scaling, (b_ENR.shape, b_ENR.stride(), b_ENR.dtype)
+        E, N, R = b_ENR.shape
+        out = b_ENR.new_empty(E, N, R + padding, dtype=dtype)
+        torch.mul(b_ENR, scaling, out=out[..., :R])
+        if padding:
+            out[..., R:] = 0
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        shape, strides, dtype = ctx.like
+        # In the factor's own order, so that no further copy is made of it.
+        out = torch.empty_strided(shape, strides, dtype=dtype, device=grad.device)
+        out.copy_(grad[..., : shape[2]])
+        if ctx.scaling != 1:
+            out *= ctx.scaling
+        return out, None, None, None
+
+
 def padded_factors(
     low_rank: LowRank | None, like: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Both factors in the dtype of ``like``, of a rank that products take on its device (zeros added)."""
+    """Both factors in the dtype of ``like``, in one piece, B scaled, of a rank that products take on its
+    device (zeros added).
+    """
     if low_rank is None:
         return None, None
-    a_ERK, b_ENR = low_rank.a_ERK.to(like.dtype), low_rank.b_ENR.to(like.dtype)
+    a_ERK, b_ENR, scaling = low_rank.a_ERK.to(like.dtype), low_rank.b_ENR, low_rank.scaling
     padding = -a_ERK.shape[1] % RANK_MULTIPLE if like.is_cuda else 0
     if padding:
         a_ERK = torch.nn.functional.pad(a_ERK, (0, 0, 0, padding))
-        b_ENR = torch.nn.functional.pad(b_ENR, (0, padding))
-    return a_ERK.contiguous(), b_ENR.contiguous()
+    if b_ENR.dtype == like.dtype and b_ENR.is_contiguous() and scaling == 1 and not padding:
+        return a_ERK.contiguous(), b_ENR
+    if torch.compiler.is_compiling():  # (which fuses these)
+        b_ENR = torch.nn.functional.pad((b_ENR * scaling).to(like.dtype), (0, padding)).contiguous()
+    else:
+        b_ENR = _ScaledFactor.apply(b_ENR, scaling, padding, like.dtype)
+    return a_ERK.contiguous(), b_ENR
 
 
 def packed_linear(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from fourfold.kernels.cuda import routing as in_cuda
 from fourfold.kernels.decode import HAS_TRITON
 
 
@@ -48,8 +49,11 @@ def _route(top_k_index_Tk: torch.Tensor, num_experts: int) -> Routing:
     # (32-bit counters of tiles and experts, and their histogram in shared memory)
     small = num_experts <= 4096 and top_k_index_Tk.numel() * num_experts < 2**38
     if top_k_index_Tk.is_cuda and HAS_TRITON and top_k_index_Tk.numel() and small:
-        from fourfold.kernels.route_triton import route_triton
+        from fourfold.kernels.route_triton import ONE_LAUNCH, route_triton
 
+        few = top_k_index_Tk.numel() * num_experts <= ONE_LAUNCH and top_k_index_Tk.dtype == torch.int64
+        if few and in_cuda.available(top_k_index_Tk.device):
+            return Routing(*in_cuda.route(top_k_index_Tk.contiguous(), num_experts))
         return Routing(*route_triton(top_k_index_Tk, num_experts))
     return route_sorted(top_k_index_Tk, num_experts)
 
@@ -70,6 +74,8 @@ def sum_rows(
 ) -> torch.Tensor:
     """``out[t] = sum_j weights[t, j] * rows[position[t, j]]``, summed in fp32, ``[T, H]`` in ``dtype``."""
     if rows_SH.is_cuda and HAS_TRITON:
+        if in_cuda.can_sum(rows_SH, weights_Tk, dtype):
+            return in_cuda.sum_rows(rows_SH, position_Tk, weights_Tk, dtype)
         from fourfold.kernels.routing_triton import sum_rows_triton
 
         return sum_rows_triton(rows_SH, position_Tk, weights_Tk, dtype)

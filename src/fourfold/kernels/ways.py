@@ -10,6 +10,7 @@ differ in where those lie meanwhile:
   multiplied by `grouped_mm`
 - ``in_product``   weights are decoded inside the product, in registers; experts without rows are not read
 - ``hopper``       the same in instructions of GPUs of capability 9.x (`kernels.cuda.hopper`)
+- ``few_rows``     the same, made for few rows an expert, forward alone (`kernels.cuda.few_rows`)
 
 `RULE` is read from the top; the first line that fits, and whose way can do the problem, decides. To add a way
 is to add an entry to `WAYS` and a line to `RULE`. Nothing is read from the environment: a module's ``way``
@@ -21,6 +22,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -34,9 +36,10 @@ Stack = PackedStack | PlainStack
 HALF = (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a way is chosen for: one product of one projection.
+
+    (A named tuple: it is made, and looked up, for every product.)
 
     Attributes:
         device: type of the device.
@@ -107,6 +110,7 @@ class Way:
         product: as `workspace_product`, with the low-rank columns behind the rows.
         wide: it wants them there; else it also takes them apart, as ``h_SR``.
         takes_plain: it multiplies with weights that are not packed where they lie, low-rank columns included.
+        forward_alone: gradients of the input are left to the rule, also where this way is asked for.
     """
 
     what: str
@@ -114,6 +118,7 @@ class Way:
     product: Callable[..., torch.Tensor]
     wide: bool = True
     takes_plain: bool = False
+    forward_alone: bool = False
 
 
 def _never(problem: Problem) -> str | None:
@@ -194,6 +199,37 @@ def _hopper(
     return hopper.hopper_product(rows_SM, stack, offsets_E, factor, transposed=transposed)
 
 
+def _cannot_few_rows(problem: Problem) -> str | None:
+    if problem.device != "cuda":
+        return f"it runs on CUDA, and the rows are on {problem.device}"
+    from fourfold.kernels.cuda import few_rows
+
+    return few_rows.refusal(
+        problem.fmt,
+        StackShape(problem.experts, problem.out, problem.columns),
+        problem.dtype,
+        problem.capability,
+        transposed=problem.transposed,
+        aligned=problem.aligned,
+    )
+
+
+def _few_rows(
+    rows_SM: torch.Tensor,
+    stack: Stack,
+    offsets_E: torch.Tensor,
+    factor: torch.Tensor | None,
+    limit: int | None,
+    *,
+    transposed: bool,
+) -> torch.Tensor:
+    from fourfold.kernels.cuda.few_rows import few_rows_product
+
+    assert isinstance(stack, PackedStack)
+    assert not transposed
+    return few_rows_product(rows_SM, stack, offsets_E, factor)
+
+
 WAYS: dict[str, Way] = {
     "reference": Way("one expert after the other, decoded and multiplied in plain torch", _never, _reference),
     "workspace": Way("a projection decoded into a workspace, one grouped product", _never, workspace_product),
@@ -206,6 +242,12 @@ WAYS: dict[str, Way] = {
     ),
     "hopper": Way(
         "decoded inside the product (CUDA C++, capability 9.x)", _cannot_hopper, _hopper, takes_plain=True
+    ),
+    "few_rows": Way(
+        "decoded inside the product, few rows an expert, forward (CUDA C++)",
+        _cannot_few_rows,
+        _few_rows,
+        forward_alone=True,
     ),
 }
 
@@ -254,7 +296,9 @@ class Line:
 
 # In fp16, which `grouped_mm` does not take, the same Triton product would multiply a decoded workspace.
 RULE: tuple[Line, ...] = (
+    Line("few_rows", "cuda", HALF, most_rows_per_expert=2),
     Line("hopper", "cuda", HALF),
+    Line("few_rows", "cuda", HALF, most_rows_per_expert=8),
     Line("in_product", "cuda", HALF, packed=False),
     Line("in_product", "cuda", (torch.float16,)),
     Line("in_product", "cuda", (torch.bfloat16,), most_rows_per_expert=16),
@@ -285,7 +329,7 @@ def choose(problem: Problem, asked: str | None = None, where: str = "") -> str:
     Raises:
         ConfigurationError: ``asked`` is unknown, or cannot do this.
     """
-    if asked is None:
+    if asked is None or (problem.transposed and asked in WAYS and WAYS[asked].forward_alone):
         return _by_rule(problem, RULE)
     reason = WAYS[asked].cannot(problem) if asked in WAYS else "there is no such way"
     if reason is not None:

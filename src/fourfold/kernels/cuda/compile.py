@@ -59,6 +59,12 @@ def check(status: int, what: str) -> None:
         raise RuntimeError(f"{what}: {(text.value or b'unknown error').decode()} ({status})")
 
 
+def stream(device: int) -> int:
+    """torch's current stream of a device, as the driver knows it."""
+    # What Triton and Inductor ask, too: the public `current_stream` takes 10 us to make an object of it.
+    return int(torch._C._cuda_getCurrentRawStream(device))
+
+
 def portable_architecture(capability: tuple[int, int]) -> str:
     """What to compile for where no instructions of one architecture are used."""
     # Code for 8.0 runs on every 8.x, but on none of 9.0 and later.
@@ -171,3 +177,17 @@ def function(code: bytes, name: str, shared_bytes: int, device: int) -> ctypes.c
     status = driver().cuFuncSetAttribute(found, _MAX_DYNAMIC_SHARED, shared_bytes)
     check(status, f"{shared_bytes} bytes of shared memory for {name}")
     return found
+
+
+def readable(x_Sc: torch.Tensor) -> torch.Tensor:
+    """The rows as kernels want them: in one piece each, at multiples of 16 bytes; copied if need be."""
+    if x_Sc.stride(1) == 1 and x_Sc.stride(0) % 8 == 0 and x_Sc.data_ptr() % 16 == 0:
+        return x_Sc
+    S, columns = x_Sc.shape
+    copy = x_Sc.new_empty(S, columns + -columns % 8)[:, :columns]
+    return copy.copy_(x_Sc)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor at a multiple of 16 bytes; a copy where it is not."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

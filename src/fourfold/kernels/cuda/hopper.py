@@ -194,19 +194,6 @@ def _weights_map(stack: PackedStack | PlainStack, transposed: bool) -> tuple[Any
     return _tensor_map(_UINT16, stack.data.data_ptr(), sizes, strides, box), 16, wide
 
 
-def _readable(x_Sc: torch.Tensor) -> torch.Tensor:
-    """The rows as the copy engine wants them: in one piece each, at multiples of 16 bytes."""
-    if x_Sc.stride(1) == 1 and x_Sc.stride(0) % 8 == 0 and x_Sc.data_ptr() % 16 == 0:
-        return x_Sc
-    S, columns = x_Sc.shape
-    copy = x_Sc.new_empty(S, columns + -columns % 8)[:, :columns]
-    return copy.copy_(x_Sc)
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
 def hopper_product(
     x_Sc: torch.Tensor,
     stack: PackedStack | PlainStack,
@@ -236,9 +223,9 @@ def hopper_product(
     others = {t.device for t in (stack.data, offsets_E, factor) if t is not None} - {x_Sc.device}
     if others:
         raise ValueError(f"rows are on {x_Sc.device}, weights or offsets on {', '.join(map(str, others))}")
-    x_Sc = _readable(x_Sc)
+    x_Sc = compiled.readable(x_Sc)
     if factor is not None:
-        factor = _aligned(factor.contiguous())
+        factor = compiled.aligned(factor.contiguous())
     shape, device, S = stack.shape, x_Sc.device, x_Sc.shape[0]
     C, M = (shape.rows, shape.columns) if transposed else (shape.columns, shape.rows)
     R = 0 if factor is None else factor.shape[1 if transposed else 2]
@@ -248,11 +235,12 @@ def hopper_product(
     if S == 0:
         return out_SM
     with torch.cuda.device_of(x_Sc):
-        index, stream = x_Sc.get_device(), torch.cuda.current_stream(device).cuda_stream
+        index = x_Sc.get_device()
+        stream = compiled.stream(index)
         map_w, bits, wide = _weights_map(stack, transposed)
         scales = codes = offsets_E  # (not read)
         if isinstance(stack, PackedStack):
-            scales = codes = _aligned(stack.absmax)
+            scales = codes = compiled.aligned(stack.absmax)
             if bits == 4:
                 scales = scales_by_block(stack, offsets_E, stream)
                 codes = four_bit_codes(stack.fmt.quant_type, device)

@@ -81,7 +81,7 @@ def outer(x_SM: torch.Tensor, y_SN: torch.Tensor, offsets_E: torch.Tensor) -> to
             (-(-columns // TILE_N), -(-rank // TILE_R), E),
             THREADS,
             SHARED_BYTES,
-            torch.cuda.current_stream(device).cuda_stream,
+            compiled.stream(key[3]),
             (),
             (rows.data_ptr(), low.data_ptr(), offsets_E.data_ptr(), out_EMN.data_ptr()),
             (columns, rank, rows.stride(0), low.stride(0)),

@@ -7,7 +7,11 @@
 // Each number is read and written once, 16 bytes a thread; the same bytes go to shared memory, from where the tensor
 // cores take them for the product with the factor. A block owns up to 64 rows of one expert.
 //
-// Set from outside: MODE, HALF (0: bf16, 1: fp16), RANK_FIRST (1: F is stored [E, R, columns], 0: [E, columns, R]).
+// Where experts have few rows (ONE_ROW), tiles of 64 would be empty, and a block would wait once for each step of its
+// columns: there a block owns one row, has all of it on the way at once, and a warp sums one column of the product.
+//
+// Set from outside: MODE, HALF (0: bf16, 1: fp16), RANK_FIRST (1: F is stored [E, R, columns], 0: [E, columns, R]),
+// ONE_ROW (in modes 0 and 1, F stored [E, R, columns]).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -93,6 +97,62 @@ __device__ __forceinline__ void set_weight(void *weights, int kind, u64 i, float
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + __expf(-x)); }
 
+#if ONE_ROW
+// The same arguments as below, as far as these modes have them. Dynamic shared memory: the row.
+extern "C" __global__ void __launch_bounds__(THREADS) rows_pass(
+    const u16 *in, const u16 *grad, const long long *order, const void *weights, const u16 *factor, const int *offsets,
+    u16 *out, u16 *low, u16 *act, void *grad_weights, int E, int top_k, int columns, int R, int stride,
+    int weight_kind) {
+  extern __shared__ uint4 kept[];
+  __shared__ int expert;
+  const int thread = threadIdx.x, lane = thread & 31, pieces = columns / 8;
+  const u64 s = blockIdx.x;
+  if (thread == 0) expert = -1;
+  __syncthreads();
+  for (int e = thread; e < E; e += THREADS) {
+    if (offsets[e] > (int)s && (e ? offsets[e - 1] : 0) <= (int)s) expert = e;
+  }
+  const u16 *from = MODE == 0 ? in + (u64)(order[s] / top_k) * columns : in + s * 2 * columns;
+  for (int i = thread; i < pieces; i += THREADS) {
+    uint4 value = *(const uint4 *)(from + i * 8);
+#if MODE == 1
+    const uint4 second = *(const uint4 *)(from + columns + i * 8);
+    u32 *a = (u32 *)&value;
+    const u32 *b = (const u32 *)&second;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float2 gate = numbers(a[j], HALF), up = numbers(b[j], HALF);
+      a[j] = rounded(gate.x * sigmoid(gate.x) * up.x, gate.y * sigmoid(gate.y) * up.y);
+    }
+#endif
+    *(uint4 *)(out + s * stride + i * 8) = value;
+    kept[i] = value;
+  }
+  __syncthreads();
+  if (expert < 0) return;  // (a row of no expert: what is computed of it is undefined)
+  for (int r = thread / 32; r < R; r += THREADS / 32) {
+    const uint4 *with = (const uint4 *)(factor + ((u64)expert * R + r) * columns);
+    float sum = 0;
+#pragma unroll 8
+    for (int i = lane; i < pieces; i += 32) {
+      const uint4 read = with[i], value = kept[i];
+      const u32 *a = (const u32 *)&read, *b = (const u32 *)&value;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float2 x = numbers(a[j], HALF), y = numbers(b[j], HALF);
+        sum += x.x * y.x;
+        sum += x.y * y.y;
+      }
+    }
+    for (int w = 16; w > 0; w /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, w);
+    if (lane == 0) {
+      const float scale = weights ? weight_at(weights, weight_kind, order[s]) : 1.f;
+      out[s * stride + columns + r] = (u16)rounded(sum, 0);
+      low[s * R + r] = (u16)rounded(sum * scale, 0);
+    }
+  }
+}
+#else
 // in: MODE 0 [T, columns], else [S, 2 columns]. grad, act (or null): MODE 2 [S, columns]. weights (or null), grad_weights:
 // [T, k]. factor: [E, R, columns] or [E, columns, R], in MODE 2 of 2 columns. out: [S, stride]. low: [S, R].
 extern "C" __global__ void __launch_bounds__(THREADS) rows_pass(
@@ -284,3 +344,4 @@ extern "C" __global__ void __launch_bounds__(THREADS) rows_pass(
   }
 #endif
 }
+#endif

@@ -11,6 +11,9 @@ from fourfold.kernels.cuda import compile as compiled
 
 MOST_RANK = 64
 THREADS, TILE_S = 256, 64
+# Rows an expert, on average, up to which a block takes one row instead of a tile (whose time is that of its
+# steps of columns, whatever it holds: 28 us on an H100 for Qwen3-30B-A3B's), and columns that it can hold.
+FEW_ROWS, FEW_COLUMNS = 4, 16384
 GATHER, SILU, BACKWARD = 0, 1, 2
 _WEIGHT_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -20,8 +23,15 @@ def _source() -> str:
     return (Path(__file__).parent / "rows.cu").read_text(encoding="utf-8")
 
 
-def _cubin(mode: int, rank_first: bool, dtype: torch.dtype, capability: tuple[int, int]) -> bytes:
-    switches = {"MODE": mode, "RANK_FIRST": int(rank_first), "HALF": int(dtype == torch.float16)}
+def _cubin(
+    mode: int, rank_first: bool, dtype: torch.dtype, capability: tuple[int, int], one_row: bool = False
+) -> bytes:
+    switches = {
+        "MODE": mode,
+        "RANK_FIRST": int(rank_first),
+        "HALF": int(dtype == torch.float16),
+        "ONE_ROW": int(one_row),
+    }
     architecture = compiled.portable_architecture(capability)
     return compiled.cubin(_source(), architecture, tuple(f"{n}={v}" for n, v in switches.items()))
 
@@ -74,6 +84,11 @@ def can(
     )
 
 
+def takes_one_row(mode: int, rank_first: bool, rows: int, experts: int, columns: int) -> bool:
+    """Whether a block takes one row (forward, few rows an expert) instead of a tile."""
+    return mode != BACKWARD and rank_first and rows <= FEW_ROWS * experts and columns <= FEW_COLUMNS
+
+
 def _launch(
     mode: int,
     rank_first: bool,
@@ -109,21 +124,27 @@ def _launch(
         act_SI,
         grad_weights_Tk,
     )
-    key = ("rows", mode, rank_first, dtype, index)
+    one_row = takes_one_row(mode, rank_first or factor is None, rows, E, columns)
+    if one_row:
+        blocks, shared = rows, columns * 2
+    else:
+        blocks, shared = -(-rows // TILE_S) + min(E, rows), shared_bytes(mode, rank_first)
+    key = ("rows", mode, rank_first, dtype, index, one_row)
     with torch.cuda.device_of(wide_Ss):
         launcher = compiled.launchers().get(key)
         if launcher is None:
-            code = _cubin(mode, rank_first, dtype, torch.cuda.get_device_capability(index))
-            kernel = compiled.function(code, "rows_pass", shared_bytes(mode, rank_first), index)
+            code = _cubin(mode, rank_first, dtype, torch.cuda.get_device_capability(index), one_row)
+            most = FEW_COLUMNS * 2 if one_row else shared
+            kernel = compiled.function(code, "rows_pass", most, index)
             launcher = compiled.launchers()[key] = compiled.Launcher(
                 kernel, index, maps=0, pointers=10, ints=6
             )
         kind = 0 if weights_Tk is None else _WEIGHT_KINDS[weights_Tk.dtype]
         launcher(
-            (-(-rows // TILE_S) + min(E, rows), 1, 1),
+            (blocks, 1, 1),
             THREADS,
-            shared_bytes(mode, rank_first),
-            torch.cuda.current_stream(wide_Ss.device).cuda_stream,
+            shared,
+            compiled.stream(index),
             (),
             [0 if t is None else t.data_ptr() for t in pointers],
             (E, top_k, columns, rank, wide_Ss.stride(0), kind),
