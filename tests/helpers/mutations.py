@@ -40,10 +40,9 @@ VALUES: list[Any] = [
     {},
     {"a": 1},
     {"a": {"b": ["c"]}},
-    {1: 2},
 ]
 # What YAML has and JSON has not.
-OF_YAML: list[Any] = [b"\x00\xff", datetime.date(2020, 1, 2), float("nan"), float("inf"), {"s", "t"}]
+OF_YAML: list[Any] = [{1: 2}, b"\x00\xff", datetime.date(2020, 1, 2), float("nan"), float("inf"), {"s", "t"}]
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

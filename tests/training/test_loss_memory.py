@@ -14,6 +14,7 @@ from fourfold.training.schema import TrainConfig
 from tiny_chat import Settings, make_tokenizer, quiet
 
 VOCABULARY, TOKENS = 50_000, 1000
+TILE = 4096 * 32768  # of logits, at most, whatever the batch and the vocabulary
 
 
 class Largest(TorchDispatchMode):
@@ -71,4 +72,4 @@ def test_no_tensor_of_all_tokens_times_all_words(
     run(TrainConfig(**settings(**changes)), quiet())
     assert len(seen) == 1
     # Four examples of 1,000 tokens and more; the head alone is 50,000 x 64.
-    assert VOCABULARY * 64 <= max(seen) < 4 * TOKENS * VOCABULARY / 3
+    assert VOCABULARY * 64 <= max(seen) <= TILE < 0.7 * 4 * TOKENS * VOCABULARY

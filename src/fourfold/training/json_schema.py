@@ -63,7 +63,8 @@ def _or_null(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _not_yet(entry: NotYet) -> dict[str, Any]:
     """Only values that ask for nothing: an editor marks any other."""
-    nothing = [value for value in ("", [], {}) if value not in entry.off]
+    of_each_kind: tuple[Any, ...] = ("", [], {})
+    nothing = [value for value in of_each_kind if value not in entry.off]
     return {
         "description": f"Not yet: {entry.what}. {entry.remedy}",
         "enum": [None, *entry.off, *nothing],

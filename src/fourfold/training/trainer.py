@@ -2,8 +2,8 @@
 
 Adapters keep their dtype; the order of examples is a function of seed and epoch, so that a resumed run sees
 the same batches; a loss that is not finite stops the run and names the examples; tokens are counted; a
-checkpoint counts only once it is whole. The loss is TRL's own, which multiplies with the head in chunks of
-tokens: no tensor of [tokens, vocabulary] is ever held.
+checkpoint counts only once it is whole. The loss is TRL's own, which multiplies with the head in tiles
+(4,096 tokens, 32,768 words): no tensor of [tokens, vocabulary] is ever held.
 """
 
 from __future__ import annotations
