@@ -294,6 +294,7 @@ class Line:
         return ", ".join(said) or "everything else"
 
 
+# Two rows an expert before `hopper` are measured on an H100; eight on other cards are a guess.
 # In fp16, which `grouped_mm` does not take, the same Triton product would multiply a decoded workspace.
 RULE: tuple[Line, ...] = (
     Line("few_rows", "cuda", HALF, most_rows_per_expert=2),

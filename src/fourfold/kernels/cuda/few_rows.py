@@ -12,6 +12,7 @@ from fourfold.formats.codebooks import absmax_codes, four_bit_codes
 from fourfold.kernels.cuda import compile as compiled
 
 THREADS, TILE_M = 128, 32
+MAX_EXPERTS = 65535  # of a grid's second side
 
 
 @functools.cache
@@ -57,6 +58,8 @@ def refusal(
         return "it wants weights at a multiple of 16 bytes"
     if fmt.is_4bit and (fmt.blocksize < 32 or fmt.blocksize & (fmt.blocksize - 1)):
         return f"it reads blocks of 32 weights or more, by powers of two, not of {fmt.blocksize}"
+    if shape.experts > MAX_EXPERTS:
+        return f"it takes {MAX_EXPERTS} experts at most, not {shape.experts}"
     multiple = 8 if fmt.is_4bit else 16
     if shape.columns % multiple or shape.rows % 2:
         return (
@@ -106,13 +109,17 @@ def few_rows_product(
         ``[S, N]``.
 
     Raises:
-        ValueError: offsets of another dtype, or tensors on different devices.
+        ValueError: offsets or factors of another dtype, too few offsets, tensors on different devices.
     """
     if offsets_E.dtype != torch.int32:
         raise ValueError(f"offsets have to be int32, not {offsets_E.dtype}")
     others = {t.device for t in (stack.data, offsets_E, factor_ENR) if t is not None} - {x_Sc.device}
     if others:
         raise ValueError(f"rows are on {x_Sc.device}, weights or offsets on {', '.join(map(str, others))}")
+    if factor_ENR is not None and factor_ENR.dtype != x_Sc.dtype:
+        raise ValueError(f"rows are {x_Sc.dtype}, factors {factor_ENR.dtype}")
+    if offsets_E.numel() != stack.shape.experts:
+        raise ValueError(f"{offsets_E.numel()} offsets of {stack.shape.experts} experts")
     fmt, shape, device, S = stack.fmt, stack.shape, x_Sc.device, x_Sc.shape[0]
     E, N, K = shape.experts, shape.rows, shape.columns
     R = 0 if factor_ENR is None else factor_ENR.shape[2]
