@@ -123,7 +123,7 @@ def check(config: TrainConfig) -> Checked:
         cut = (config.sequence_len, "held-out data", config.excess_length_strategy)
         tokenized_held_out = tokenize(held_out, tokenizer, *cut)
     check_vocabulary(tokenizer, rows, (tokenized, tokenized_held_out))
-    notes = check_steps(config, len(tokenized.dataset))
+    notes = [*check_steps(config, len(tokenized.dataset)), *absent_targets(config, modules, saved is None)]
     bf16 = resolve_bf16(config)
     settings = run_settings(config, modules, parameters, bf16, tokenized.digest)
     if checkpoint is not None:
@@ -190,6 +190,15 @@ def check_steps(config: TrainConfig, examples: int) -> list[str]:
     if problems:
         raise ConfigurationError("\n".join(problems))
     return notes
+
+
+def absent_targets(config: TrainConfig, modules: list[str] | str, chosen: bool) -> list[str]:
+    """What is said of usual names among the targets that the model lacks."""
+    given = config.lora_target_modules
+    absent = [name for name in given if name not in modules] if chosen and isinstance(given, list) else []
+    if not absent:
+        return []
+    return [f"lora_target_modules: the model has no {', '.join(absent)}; trained are {', '.join(modules)}"]
 
 
 def check_balance(config: TrainConfig, skeleton: Any) -> None:
