@@ -135,6 +135,24 @@ def test_too_little_host_memory_is_found_before_anything_moves(monkeypatch: pyte
     onload(model)
 
 
+@without_cuda
+def test_what_is_to_be_copied_is_asked_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fourfold.offloading import api
+
+    asked: list[int] = []
+    monkeypatch.setattr(api, "check_room", lambda nbytes, what: asked.append(nbytes))
+    model = offloading.packed_model("qwen3_moe")
+    for _ in range(2):
+        report = offload(model)
+    assert asked == [report.host_bytes, 0]
+    monkeypatch.setattr(host, "available_bytes", lambda: report.host_bytes - 1)
+    monkeypatch.setattr(api, "check_room", check_room)
+    another = offloading.packed_model("qwen3_moe")
+    with pytest.raises(ConfigurationError, match="packed experts that are to be copied there take"):
+        offload(another)
+    assert all(m.fourfold_host is None for m in another.modules() if isinstance(m, PackedExperts))
+
+
 def test_adapters_and_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors made after offloading lie where experts are computed, not where their tensors are."""
     model = offloading.packed_model("qwen3_moe")

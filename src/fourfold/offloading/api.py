@@ -190,13 +190,13 @@ def _carry_out(plans: _Plan, pin: bool | None, memory: HostMemory | None = None)
         streamed += [m for unit in away_units for m in unit]
         if away_units:
             units.append((device, away_units, buffers))
-    moving = {t.data_ptr(): t.nbytes for m in streamed for t in _packed(m) if t.device.type != "cpu"}
-    check_room(sum(moving.values()), "the packed experts that are to leave the device")
     memory = memory or HostMemory(pin)
+    copied = {t.data_ptr(): t.nbytes for m in streamed for t in _packed(m) if not memory.has(t.data)}
+    check_room(sum(copied.values()), "the packed experts that are to be copied there")
     # Copies first, all of them: what fails here leaves the model as it was.
     copies = {id(t): (t, memory.take(t.data)) for m in streamed for t in _packed(m)}
-    for tensor, copied in copies.values():
-        tensor.data = copied
+    for tensor, copy in copies.values():
+        tensor.data = copy
     del copies
     for module in streamed:
         _release(module)

@@ -131,9 +131,13 @@ class HostMemory:
             self.unpinned = reason  # (and nothing more is tried: what is left would be refused as well)
         return tensor
 
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in such memory already."""
+        return tensor.device.type == "cpu" and (self.unpinned is not None or tensor.is_pinned())
+
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of ``tensor`` here; the tensor itself where it already is what is wanted."""
-        if tensor.device.type == "cpu" and (self.unpinned is not None or tensor.is_pinned()):
+        if self.has(tensor):
             return tensor
         with torch.no_grad():
             return self.empty(tensor.shape, tensor.dtype).copy_(tensor.detach())
