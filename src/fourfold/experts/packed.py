@@ -42,8 +42,8 @@ class HostExperts(Protocol):
     def stack(self, projection: Projection) -> RemoteStack:
         """The packed weights of a projection, to be computed with."""
 
-    def hold(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Keep them on ``device`` while a forward runs there."""
+    def hold(self, device: torch.device, index_Tk: torch.Tensor | None = None) -> AbstractContextManager[Any]:
+        """Keep them on ``device`` while a forward runs there, with those in ``index_Tk`` alone."""
 
 
 class PackedExperts(RoutedExperts):
@@ -146,10 +146,10 @@ class PackedExperts(RoutedExperts):
 
     @torch.compiler.disable  # which buffer weights come to is decided at each call
     def _forward_from_host(
-        self, host: HostExperts, hidden_states: torch.Tensor, *arguments: Any
+        self, host: HostExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, *arguments: Any
     ) -> torch.Tensor:
-        with host.hold(hidden_states.device):
-            return routed_forward(self, hidden_states, *arguments)
+        with host.hold(hidden_states.device, top_k_index):
+            return routed_forward(self, hidden_states, top_k_index, *arguments)
 
     def extra_repr(self) -> str:
         layout = self.fourfold_layout
