@@ -1,0 +1,192 @@
+"""What is checked on several ranks; the functions run in each of them (`ranks.run`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+import fourfold
+import tiny
+from fourfold.distributed.shard import shard
+from ranks import Job
+
+STEPS = 20
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+FP4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+INT8 = {"load_in_8bit": True}
+MODELS: dict[str, Any] = {
+    "qwen3_moe": tiny.qwen3_moe,
+    "qwen3_moe_5": lambda: tiny.qwen3_moe(num_experts=5),
+    "tied": lambda: tiny.qwen3_moe(tie_word_embeddings=True),
+    "mixtral": tiny.mixtral,
+    "gpt_oss": tiny.gpt_oss,
+    "nemotron_h": tiny.nemotron_h,
+    "deepseek_v3": tiny.deepseek_v3,
+    "llama4": tiny.llama4,
+    "jetmoe": tiny.jetmoe,
+    "dbrx": tiny.dbrx,
+}
+# name -> model, how it is packed, how it is trained
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "nf4": ("qwen3_moe", NF4, {}),
+    "nf4_uneven": ("qwen3_moe_5", NF4, {"checkpointing": "plain", "reshard_after_forward": False}),
+    "fp4": ("mixtral", FP4, {"checkpointing": "reentrant"}),
+    "tied": ("tied", NF4, {"accumulation": 2}),
+    "interleaved": ("gpt_oss", NF4, {"checkpointing": "plain", "accumulation": 2}),
+    "int8": ("qwen3_moe", INT8, {"checkpointing": "plain"}),
+    "no_gate": ("nemotron_h", {"experts_quant_type": "int8"}, {"reshard_after_forward": False}),
+    "latent": ("deepseek_v3", NF4, {"offload": True}),
+    "own_forward": ("llama4", NF4, {"checkpointing": "plain"}),
+    "modules": ("jetmoe", FP4, {"accumulation": 2, "reshard_after_forward": False}),
+    "flattened": ("dbrx", NF4, {"checkpointing": "reentrant"}),
+}
+
+
+def checkpoint(job: Job, kind: str) -> Path:
+    """A folder with a tiny model of that kind, in high precision."""
+    folder = job.shared(kind)
+    if job.rank == 0 and not folder.exists():
+        tiny.save(MODELS[kind](), folder)
+    job.wait()
+    return folder
+
+
+def load(folder: Path, settings: dict[str, Any], device: str, dtype: torch.dtype = torch.float32) -> Any:
+    config = fourfold.MoeBitsAndBytesConfig(**settings, **compute(settings, dtype))
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=dtype, device_map={"": device}
+    )
+
+
+def compute(settings: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {"bnb_4bit_compute_dtype": dtype} if settings.get("load_in_4bit") else {}
+
+
+def adapted(model: Any, checkpointing: str = "", seed: int = 0) -> Any:
+    """With LoRA on experts and on a Linear of the attention, both factors random."""
+    fourfold.prepare(
+        model, gradient_checkpointing=bool(checkpointing), use_reentrant=checkpointing == "reentrant"
+    )
+    torch.manual_seed(seed)
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    modules = sorted(names & {"q_proj", "o_proj", "Wqkv", "q_a_proj"})
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=modules,
+        target_parameters=fourfold.expert_targets(model),
+        init_lora_weights=False,
+    )
+    return get_peft_model(model, lora).train()
+
+
+def batches(steps: int, rows: int = 4, vocabulary: int = 96) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, vocabulary, (rows, 9), generator=generator) for _ in range(steps)]
+
+
+def train(
+    model: Any, job: Job, *, alone: bool, accumulation: int = 1, steps: int = STEPS, optimizer: Any = None
+) -> list[float]:
+    """Losses of some steps on the same global batch: all of it alone, or each rank its rows."""
+    optimizer = optimizer or adam(model)
+    losses = []
+    for ids in batches(steps):
+        mine = ids if alone else ids.chunk(job.world)[job.rank]
+        parts = mine.chunk(accumulation)
+        total = torch.zeros((), device=job.device)
+        for number, part in enumerate(parts):
+            if not alone and hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(number == len(parts) - 1)
+            part = part.to(job.device)
+            loss = model(input_ids=part, labels=part).loss / len(parts)
+            loss.backward()
+            total += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+        if not alone:
+            dist.all_reduce(total)
+            total /= job.world
+        losses.append(total.item())
+    return losses
+
+
+def adam(model: Any) -> torch.optim.Optimizer:
+    # (an epsilon that is not tiny: where a gradient is noise, Adam would make steps of full size of it)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-4)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    return {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference between tensors of the same names."""
+    assert one.keys() == other.keys()
+    return max((one[name].float() - other[name].float()).abs().max().item() for name in one)
+
+
+def fsdp(job: Job, case: str) -> dict[str, float]:
+    """FSDP2 against one process: losses and adapters after `STEPS` steps."""
+    kind, settings, how = CASES[case]
+    folder = checkpoint(job, kind)
+    checkpointing, accumulation = how.get("checkpointing", ""), how.get("accumulation", 1)
+    alone = adapted(load(folder, settings, job.device), checkpointing)
+    begun = trained(alone)
+    wanted = train(alone, job, alone=True, accumulation=accumulation)
+    model = adapted(load(folder, settings, job.device), checkpointing, seed=job.rank)  # (unlike on each rank)
+    offload = CPUOffloadPolicy(pin_memory=job.device != "cpu") if how.get("offload") else None
+    shard(model, reshard_after_forward=how.get("reshard_after_forward", True), offload=offload)
+    assert far(begun, trained(model)) == 0
+    losses = train(model, job, alone=False, accumulation=accumulation)
+    return compared(alone, model, wanted, losses, begun)
+
+
+def compared(
+    alone: Any, model: Any, wanted: list[float], losses: list[float], begun: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    after = trained(alone)
+    return {
+        "loss": max(abs(a - b) for a, b in zip(wanted, losses, strict=True)),
+        "adapter": far(after, trained(model)),
+        "moved": far(begun, after),
+        "learned": wanted[0] - wanted[-1],
+    }
+
+
+def mixed_precision(job: Job) -> dict[str, float]:
+    """bf16 policy: what is gathered of packed experts are the stored integers, all of them."""
+    folder = checkpoint(job, "qwen3_moe_5")
+    alone = load(folder, NF4, job.device)
+    stored = {n: p.detach().clone() for n, p in alone.named_parameters() if not p.is_floating_point()}
+    assert len(stored) >= 16
+    model = adapted(load(folder, NF4, job.device))
+    shard(model, mixed_precision=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+    seen: dict[str, bool] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, fourfold.experts.PackedExperts):
+            module.register_forward_pre_hook(
+                lambda m, *_, n=name.replace("base_model.model.", "").replace(".base_layer", ""): seen.update(
+                    {
+                        f"{n}.{leaf}": torch.equal(p, stored[f"{n}.{leaf}"]) and p.dtype == stored[f"{n}.{leaf}"].dtype
+                        for leaf, p in m.named_parameters(recurse=False)
+                    }
+                )
+            )
+    loss = train(model, job, alone=False, steps=2)[-1]
+    experts = {name for name in stored if ".experts." in name}
+    assert experts
+    assert seen.keys() >= experts
+    assert all(seen.values()), [name for name, same in seen.items() if not same]
+    return {"loss": loss}
