@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import fourfold
 import tiny
+from fourfold.distributed.replicate import replicate
 from fourfold.distributed.shard import shard
+from fourfold.errors import ConfigurationError
 from ranks import Job
 
 STEPS = 20
@@ -42,7 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "interleaved": ("gpt_oss", NF4, {"checkpointing": "plain", "accumulation": 2}),
     "int8": ("qwen3_moe", INT8, {"checkpointing": "plain"}),
     "no_gate": ("nemotron_h", {"experts_quant_type": "int8"}, {"reshard_after_forward": False}),
-    "latent": ("deepseek_v3", NF4, {"offload": True}),
+    "latent": ("deepseek_v3", {"experts_quant_type": "nf4"}, {"offload": True}),
     "own_forward": ("llama4", NF4, {"checkpointing": "plain"}),
     "modules": ("jetmoe", FP4, {"accumulation": 2, "reshard_after_forward": False}),
     "flattened": ("dbrx", NF4, {"checkpointing": "reentrant"}),
@@ -103,11 +107,14 @@ def train(
         parts = mine.chunk(accumulation)
         total = torch.zeros((), device=job.device)
         for number, part in enumerate(parts):
-            if not alone and hasattr(model, "set_requires_gradient_sync"):
-                model.set_requires_gradient_sync(number == len(parts) - 1)
-            part = part.to(job.device)
-            loss = model(input_ids=part, labels=part).loss / len(parts)
-            loss.backward()
+            last = number == len(parts) - 1
+            if not alone and not isinstance(model, DistributedDataParallel):
+                model.set_requires_gradient_sync(last)
+            apart = isinstance(model, DistributedDataParallel) and not last
+            with model.no_sync() if apart else contextlib.nullcontext():
+                part = part.to(job.device)
+                loss = model(input_ids=part, labels=part).loss / len(parts)
+                loss.backward()
             total += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
@@ -151,6 +158,57 @@ def fsdp(job: Job, case: str) -> dict[str, float]:
     assert far(begun, trained(model)) == 0
     losses = train(model, job, alone=False, accumulation=accumulation)
     return compared(alone, model, wanted, losses, begun)
+
+
+# The same for DDP; checkpointed twice over, and with gradients that are added up first.
+REPLICATED = ("nf4", "fp4", "interleaved", "int8", "flattened")
+
+
+def ddp(job: Job, case: str) -> dict[str, float]:
+    """DDP with the packed model on every rank against one process."""
+    kind, settings, how = CASES[case]
+    folder = checkpoint(job, kind)
+    checkpointing, accumulation = how.get("checkpointing", ""), how.get("accumulation", 1)
+    alone = adapted(load(folder, settings, job.device), checkpointing)
+    begun = trained(alone)
+    wanted = train(alone, job, alone=True, accumulation=accumulation)
+    inner = adapted(load(folder, settings, job.device), checkpointing, seed=job.rank)
+    model = replicate(inner)
+    losses = train(model, job, alone=False, accumulation=accumulation)
+    return compared(alone, inner, wanted, losses, begun)
+
+
+def sent_by_ddp(job: Job) -> dict[str, int]:
+    """Bytes that DDP broadcasts when it is made: those of the trained parameters."""
+    model = adapted(load(checkpoint(job, "qwen3_moe"), NF4, job.device))
+    sent = []
+    stock = torch._C._distributed_c10d._broadcast_coalesced if False else dist._broadcast_coalesced
+    def counted(group: Any, tensors: list[torch.Tensor], *rest: Any) -> Any:
+        sent.extend(tensors)
+        return stock(group, tensors, *rest)
+    torch.nn.parallel.distributed.dist._broadcast_coalesced = counted
+    try:
+        replicate(model)
+    finally:
+        torch.nn.parallel.distributed.dist._broadcast_coalesced = stock
+    trained_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return {"sent": sum(t.nbytes for t in sent), "trained": trained_bytes}
+
+
+def other_weights(job: Job) -> str:
+    """Ranks that loaded different checkpoints are told so, by both ways of going parallel."""
+    said = []
+    for act in (replicate, shard):
+        model = adapted(load(checkpoint(job, "qwen3_moe"), NF4, job.device))
+        if job.rank == 1:
+            experts = next(m for m in model.modules() if isinstance(m, fourfold.experts.PackedExperts))
+            experts._parameters["down_proj"].data[0, 0, 0] += 1
+        try:
+            act(model)
+        except ConfigurationError as error:
+            said.append(str(error))
+    assert len(said) == 2
+    return said[0]
 
 
 def compared(

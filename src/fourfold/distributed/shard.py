@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from fourfold.distributed.alike import check_frozen_alike, make_trained_alike
 from fourfold.distributed.blocks import bare, blocks, ends, flatten_linears_, left_whole
 from fourfold.errors import ConfigurationError
 
@@ -87,7 +88,8 @@ def shard(
 
     Raises:
         ConfigurationError: it is sharded already; nothing in it is layers; trained parameters of one layer
-            differ in dtype; or a parameter that cannot be sharded is to be trained.
+            differ in dtype; a parameter that cannot be sharded is to be trained; or the ranks hold different
+            weights.
     """
     mesh = mesh or device_mesh()
     root = bare(model)
@@ -102,7 +104,9 @@ def shard(
     whole = left_whole(root)
     flatten_linears_(root)
     _check_dtypes(root, layers, mixed_precision)
-    _alike(root, mesh)
+    for group in mesh.get_all_groups():
+        check_frozen_alike(root, group, mesh.device_type)
+        make_trained_alike(root, group, mesh.device_type)
     places = _take_out(root)
     settings: dict[str, Any] = {
         "mesh": mesh,
@@ -134,18 +138,6 @@ def _check_dtypes(
                 f"trained parameters of one layer differ in dtype ({shown}), and FSDP2 adds up their gradients "
                 "together. Cast them to one, or pass MixedPrecisionPolicy(param_dtype=...)"
             )
-
-
-@torch.no_grad()
-def _alike(root: nn.Module, mesh: DeviceMesh) -> None:
-    """Trained parameters as the first rank has them: each rank drew its own random numbers."""
-    for group in mesh.get_all_groups():
-        source = dist.get_global_rank(group, 0)
-        for parameter in root.parameters():
-            if parameter.requires_grad and not isinstance(parameter, DTensor) and not parameter.is_meta:
-                moved = parameter.data.to(mesh.device_type)
-                dist.broadcast(moved, source, group=group)
-                parameter.data.copy_(moved)
 
 
 def _take_out(root: nn.Module) -> list[_Place]:
