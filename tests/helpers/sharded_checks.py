@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fourfold
 import tiny
+from fourfold.distributed.load import load_sharded
 from fourfold.distributed.replicate import replicate
 from fourfold.distributed.shard import shard
 from fourfold.errors import ConfigurationError
@@ -176,6 +177,49 @@ def ddp(job: Job, case: str) -> dict[str, float]:
     model = replicate(inner)
     losses = train(model, job, alone=False, accumulation=accumulation)
     return compared(alone, inner, wanted, losses, begun)
+
+
+def loaded(job: Job, case: str, stored: str) -> dict[str, float]:
+    """`load_sharded` against `from_pretrained`: every tensor, bytes read, and training from there."""
+    kind, settings, how = CASES[case]
+    source = checkpoint(job, kind)
+    config = fourfold.MoeBitsAndBytesConfig(**settings, **compute(settings, torch.float32))
+    reference = load(source, settings, job.device)
+    if stored == "packed":
+        source = job.shared(f"{case}-packed")
+        if job.rank == 0 and not source.exists():
+            reference.save_pretrained(source)
+        job.wait()
+    model = load_sharded(
+        source,
+        quantization_config=None if stored == "packed" else config,
+        device=job.device,
+        dtype=torch.float32,
+    )
+    stacks = 0
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == dict(reference.named_parameters()).keys()
+    for name, wanted in reference.named_parameters():
+        found = parameters[name]
+        if isinstance(found.data, DTensor):
+            rows = -(-found.shape[0] // job.world)
+            assert found.to_local().shape[0] <= rows
+            assert found.to_local().untyped_storage().nbytes() == found.to_local().nbytes, name
+            stacks += ".experts." in name
+        else:
+            assert "experts" not in name, name
+        assert whole(found).dtype == wanted.dtype or not wanted.is_floating_point()
+        assert torch.equal(whole(found).view(-1), whole(wanted).view(-1)), name
+    for name, buffer in reference.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(name)), name
+    assert stacks > 0
+    alone = adapted(reference)
+    begun = trained(alone)
+    wanted_losses = train(alone, job, alone=True, steps=3)
+    sharded = adapted(model, seed=job.rank)
+    shard(sharded)
+    losses = train(sharded, job, alone=False, steps=3)
+    return compared(alone, sharded, wanted_losses, losses, begun)
 
 
 def sent_by_ddp(job: Job) -> dict[str, int]:

@@ -90,19 +90,25 @@ def flatten_linears_(model: nn.Module) -> None:
     finds the scales in the module (`quant_state`) where the parameter has lost them.
     """
     for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks gathered bytes, and the scales for good
+            module.support_avx512bf16_for_cpu = False
         weight: Any = module._parameters.get("weight")
         if type(weight).__name__ != "Params4bit":
             continue
         linear: Any = module
         linear.quant_state = weight.quant_state
-        linear.support_avx512bf16_for_cpu = False  # repacks the gathered bytes, and the scales for good
-        settings = {name: getattr(weight, name) for name in ("blocksize", "compress_statistics", "quant_type")}
+        settings = linear_settings(weight)
         data = torch.Tensor(weight.data).view(torch.uint8).view(-1, 1)
         module._parameters["weight"] = with_settings(nn.Parameter(data, requires_grad=False), settings)
 
 
+def linear_settings(weight: Any) -> dict[str, Any]:
+    """How a 4-bit weight was quantized, as PEFT reads it off the parameter."""
+    return {name: getattr(weight, name) for name in ("blocksize", "compress_statistics", "quant_type")}
+
+
 def with_settings(parameter: nn.Parameter, settings: dict[str, Any]) -> nn.Parameter:
-    """A parameter with attributes: PEFT reads off a 4-bit weight how it was quantized."""
+    """The parameter with these attributes."""
     for name, value in settings.items():
         setattr(parameter, name, value)
     return parameter

@@ -126,7 +126,7 @@ def quantize_checkpoint(
     _refuse_quantized(model_config, model)
     if source.is_dir():
         read_headers(checkpoint_files(source))  # damaged files are found before anything is written
-    cls = _concrete_class(model_config, model)
+    cls = concrete_class(model_config, model)
     arguments = {"device_map": {"": _usable(device)}} if device else {}
     with workplace(target, source, force, "quantizing") as folder:
         writer = ShardWriter(folder, shard_size)
@@ -157,7 +157,7 @@ def quantize_checkpoint(
     )
 
 
-def _concrete_class(config: PretrainedConfig, model: str | Path) -> type[PreTrainedModel]:
+def concrete_class(config: PretrainedConfig, model: str | Path) -> type[PreTrainedModel]:
     """The model's own class, never one that chooses by the configuration."""
     cls = model_class(config)
     mapping = getattr(cls, "_model_mapping", None)

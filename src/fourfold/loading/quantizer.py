@@ -55,6 +55,9 @@ from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
 from fourfold.loading.stored import StoredTensors
 
 
+IN_SHARDS = "_fourfold_in_shards"  # attribute of a class whose weights `distributed.load` reads
+
+
 class FourfoldQuantizer(HfQuantizer):
     """Quantizes a model with a `MoeBitsAndBytesConfig`.
 
@@ -63,6 +66,7 @@ class FourfoldQuantizer(HfQuantizer):
         packed: names of the packed experts modules.
         left_on_request: names of experts modules in high precision because the configuration says so.
         read_ahead_bytes: of what an `AheadReader` read of a packed checkpoint.
+        in_shards: each rank of several reads its part of every tensor (the model's class says so), and checks it.
     """
 
     requires_calibration = False
@@ -90,6 +94,7 @@ class FourfoldQuantizer(HfQuantizer):
         self._loading: weakref.ref[PreTrainedModel] | None = None
         self._ahead: AheadReader | None = None
         self.read_ahead_bytes = 0
+        self.in_shards = False
         self._shapes: dict[str, tuple[int, ...]] = {}
         # transformers logs what a conversion raises and goes on; the first error is kept and raised at the
         # end.
@@ -120,6 +125,7 @@ class FourfoldQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         headers = check_files(model.name_or_path, kwargs.get("checkpoint_files") or ())
         self._headers, self._loading = headers, weakref.ref(model)
+        self.in_shards = getattr(model, IN_SHARDS, False)
         if not self.pre_quantized:
             self.config.base = origin_of(model, kwargs.get("checkpoint_files") or ())
         requested = self.config.llm_int8_skip_modules
@@ -290,7 +296,12 @@ class FourfoldQuantizer(HfQuantizer):
             conversions += [whole_names(c) for c in self.linears.get_weight_conversions()]
         if model is None and self._loading is not None:  # older versions do not say
             model = self._loading()
-        if self._names_are_the_models and self.packed and model is not None:
+        if (
+            self._names_are_the_models
+            and self.packed
+            and model is not None
+            and not self.in_shards  # (it reads whole tensors)
+        ):
             stored = StoredTensors(self._headers, model_dtype(model))
             self._ahead = AheadReader(stored, packed_tensors(model, self.packed), self._device_map)
             conversions += self._ahead.converters()
@@ -308,7 +319,7 @@ class FourfoldQuantizer(HfQuantizer):
             self.foreign.finish(model)
         if self.failure is not None:
             raise self.failure
-        if not self.config.only_written:  # there `loading.stream` has checked and handed on all weights
+        if not (self.config.only_written or self.in_shards):  # (whoever streams has checked all weights)
             refuse_offloading(self.packed, getattr(model, "hf_device_map", None))
             check_complete(model, self.packed)
             check_nothing_is_missing(model)
