@@ -184,6 +184,13 @@ class _ShardedStream(Stream):
                 return converter
         return None
 
+    def _is_as_stored(self, keys: list[str]) -> bool:
+        """Whether one key holds all of an experts' tensor, expert after expert.
+
+        (Of a packed checkpoint that is so whatever pattern fits: those of Linears fit any ``weight``.)
+        """
+        return len(keys) == 1 and (self.patterns[keys[0]] is None or self.quantizer.pre_quantized)
+
     def _can_cut(self, name: str, keys: list[str]) -> bool:
         """Whether this rank's experts are some of the keys, or some rows of one."""
         found = self._experts(name)
@@ -192,8 +199,8 @@ class _ShardedStream(Stream):
         module, leaf = found
         projection = module.fourfold_layout.projection(leaf)
         assert projection is not None
-        if all(self.patterns[key] is None for key in keys):
-            return len(keys) == 1
+        if self._is_as_stored(keys):
+            return True
         converter = self._converter(keys)
         return (
             self.quantizer.foreign is None
@@ -210,7 +217,7 @@ class _ShardedStream(Stream):
         assert projection is not None
         experts = projection.shape.experts
         start, stop = self.part.of(experts)
-        if self.patterns[keys[0]] is None:
+        if self._is_as_stored(keys):
             rows = slices[keys[0]].get_shape()[0]
             if rows % experts:
                 raise CheckpointError(
