@@ -10,12 +10,14 @@ import torch
 import torch.distributed as dist
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fourfold
 import tiny
+from fourfold.distributed.checkpoint import load_checkpoint, save_checkpoint
 from fourfold.distributed.load import load_sharded
 from fourfold.distributed.replicate import replicate
 from fourfold.distributed.shard import shard
@@ -220,6 +222,52 @@ def loaded(job: Job, case: str, stored: str) -> dict[str, float]:
     shard(sharded)
     losses = train(sharded, job, alone=False, steps=3)
     return compared(alone, sharded, wanted_losses, losses, begun)
+
+
+def saved_adapter(job: Job) -> dict[str, Any]:
+    """`save_pretrained` of a sharded model, called on every rank: what one process saves."""
+    source = checkpoint(job, "qwen3_moe_5")
+    alone, model = (adapted(load(source, NF4, job.device)) for _ in range(2))
+    shard(model)
+    with torch.no_grad():  # (the same numbers in both, wherever rows lie)
+        for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+            if ours.requires_grad:
+                ours.mul_(0.5)
+                theirs.mul_(0.5)
+    model.save_pretrained(job.shared("sharded-adapter"))
+    if job.rank == 0:
+        alone.save_pretrained(job.shared("adapter"))
+    job.wait()
+    found, wanted = job.shared("sharded-adapter"), job.shared("adapter")
+    names = sorted(file.name for file in wanted.iterdir())
+    assert sorted(file.name for file in found.iterdir()) == names
+    for name in names:
+        assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
+    tensors = load_file(found / "adapter_model.safetensors")
+    return {n: int(t.abs().sum(1).count_nonzero()) - len(t) for n, t in tensors.items() if "lora_B" in n}
+
+
+def resumed(job: Job) -> dict[str, float]:
+    """Train 4 steps; save after 2, and go on: sharded, in one process, and from one process sharded."""
+    source, batched = checkpoint(job, "qwen3_moe_5"), job.shared("run")
+    model = shard(adapted(load(source, NF4, job.device)))
+    optimizer = adam(model)
+    train(model, job, alone=False, steps=2, optimizer=optimizer)
+    save_checkpoint(batched, model, optimizer, step=2)
+    losses = train(model, job, alone=False, steps=3, optimizer=optimizer)
+    after = trained(model)
+    again = shard(adapted(load(source, NF4, job.device), seed=7))
+    optimizer = adam(again)
+    assert load_checkpoint(batched, again, optimizer, step=0) == {"step": 2}
+    same = train(again, job, alone=False, steps=3, optimizer=optimizer)
+    single = adapted(load(source, NF4, job.device), seed=8)
+    optimizer = adam(single)
+    load_checkpoint(batched, single, optimizer)
+    alone = train(single, job, alone=True, steps=3, optimizer=optimizer)
+    return {
+        "sharded": max(abs(a - b) for a, b in zip(losses, same, strict=True)) + far(after, trained(again)),
+        "alone": max(abs(a - b) for a, b in zip(losses, alone, strict=True)) + far(after, trained(single)),
+    }
 
 
 def sent_by_ddp(job: Job) -> dict[str, int]:

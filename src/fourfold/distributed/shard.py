@@ -119,9 +119,18 @@ def shard(
         fully_shard(layer, **settings)
     for end in ends(root):
         fully_shard(end, **settings)
+    own = type(root)
     fully_shard(root, **settings)
+    _keep_name(type(root), own)
     _put_back(places, on_cpu=isinstance(offload, CPUOffloadPolicy))
     return model
+
+
+def _keep_name(made: type, own: type) -> None:
+    """`fully_shard` makes a class of its own of the model's, called ``FSDP...``; adapters and configurations are
+    saved with the name of the class, and what loads them looks it up.
+    """
+    made.__name__, made.__qualname__, made.__module__ = own.__name__, own.__qualname__, own.__module__
 
 
 def _check_dtypes(
