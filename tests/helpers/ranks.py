@@ -18,7 +18,9 @@ import torch.multiprocessing as mp
 WAIT = datetime.timedelta(seconds=90)  # after which a collective that one rank never joined is an error
 
 
-def run(module: str, checks: list[str], folder: Path, world: int, limit: float, backend: str = "gloo") -> None:
+def run(
+    module: str, checks: list[str], folder: Path, world: int, limit: float, backend: str = "gloo"
+) -> None:
     """Run ``module.check(job)`` for every name in ``checks``, in that order, on ``world`` ranks.
 
     What each check returned or raised is left in ``folder`` (`outcome`). The first that fails on any rank ends
@@ -48,13 +50,13 @@ def outcome(folder: Path, check: str) -> list[Any]:
         AssertionError: it failed on a rank, or the job ended before it.
     """
     results = []
-    for file in sorted(folder.glob(f"{check}.rank*.json")):
+    for file in sorted(folder.glob(f"{check.replace(':', '-')}.rank*.json")):
         stored = json.loads(file.read_text())
         if "failure" in stored:
             raise AssertionError(f"{file.stem}:\n{stored['failure']}")
         results.append(stored["result"])
     world = int((folder / "world").read_text()) if (folder / "world").exists() else -1
-    if len(results) != world:
+    if len(results) != world or not results:
         ended = (folder / "ended").read_text() if (folder / "ended").exists() else "no rank began"
         raise AssertionError(f"{check} was not reached, or not finished, on every rank: {ended}")
     return results

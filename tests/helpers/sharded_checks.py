@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -16,8 +17,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fourfold
+import fourfold.distributed.load as load_module
 import tiny
 from fourfold.distributed.checkpoint import load_checkpoint, save_checkpoint
+from fourfold.distributed.cut import CutSlice
 from fourfold.distributed.load import load_sharded
 from fourfold.distributed.replicate import replicate
 from fourfold.distributed.shard import shard
@@ -30,6 +33,7 @@ FP4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
 INT8 = {"load_in_8bit": True}
 MODELS: dict[str, Any] = {
     "qwen3_moe": tiny.qwen3_moe,
+    "many": lambda: tiny.qwen3_moe(num_experts=16),
     "qwen3_moe_5": lambda: tiny.qwen3_moe(num_experts=5),
     "tied": lambda: tiny.qwen3_moe(tie_word_embeddings=True),
     "mixtral": tiny.mixtral,
@@ -56,6 +60,31 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+# What the default run does, on two ranks: of loading one of each kind (the run with four does all).
+REPLICATED = ("nf4", "fp4", "interleaved", "int8", "flattened")
+LOADED = (
+    *(
+        "nf4:plain",
+        "nf4:packed",
+        "nf4_uneven:plain",
+        "nf4_uneven:packed",
+        "tied:packed",
+        "interleaved:packed",
+    ),
+    *("int8:plain", "latent:plain", "own_forward:plain", "modules:packed", "flattened:plain"),
+)
+OTHERS = (
+    *("mixed_precision", "sent_by_ddp", "other_weights", "read_share:plain", "read_share:packed"),
+    *("saved_adapter", "resumed"),
+)
+CHECKS = (
+    *(f"fsdp:{case}" for case in CASES),
+    *(f"ddp:{case}" for case in REPLICATED),
+    *(f"loaded:{case}" for case in LOADED),
+    *OTHERS,
+)
+
+
 def checkpoint(job: Job, kind: str) -> Path:
     """A folder with a tiny model of that kind, in high precision."""
     folder = job.shared(kind)
@@ -63,6 +92,10 @@ def checkpoint(job: Job, kind: str) -> Path:
         tiny.save(MODELS[kind](), folder)
     job.wait()
     return folder
+
+
+def checkpoint_of(kind: str, job: Job) -> Path:
+    return job.shared(kind)
 
 
 def load(folder: Path, settings: dict[str, Any], device: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -161,10 +194,6 @@ def fsdp(job: Job, case: str) -> dict[str, float]:
     assert far(begun, trained(model)) == 0
     losses = train(model, job, alone=False, accumulation=accumulation)
     return compared(alone, model, wanted, losses, begun)
-
-
-# The same for DDP; checkpointed twice over, and with gradients that are added up first.
-REPLICATED = ("nf4", "fp4", "interleaved", "int8", "flattened")
 
 
 def ddp(job: Job, case: str) -> dict[str, float]:
@@ -270,19 +299,66 @@ def resumed(job: Job) -> dict[str, float]:
     }
 
 
+def peak(job: Job, kind: str) -> dict[str, int]:
+    """What loading allocates on a GPU, and what stays; the checkpoint lies there already."""
+    config = fourfold.MoeBitsAndBytesConfig(**NF4)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load_sharded(
+        job.shared(kind), quantization_config=config, device=job.device, dtype=torch.bfloat16
+    )
+    found = {
+        "peak": torch.cuda.max_memory_allocated() - before,
+        "shard": torch.cuda.memory_allocated() - before,
+        "whole": sum(p.numel() * p.element_size() for p in model.parameters()),
+    }
+    experts = next(m for m in model.modules() if isinstance(m, fourfold.experts.PackedExperts))
+    shapes = [projection.shape for projection in experts.fourfold_layout.projections]
+    return found | {"expert": sum(2 * shape.rows * shape.columns for shape in shapes)}
+
+
+def bf16(job: Job, kind: str) -> dict[str, float]:
+    """bf16 by autocast: FSDP2 against one process on the same rows, and that with all rows at once."""
+    ends, losses = [], []
+    for way in ("apart", "at once", "sharded"):
+        model = load(job.shared(kind), NF4, job.device, torch.bfloat16)
+        model = adapted(model, "plain")
+        begun = trained(model)
+        if way == "sharded":
+            shard(model)
+        alone = way != "sharded"
+        with torch.autocast("cuda", torch.bfloat16):
+            found = train(model, job, alone=alone, steps=10, accumulation=job.world if way == "apart" else 1)
+        losses.append(found)
+        ends.append({name: tensor - begun[name] for name, tensor in trained(model).items()})
+        del model
+        torch.cuda.empty_cache()
+
+    def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+        difference = sum((one[n] - other[n]).double().square().sum() for n in one)
+        return float((difference / sum(t.double().square().sum() for t in one.values())).sqrt())
+
+    return {
+        "loss": max(abs(a - b) for a, b in zip(losses[0], losses[2], strict=True)),
+        "loss_noise": max(abs(a - b) for a, b in zip(losses[0], losses[1], strict=True)),
+        "adapter": apart(ends[0], ends[2]),
+        "adapter_noise": apart(ends[0], ends[1]),
+    }
+
+
 def sent_by_ddp(job: Job) -> dict[str, int]:
     """Bytes that DDP broadcasts when it is made: those of the trained parameters."""
     model = adapted(load(checkpoint(job, "qwen3_moe"), NF4, job.device))
-    sent = []
-    stock = torch._C._distributed_c10d._broadcast_coalesced if False else dist._broadcast_coalesced
+    sent: list[torch.Tensor] = []
+    stock = dist._broadcast_coalesced
+
     def counted(group: Any, tensors: list[torch.Tensor], *rest: Any) -> Any:
         sent.extend(tensors)
         return stock(group, tensors, *rest)
-    torch.nn.parallel.distributed.dist._broadcast_coalesced = counted
-    try:
+
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(dist, "_broadcast_coalesced", counted)
         replicate(model)
-    finally:
-        torch.nn.parallel.distributed.dist._broadcast_coalesced = stock
     trained_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return {"sent": sum(t.nbytes for t in sent), "trained": trained_bytes}
 
@@ -311,8 +387,73 @@ def compared(
         "loss": max(abs(a - b) for a, b in zip(wanted, losses, strict=True)),
         "adapter": far(after, trained(model)),
         "moved": far(begun, after),
-        "learned": wanted[0] - wanted[-1],
     }
+
+
+def read_share(job: Job, stored: str) -> dict[str, int]:
+    """Which bytes of the files a rank reads, counted where they are read; and what it holds at any time."""
+    monkey = pytest.MonkeyPatch()
+    source = checkpoint(job, "many")
+    if stored == "packed":
+        source = job.shared("many-packed")
+        if job.rank == 0 and not source.exists():
+            load(checkpoint_of("many", job), NF4, job.device).save_pretrained(source)
+        job.wait()
+    read: dict[str, int] = {}
+
+    class Counted(CutSlice):
+        def __init__(self, key: str, slice_: Any) -> None:
+            super().__init__(slice_, 0, slice_.get_shape()[0] if slice_.get_shape() else 0)
+            self.key = key
+
+        def get_shape(self) -> list[int]:
+            return list(self.source.get_shape())
+
+        def __getitem__(self, index: Any) -> torch.Tensor:
+            tensor = self.source[index]
+            read[self.key] = read.get(self.key, 0) + tensor.nbytes
+            return tensor
+
+    stock = load_module.open_slices
+    monkey.setattr(
+        load_module, "open_slices", lambda *a: {key: Counted(key, s) for key, s in stock(*a).items()}
+    )
+    monkey.setattr(load_module, "_BIG", 0)
+    config = None
+    if stored == "plain":
+        config = fourfold.MoeBitsAndBytesConfig(**NF4, **compute(NF4, torch.float32))
+    try:
+        model = load_sharded(source, quantization_config=config, device=job.device, dtype=torch.float32)
+    finally:
+        monkey.undo()
+    wanted = load(checkpoint_of("many", job), NF4, job.device)
+    for (name, ours), theirs in zip(model.named_parameters(), wanted.parameters(), strict=True):
+        assert torch.equal(whole(ours).view(-1), whole(theirs).view(-1)), name
+    sizes: dict[str, int] = {}
+    for file in source.glob("*.safetensors"):
+        sizes |= {key: tensor.nbytes for key, tensor in load_file(file).items()}
+    experts = {key for key in sizes if ".experts." in key}
+    numbers = {
+        int(key.split(".experts.")[1].split(".")[0]) for key in read if ".weight" in key and key in experts
+    }
+    return {
+        "experts_read": sum(read.get(key, 0) for key in experts),
+        "experts_stored": sum(sizes[key] for key in experts),
+        "ends_read": read["model.embed_tokens.weight"] + read["lm_head.weight"],
+        "ends_stored": sizes["model.embed_tokens.weight"] + sizes["lm_head.weight"],
+        "first_expert": min(numbers, default=-1),
+        "experts": len(numbers),
+        "experts_held": sum(p.to_local().nbytes for n, p in model.named_parameters() if ".experts." in n),
+        "experts_whole": sum(p.nbytes for n, p in wanted.named_parameters() if ".experts." in n),
+    }
+
+
+def equal(results: list[dict[str, float]], bound: float = 1e-5) -> None:
+    """What `fsdp`, `ddp` and `loaded` found on each rank: equal, and not for want of movement."""
+    for found in results:
+        assert found["moved"] > 1e-3, found
+        assert found["loss"] < bound, found
+        assert found["adapter"] < bound, found
 
 
 def mixed_precision(job: Job) -> dict[str, float]:
@@ -329,7 +470,8 @@ def mixed_precision(job: Job) -> dict[str, float]:
             module.register_forward_pre_hook(
                 lambda m, *_, n=name.replace("base_model.model.", "").replace(".base_layer", ""): seen.update(
                     {
-                        f"{n}.{leaf}": torch.equal(p, stored[f"{n}.{leaf}"]) and p.dtype == stored[f"{n}.{leaf}"].dtype
+                        f"{n}.{leaf}": torch.equal(p, stored[f"{n}.{leaf}"])
+                        and p.dtype == stored[f"{n}.{leaf}"].dtype
                         for leaf, p in m.named_parameters(recurse=False)
                     }
                 )

@@ -82,7 +82,9 @@ def load_checkpoint(
         dcp.load(states, checkpoint_id=str(folder))
     except (RuntimeError, ValueError, dcp.api.CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
-        raise CheckpointError(f"{folder} is of another model, other adapters or another optimizer: {reason}") from error
+        raise CheckpointError(
+            f"{folder} is of another model, other adapters or another optimizer: {reason}"
+        ) from error
     set_model_state_dict(root, states["model"], options=_PARTLY)
     if optimizer is not None:
         set_optimizer_state_dict(root, optimizer, states["optimizer"], options=_TRAINED)

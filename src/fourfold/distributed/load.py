@@ -163,7 +163,9 @@ class _ShardedStream(Stream):
         batches: dict[str, list[str]] = defaultdict(list)
         for name in sorted(groups, key=dot_natural_key):
             layer = _LAYER.match(name)
-            alone = layer is None or (self._experts(name) is not None and not self._can_cut(name, groups[name]))
+            alone = layer is None or (
+                self._experts(name) is not None and not self._can_cut(name, groups[name])
+            )
             batches[name if alone or layer is None else layer[0]].append(name)
         return list(batches.values())
 
@@ -185,7 +187,7 @@ class _ShardedStream(Stream):
         return None
 
     def _is_as_stored(self, keys: list[str]) -> bool:
-        """Whether one key holds all of an experts' tensor, expert after expert.
+        """Whether one key holds all of a tensor, row after row.
 
         (Of a packed checkpoint that is so whatever pattern fits: those of Linears fit any ``weight``.)
         """
@@ -242,8 +244,7 @@ class _ShardedStream(Stream):
         return (
             isinstance(tensor, nn.Parameter)
             and self._experts(name) is None
-            and len(keys) == 1
-            and self.patterns[keys[0]] is None
+            and self._is_as_stored(keys)
             and tensor.is_floating_point()
             and tensor.ndim > 0
             and tensor.numel() > _BIG
@@ -326,7 +327,9 @@ class _ShardedStream(Stream):
         self.loaded |= names
         for path in dict.fromkeys(name.rpartition(".")[0] for name in sorted(names)):
             module = self.model.get_submodule(path)
-            check_shapes(module, f"{path}." if path else "", {n: s for n, s in self.shapes.items() if n in names})
+            check_shapes(
+                module, f"{path}." if path else "", {n: s for n, s in self.shapes.items() if n in names}
+            )
             check_finite(module, path, recurse=False)
         return names
 

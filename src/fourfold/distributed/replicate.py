@@ -34,7 +34,9 @@ def replicate(model: nn.Module, **settings: Any) -> DistributedDataParallel:
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
-        raise ConfigurationError("nothing in the model is trained; add adapters before fourfold.distributed.replicate")
+        raise ConfigurationError(
+            "nothing in the model is trained; add adapters before fourfold.distributed.replicate"
+        )
     device = trained[0].device
     check_frozen_alike(model, settings.get("process_group") or dist.group.WORLD, device)
     buffers = [name for name, _ in model.named_buffers()]

@@ -118,7 +118,9 @@ def shard(
     for _, layer in layers:
         fully_shard(layer, **settings)
     for end in ends(root):
-        fully_shard(end, **settings)
+        # (backward begins with the output layer: letting it go in between would be for nothing)
+        last = end is root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else False
+        fully_shard(end, **settings | ({"reshard_after_forward": False} if last else {}))
     own = type(root)
     fully_shard(root, **settings)
     _keep_name(type(root), own)

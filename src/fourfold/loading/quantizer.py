@@ -54,7 +54,6 @@ from fourfold.loading.shapes import check_shapes, expected_shapes
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
 from fourfold.loading.stored import StoredTensors
 
-
 IN_SHARDS = "_fourfold_in_shards"  # attribute of a class whose weights `distributed.load` reads
 
 
