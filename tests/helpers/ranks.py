@@ -89,7 +89,12 @@ def _rank(rank: int, module: str, checks: list[str], folder: str, world: int, ba
         torch.cuda.set_device(rank)
         device = f"cuda:{rank}"
     dist.init_process_group(
-        backend, init_method=f"file://{place / 'rendezvous'}", rank=rank, world_size=world, timeout=WAIT
+        backend,
+        init_method=f"file://{place / 'rendezvous'}",
+        rank=rank,
+        world_size=world,
+        timeout=WAIT,
+        device_id=torch.device(device) if backend == "nccl" else None,
     )
     job = Job(rank, world, place, device)
     functions = importlib.import_module(module)

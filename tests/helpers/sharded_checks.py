@@ -10,21 +10,25 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fourfold
 import fourfold.distributed.load as load_module
 import tiny
+from fourfold.adapters import gather
 from fourfold.distributed.checkpoint import load_checkpoint, save_checkpoint
 from fourfold.distributed.cut import CutSlice
 from fourfold.distributed.load import load_sharded
 from fourfold.distributed.replicate import replicate
 from fourfold.distributed.shard import shard
 from fourfold.errors import ConfigurationError
+from fourfold.experts.layout import clean_name
 from ranks import Job
 
 STEPS = 20
@@ -167,7 +171,7 @@ def adam(model: Any) -> torch.optim.Optimizer:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+    return gather.whole(tensor).detach().cpu().clone()
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:
@@ -457,28 +461,39 @@ def equal(results: list[dict[str, float]], bound: float = 1e-5) -> None:
 
 
 def mixed_precision(job: Job) -> dict[str, float]:
-    """bf16 policy: what is gathered of packed experts are the stored integers, all of them."""
+    """bf16 policy: what is gathered of packed experts are the stored integers, all of them.
+
+    `fully_shard` is as in torch 2.11, which casts whatever has another dtype.
+    """
+
+    def init_dtype_attrs(self: Any, policy: MixedPrecisionPolicy) -> None:
+        self.orig_dtype = self.sharded_param.dtype
+        self.param_dtype = None if policy.param_dtype == self.orig_dtype else policy.param_dtype
+        self.reduce_dtype = None if policy.reduce_dtype == policy.param_dtype else policy.reduce_dtype
+
     folder = checkpoint(job, "qwen3_moe_5")
     alone = load(folder, NF4, job.device)
     stored = {n: p.detach().clone() for n, p in alone.named_parameters() if not p.is_floating_point()}
-    assert len(stored) >= 16
-    model = adapted(load(folder, NF4, job.device))
-    shard(model, mixed_precision=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
     seen: dict[str, bool] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, fourfold.experts.PackedExperts):
-            module.register_forward_pre_hook(
-                lambda m, *_, n=name.replace("base_model.model.", "").replace(".base_layer", ""): seen.update(
-                    {
-                        f"{n}.{leaf}": torch.equal(p, stored[f"{n}.{leaf}"])
-                        and p.dtype == stored[f"{n}.{leaf}"].dtype
-                        for leaf, p in m.named_parameters(recurse=False)
-                    }
-                )
-            )
-    loss = train(model, job, alone=False, steps=2)[-1]
-    experts = {name for name in stored if ".experts." in name}
-    assert experts
-    assert seen.keys() >= experts
+
+    def look(name: str) -> Any:
+        def hook(module: Any, *_: Any) -> None:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                wanted = stored[f"{name}.{leaf}"]
+                same = parameter.dtype == wanted.dtype and torch.equal(parameter.view(-1), wanted.view(-1))
+                seen[f"{name}.{leaf}"] = same
+
+        return hook
+
+    with pytest.MonkeyPatch.context() as monkey:
+        monkey.setattr(FSDPParam, "init_dtype_attrs", init_dtype_attrs)
+        model = adapted(load(folder, NF4, job.device))
+        for name, module in model.named_modules():
+            if isinstance(module, (fourfold.experts.PackedExperts, Linear4bit)):
+                module.register_forward_pre_hook(look(clean_name(name)))
+        shard(model, mixed_precision=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+        loss = train(model, job, alone=False, steps=2)[-1]
+    assert len(stored) >= 20
+    assert seen.keys() == stored.keys()
     assert all(seen.values()), [name for name, same in seen.items() if not same]
     return {"loss": loss}

@@ -28,6 +28,18 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return bases[2] if bases[1].__name__ == "FSDPModule" else bases[0]
 
 
+def whole(tensor: Any) -> torch.Tensor:
+    """All of a tensor of which every rank has a part (each has to call this), or the tensor itself.
+
+    A part that is offloaded goes to where the ranks compute first: what gathers does not reach the CPU.
+    """
+    if not is_distributed(tensor):
+        return tensor  # type: ignore[no-any-return]
+    if tensor.device.type != tensor.device_mesh.device_type:
+        tensor = tensor.detach().to(tensor.device_mesh.device_type)
+    return tensor.full_tensor()  # type: ignore[no-any-return]
+
+
 def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
@@ -46,8 +58,8 @@ def gathered_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
             continue
         if name not in trained and not any(part in name for part in (".lora_", ".modules_to_save.")):
             continue
-        whole: Any = tensor.full_tensor() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+        gathered = whole(tensor)
         if first:
-            state[name] = whole.detach().cpu().clone()
-        del whole
+            state[name] = gathered.detach().cpu().clone()
+        del gathered
     return state

@@ -61,11 +61,12 @@ def is_whole_on_every_rank(module: nn.Module, leaf: str, parameter: nn.Parameter
     return hasattr(parameter, "SCB") or type(parameter).__name__ == "Int8Params" or parameter.ndim == 0
 
 
-def left_whole(model: nn.Module) -> dict[str, nn.Parameter]:
+def left_whole(model: nn.Module, device_type: str) -> dict[str, nn.Parameter]:
     """Full name -> parameter of all that stays whole on every rank.
 
     Raises:
-        ConfigurationError: one of them is trained; its gradients would not be added up over the ranks.
+        ConfigurationError: one of them is trained (its gradients would not be added up over the ranks), or lies
+            elsewhere than the ranks compute.
     """
     found = {
         f"{path}.{leaf}" if path else leaf: parameter
@@ -73,6 +74,12 @@ def left_whole(model: nn.Module) -> dict[str, nn.Parameter]:
         for leaf, parameter in module._parameters.items()
         if parameter is not None and is_whole_on_every_rank(module, leaf, parameter)
     }
+    away = [name for name, parameter in found.items() if parameter.device.type not in (device_type, "meta")]
+    if away:
+        raise ConfigurationError(
+            f"{away[0]} stays whole on every rank, and lies on {found[away[0]].device}, while the ranks compute "
+            f"on {device_type}. Load the model there (device={device_type!r}); only what is sharded is offloaded"
+        )
     trained = [name for name, parameter in found.items() if parameter.requires_grad]
     if trained:
         raise ConfigurationError(
@@ -83,13 +90,17 @@ def left_whole(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def flatten_linears_(model: nn.Module) -> None:
+def flatten_linears_(model: nn.Module, device_type: str) -> None:
     """4-bit Linears of bitsandbytes: plain bytes as parameter, scales in the module, as gathering leaves them.
 
     The bytes may be held as bf16 (`bnb_4bit_quant_storage`), which mixed precision would round. bitsandbytes
-    finds the scales in the module (`quant_state`) where the parameter has lost them.
+    finds the scales in the module (`quant_state`) where the parameter has lost them; they are not gathered, and
+    so have to lie where the ranks compute.
     """
     for module in model.modules():
+        state: Any = getattr(module, "quant_state", None)
+        if state is not None and state.absmax.device.type != device_type:
+            state.to(torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else device_type)
         if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks gathered bytes, and the scales for good
             module.support_avx512bf16_for_cpu = False
         weight: Any = module._parameters.get("weight")

@@ -101,8 +101,8 @@ def shard(
             f"{type(root).__name__} has no list of layers that could be sharded one by one; call "
             "torch.distributed.fsdp.fully_shard on its parts yourself"
         )
-    whole = left_whole(root)
-    flatten_linears_(root)
+    whole = left_whole(root, mesh.device_type)
+    flatten_linears_(root, mesh.device_type)
     _check_dtypes(root, layers, mixed_precision)
     for group in mesh.get_all_groups():
         check_frozen_alike(root, group, mesh.device_type)
@@ -124,6 +124,8 @@ def shard(
     own = type(root)
     fully_shard(root, **settings)
     _keep_name(type(root), own)
+    if mixed_precision is not None:
+        _never_cast_integers(root)
     _put_back(places, on_cpu=isinstance(offload, CPUOffloadPolicy))
     return model
 
@@ -133,6 +135,24 @@ def _keep_name(made: type, own: type) -> None:
     saved with the name of the class, and what loads them looks it up.
     """
     made.__name__, made.__qualname__, made.__module__ = own.__name__, own.__qualname__, own.__module__
+
+
+def _never_cast_integers(root: nn.Module) -> None:
+    """Packed experts and 4-bit Linears keep out of mixed precision.
+
+    Up to torch 2.11 `fully_shard` casts every parameter, integers too, to the dtype of its policy: bytes become
+    rounded numbers, and scales are lost. Later releases leave integers alone by themselves.
+    """
+    for module in root.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state: Any = module._get_fsdp_state()
+        one = getattr(state, "_fsdp_param_group", None)  # several from torch 2.12 on
+        for group in getattr(state, "_fsdp_param_groups", None) or ([one] if one is not None else []):
+            for parameter in group.fsdp_params:
+                if not parameter.sharded_param.dtype.is_floating_point:
+                    stock = parameter.init_dtype_attrs
+                    parameter.init_dtype_attrs = lambda _, stock=stock: stock(MixedPrecisionPolicy())
 
 
 def _check_dtypes(
