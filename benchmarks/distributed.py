@@ -8,7 +8,7 @@ q/k/v/o and both expert projections, adapters and AdamW in fp32, autocast bf16, 
 Each variant is a job of its own; what was measured is on disk after each:
 
 - ``one``    one process
-- ``ddp``    the packed model on every rank, gradients of the adapters added up (`fourfold.distributed.replicate`)
+- ``ddp``    the packed model on every rank, adapters' gradients added up (`fourfold.distributed.replicate`)
 - ``fsdp2``  each rank loads and keeps its shard (`load_sharded`, `shard`); packed layers are gathered
 
 First 20 steps on the same global batch (the one process takes the ranks' rows one after the other), for

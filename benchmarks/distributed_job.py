@@ -131,7 +131,7 @@ class Variant:
         model = self.load()
         self.synchronize()
         result["load_seconds"] = time.perf_counter() - started
-        result["loaded_bytes"] = held(model.parameters())
+        result["loaded_bytes"] = held(model)
         if self.device.type == "cuda":
             result["loaded_allocated"] = torch.cuda.memory_allocated() - before
             result["peak_loading"] = torch.cuda.max_memory_allocated() - before
@@ -168,7 +168,7 @@ class Variant:
         return result
 
     def checked_steps(self, called: Any, inner: Any, *, at_once: bool) -> tuple[list[float], Any]:
-        """Each rank its rows of a global batch; one process those of all ranks, one after the other or at once."""
+        """Each rank its rows of a global batch; one process all, one after the other or at once."""
         optimizer = self.optimizer(inner)
         generator = torch.Generator().manual_seed(3)
         vocabulary, ranks = inner.config.vocab_size, self.arguments.ranks
@@ -206,7 +206,7 @@ class Variant:
     def resident(self, inner: Any, optimizer: Any) -> int:
         """Bytes of weights, adapters and optimizer on this rank."""
         states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-        return held([*inner.parameters(), *inner.buffers(), *states])
+        return held(inner, states)
 
     # --- time and bytes
 
@@ -314,8 +314,8 @@ def put(model: Any, values: dict[str, torch.Tensor]) -> None:
             parameter.copy_(value)
 
 
-def held(tensors: Any) -> int:
-    """Bytes on this rank, each storage once, and the scales of 4-bit Linears."""
+def held(model: Any, others: Any = ()) -> int:
+    """Bytes of a model and other tensors on this rank, each storage once; scales of 4-bit Linears too."""
     seen: dict[int, int] = {}
 
     def add(tensor: torch.Tensor) -> None:
@@ -323,9 +323,10 @@ def held(tensors: Any) -> int:
         storage = local.untyped_storage()
         seen[storage.data_ptr()] = storage.nbytes()
 
-    for tensor in tensors:
-        add(tensor.data if isinstance(tensor, torch.nn.Parameter) else tensor)
-        state = getattr(tensor, "quant_state", None)
+    for tensor in (*(p.data for p in model.parameters()), *model.buffers(), *others):
+        add(tensor)
+    for module in model.modules():
+        state = getattr(module, "quant_state", None)
         while state is not None:
             add(state.absmax)
             state = state.state2 if state.nested else None

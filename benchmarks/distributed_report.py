@@ -22,8 +22,8 @@ def _gib(value: float | None) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| variant | GPUs | load s | peak loading GiB | resident GiB | peak training GiB | step ms | tokens/s | "
-        "sent a step and rank, MiB | first loss | last loss | losses apart | adapters apart |",
+        "| variant | GPUs | load s | peak loading GiB | resident GiB | peak training GiB | step ms | "
+        "tokens/s | sent a step and rank, MiB | first loss | last loss | losses apart | adapters apart |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:
@@ -95,10 +95,10 @@ def project(results: list[dict[str, Any]], network: float) -> dict[str, Any]:
     by_name = {r["variant"]: r for r in results if "step_ms" in r}
     one = by_name.get("one")
     text = [
-        "Projection (not measured): step = compute + sent(N) / speed where nothing overlaps, and the larger of "
-        "the two where all does; sent(N) = sent(n) * (N - 1)/N * n/(n - 1), since a ring of N sends (N - 1)/N "
-        "of the whole; compute is the step of one GPU; speed is the measured link within a machine of "
-        f"{MACHINE}, and {network:g} GB/s a GPU between machines; tokens/s = N * tokens a GPU / step.",
+        "Projection (not measured): step = compute + sent(N) / speed where nothing overlaps, and the larger "
+        "of the two where all does; sent(N) = sent(n) * (N - 1)/N * n/(n - 1), since a ring of N sends "
+        "(N - 1)/N of the whole; compute is the step of one GPU; speed is the measured link within a machine "
+        f"of {MACHINE}, and {network:g} GB/s a GPU between machines; tokens/s = N * tokens a GPU / step.",
     ]
     rows: list[dict[str, Any]] = []
     for name in ("ddp", "fsdp2"):

@@ -14,8 +14,8 @@ from sharded_checks import CASES, LOADED, REPLICATED
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 pytestmark = [pytest.mark.multigpu]
-# Alone a process multiplies all rows at once, a rank its own: other shapes, for which cuBLAS adds up in another
-# order. (fp32 throughout; the CPU's bound is 1e-5.)
+# Alone a process multiplies all rows at once, a rank its own: other shapes, for which cuBLAS adds up in
+# another order. (fp32 throughout; the CPU's bound is 1e-5.)
 BOUND = 5e-5
 MIB = 2**20
 

@@ -23,8 +23,8 @@ def run(
 ) -> None:
     """Run ``module.check(job)`` for every name in ``checks``, in that order, on ``world`` ranks.
 
-    What each check returned or raised is left in ``folder`` (`outcome`). The first that fails on any rank ends
-    the job, and so does the time limit in seconds.
+    What each check returned or raised is left in ``folder`` (`outcome`). The first that fails on any rank
+    ends the job, and so does the time limit in seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = mp.spawn(_rank, (module, checks, str(folder), world, backend), nprocs=world, join=False)

@@ -216,7 +216,7 @@ def ddp(job: Job, case: str) -> dict[str, float]:
 
 def loaded(job: Job, case: str, stored: str) -> dict[str, float]:
     """`load_sharded` against `from_pretrained`: every tensor, bytes read, and training from there."""
-    kind, settings, how = CASES[case]
+    kind, settings, _ = CASES[case]
     source = checkpoint(job, kind)
     config = fourfold.MoeBitsAndBytesConfig(**settings, **compute(settings, torch.float32))
     reference = load(source, settings, job.device)

@@ -23,7 +23,7 @@ def has_distributed_parameters(model: nn.Module) -> bool:
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """A module's class before FSDP2 put one of its own in front (``FSDPLinear`` of ``FSDPModule`` and ``Linear``)."""
+    """A module's class before FSDP2 put its own in front (``FSDPLinear`` is made of ``Linear``)."""
     bases = type(module).__mro__
     return bases[2] if bases[1].__name__ == "FSDPModule" else bases[0]
 
@@ -34,10 +34,10 @@ def whole(tensor: Any) -> torch.Tensor:
     A part that is offloaded goes to where the ranks compute first: what gathers does not reach the CPU.
     """
     if not is_distributed(tensor):
-        return tensor  # type: ignore[no-any-return]
+        return tensor
     if tensor.device.type != tensor.device_mesh.device_type:
         tensor = tensor.detach().to(tensor.device_mesh.device_type)
-    return tensor.full_tensor()  # type: ignore[no-any-return]
+    return tensor.full_tensor()
 
 
 def is_first_rank() -> bool:
@@ -46,7 +46,7 @@ def is_first_rank() -> bool:
 
 @torch.no_grad()
 def gathered_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything of a PEFT model that is not its frozen base, whole; on the CPU of the first rank, {} elsewhere.
+    """Everything of a PEFT model that is not its frozen base, whole: on the first rank's CPU, {} elsewhere.
 
     Every rank has to call it: each tensor is gathered from all of them, one at a time.
     """

@@ -15,7 +15,8 @@ TRL, a loop of one's own) calls the first of them directly. Stock's arguments an
 `from_pretrained` is asked as well as `load_adapter`, which it calls, because by then it has put its wrappers
 into the model.
 
-A model that is sharded over ranks is put together first (`adapters.gather`): stock would save what this rank holds.
+A model that is sharded over ranks is put together first (`adapters.gather`): stock would save what this rank
+holds.
 
 `peft.utils.hotswap` reads an adapter's folder by itself, so it is asked as well; and what it does to flat
 factors of another rank is made right there (`adapters.hotswap`).

@@ -12,7 +12,7 @@ from fourfold.experts import find_experts
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT's wrapper: its forward is what `generate` calls, so hooks go there."""
+    """The transformers model inside PEFT's wrapper: `generate` calls its forward, so hooks go there."""
     get_base_model: Any = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
 
@@ -55,8 +55,8 @@ def ends(model: nn.Module) -> list[nn.Module]:
 def is_whole_on_every_rank(module: nn.Module, leaf: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter is left out of sharding.
 
-    bitsandbytes' 8-bit Linears keep codes and scales as attributes of the parameter object and of the module's
-    state, where no gathering reaches them; a number without axes has none to cut.
+    bitsandbytes' 8-bit Linears keep codes and scales as attributes of the parameter object and of the
+    module's state, where no gathering reaches them; a number without axes has none to cut.
     """
     return hasattr(parameter, "SCB") or type(parameter).__name__ == "Int8Params" or parameter.ndim == 0
 
@@ -65,8 +65,8 @@ def left_whole(model: nn.Module, device_type: str) -> dict[str, nn.Parameter]:
     """Full name -> parameter of all that stays whole on every rank.
 
     Raises:
-        ConfigurationError: one of them is trained (its gradients would not be added up over the ranks), or lies
-            elsewhere than the ranks compute.
+        ConfigurationError: one of them is trained (its gradients would not be added up over the ranks), or
+            lies elsewhere than the ranks compute.
     """
     found = {
         f"{path}.{leaf}" if path else leaf: parameter
@@ -74,33 +74,38 @@ def left_whole(model: nn.Module, device_type: str) -> dict[str, nn.Parameter]:
         for leaf, parameter in module._parameters.items()
         if parameter is not None and is_whole_on_every_rank(module, leaf, parameter)
     }
-    away = [name for name, parameter in found.items() if parameter.device.type not in (device_type, "meta")]
+    here = (device_type, "meta")
+    away = [name for name, parameter in found.items() if parameter.device.type not in here]
     if away:
         raise ConfigurationError(
-            f"{away[0]} stays whole on every rank, and lies on {found[away[0]].device}, while the ranks compute "
-            f"on {device_type}. Load the model there (device={device_type!r}); only what is sharded is offloaded"
+            f"{away[0]} stays whole on every rank, and lies on {found[away[0]].device}, while the ranks "
+            f"compute on {device_type}. Load the model there (device={device_type!r}); only shards are offloaded"
         )
     trained = [name for name, parameter in found.items() if parameter.requires_grad]
     if trained:
         raise ConfigurationError(
             f"{trained[0]} cannot be sharded ({type(found[trained[0]]).__name__} with "
-            f"{found[trained[0]].ndim} axes), and is to be trained: its gradients would differ between ranks. "
-            "Freeze it, or train on one GPU or with DDP"
+            f"{found[trained[0]].ndim} axes), and is to be trained: its gradients would differ between ranks."
+            " Freeze it, or train on one GPU or with DDP"
         )
     return found
 
 
 def flatten_linears_(model: nn.Module, device_type: str) -> None:
-    """4-bit Linears of bitsandbytes: plain bytes as parameter, scales in the module, as gathering leaves them.
+    """4-bit Linears of bitsandbytes: plain bytes as parameter, scales in the module, as gathered.
 
     The bytes may be held as bf16 (`bnb_4bit_quant_storage`), which mixed precision would round. bitsandbytes
-    finds the scales in the module (`quant_state`) where the parameter has lost them; they are not gathered, and
-    so have to lie where the ranks compute.
+    finds the scales in the module (`quant_state`) where the parameter has lost them; they are not gathered,
+    and so have to lie where the ranks compute.
     """
     for module in model.modules():
         state: Any = getattr(module, "quant_state", None)
         if state is not None and state.absmax.device.type != device_type:
-            state.to(torch.device(device_type, torch.cuda.current_device()) if device_type == "cuda" else device_type)
+            state.to(
+                torch.device(device_type, torch.cuda.current_device())
+                if device_type == "cuda"
+                else device_type
+            )
         if hasattr(module, "support_avx512bf16_for_cpu"):  # repacks gathered bytes, and the scales for good
             module.support_avx512bf16_for_cpu = False
         weight: Any = module._parameters.get("weight")

@@ -3,8 +3,8 @@
 transformers' own `from_pretrained` runs from beginning to end on every rank (`loading.stream` says how), and
 what it hands on goes layer by layer:
 
-- of packed experts a rank reads its own: a layer's module is taken for one of fewer experts, and the loader is
-  shown the files of those alone, so that the very code that packs a whole model packs a part of it;
+- of packed experts a rank reads its own: a layer's module is taken for one of fewer experts, and the loader
+  is shown the files of those alone, so that the very code that packs a whole model packs a part of it;
 - big tensors that are read as they are (embeddings, output layer) are read from this rank's first row to its
   last;
 - everything else is small: a layer's share of it is read whole, quantized, and cut.
@@ -147,7 +147,7 @@ class _ShardedStream(Stream):
         return ignored
 
     def info(self) -> Any:
-        """What the loader's own end of loading is told: nothing is missing but what ties or classes supply."""
+        """What the loader's own end of loading is told: what is missing comes by ties, or from the class."""
         info = self._last_info
         if info is None:
             raise CheckpointError("the checkpoint holds no tensor of this model")
@@ -233,8 +233,8 @@ class _ShardedStream(Stream):
         for pattern, ordered in by_pattern.items():
             if len(ordered) != experts:
                 raise CheckpointError(
-                    f"{name}: the checkpoint holds {len(ordered)} of {experts} tensors `{pattern}`; files are "
-                    "missing, or the configuration names another number of experts"
+                    f"{name}: the checkpoint holds {len(ordered)} of {experts} tensors `{pattern}`; files "
+                    "are missing, or the configuration names another number of experts"
                 )
         return {key: slices[key] for ordered in by_pattern.values() for key in ordered[start:stop]}
 
@@ -380,7 +380,7 @@ class _ShardedStream(Stream):
             data.contiguous(), self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
         )
         made = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-        made._is_hf_initialized = True  # type: ignore[attr-defined]
+        made._is_hf_initialized = True
         module._parameters[leaf] = with_settings(made, settings)
 
     def _whole_shape(self, name: str) -> tuple[int, ...]:

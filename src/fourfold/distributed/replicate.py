@@ -16,15 +16,17 @@ from fourfold.errors import ConfigurationError
 def replicate(model: nn.Module, **settings: Any) -> DistributedDataParallel:
     """Wrap a model in DDP that sends no packed bytes.
 
-    DDP by itself broadcasts every parameter and buffer of the first rank when it is made, and buffers at every
-    forward. What is frozen has come from the same checkpoint on every rank, which is checked here instead.
+    DDP by itself broadcasts every parameter and buffer of the first rank when it is made, and buffers at
+    every forward. What is frozen has come from the same checkpoint on every rank, which is checked
+    here instead.
 
     Args:
         model: with adapters, on this rank's device.
         settings: further ones of `DistributedDataParallel`.
 
     Raises:
-        ConfigurationError: nothing is trained, there is no process group, or the ranks hold different weights.
+        ConfigurationError: nothing is trained, there is no process group, or the ranks hold different
+            weights.
     """
     if not dist.is_initialized():
         raise ConfigurationError(

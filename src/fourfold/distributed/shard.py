@@ -34,7 +34,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass
 class _Place:
-    """Where a shard belongs that `load_sharded` read: the places of one parameter (several, if it is tied)."""
+    """Where a shard belongs that `load_sharded` read: the places of one parameter (several, if tied)."""
 
     local: torch.Tensor
     holders: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -74,7 +74,8 @@ def shard(
     as it computes; embeddings and output layer by themselves, unless they share weights.
 
     Args:
-        model: with or without adapters of PEFT; loaded by `from_pretrained` on every rank, or by `load_sharded`.
+        model: with or without adapters of PEFT; loaded by `from_pretrained` on every rank, or by
+            `load_sharded`.
         mesh: of one axis (or replicas by shards); None takes all ranks.
         reshard_after_forward: let a layer go after its forward and gather it again for backward. Without that
             it stays until backward: fewer bytes sent, more memory.
@@ -131,8 +132,8 @@ def shard(
 
 
 def _keep_name(made: type, own: type) -> None:
-    """`fully_shard` makes a class of its own of the model's, called ``FSDP...``; adapters and configurations are
-    saved with the name of the class, and what loads them looks it up.
+    """`fully_shard` makes a class of its own of the model's, called ``FSDP...``; adapters and configurations
+    are saved with the name of the class, and what loads them looks it up.
     """
     made.__name__, made.__qualname__, made.__module__ = own.__name__, own.__qualname__, own.__module__
 
@@ -140,8 +141,8 @@ def _keep_name(made: type, own: type) -> None:
 def _never_cast_integers(root: nn.Module) -> None:
     """Packed experts and 4-bit Linears keep out of mixed precision.
 
-    Up to torch 2.11 `fully_shard` casts every parameter, integers too, to the dtype of its policy: bytes become
-    rounded numbers, and scales are lost. Later releases leave integers alone by themselves.
+    Up to torch 2.11 `fully_shard` casts every parameter, integers too, to the dtype of its policy: bytes
+    become rounded numbers, and scales are lost. Later releases leave integers alone by themselves.
     """
     for module in root.modules():
         if not isinstance(module, FSDPModule):
@@ -166,8 +167,8 @@ def _check_dtypes(
         if len(trained) > 1:
             shown = ", ".join(f"{name}.{n} is {dtype}" for dtype, n in trained.items())
             raise ConfigurationError(
-                f"trained parameters of one layer differ in dtype ({shown}), and FSDP2 adds up their gradients "
-                "together. Cast them to one, or pass MixedPrecisionPolicy(param_dtype=...)"
+                f"trained parameters of one layer differ in dtype ({shown}), and FSDP2 adds up their "
+                "gradients together. Cast them to one, or pass MixedPrecisionPolicy(param_dtype=...)"
             )
 
 

@@ -65,7 +65,7 @@ class FourfoldQuantizer(HfQuantizer):
         packed: names of the packed experts modules.
         left_on_request: names of experts modules in high precision because the configuration says so.
         read_ahead_bytes: of what an `AheadReader` read of a packed checkpoint.
-        in_shards: each rank of several reads its part of every tensor (the model's class says so), and checks it.
+        in_shards: each rank of several reads its part of every tensor, and checks it (its class says so).
     """
 
     requires_calibration = False
