@@ -79,7 +79,7 @@ def left_whole(model: nn.Module, device_type: str) -> dict[str, nn.Parameter]:
     if away:
         raise ConfigurationError(
             f"{away[0]} stays whole on every rank, and lies on {found[away[0]].device}, while the ranks "
-            f"compute on {device_type}. Load the model there (device={device_type!r}); only shards are offloaded"
+            f"compute on {device_type}. Load it there (device={device_type!r}); only shards are offloaded"
         )
     trained = [name for name, parameter in found.items() if parameter.requires_grad]
     if trained:
