@@ -6,7 +6,7 @@ BIN := .venv/bin
 QUICKSTART := examples/quickstart
 OUT := $(QUICKSTART)/out
 
-.PHONY: quickstart test lint types imports unit slow test-versions format clean
+.PHONY: quickstart test lint types imports unit slow test-versions docs format clean
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -41,6 +41,10 @@ slow: .venv/installed
 # Loading and adapters under each supported transformers, installed beside .venv on first use.
 test-versions: .venv/installed
 	$(BIN)/python tests/helpers/run_versions.py
+
+# The documentation as a site, to build/site/index.html; a warning is a failure.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from fourfold.loading.config import MoeBitsAndBytesConfig
     from fourfold.loading.enable import disable, enable
     from fourfold.loading.prepare import dequantize, prepare
+    from fourfold.offloading.api import OffloadReport, offload, onload
+    from fourfold.planning.plan import Plan, plan
     from fourfold.planning.report import Report, verify
 
 __all__ = [
     "MergedCheckpoint",
     "MoeBitsAndBytesConfig",
+    "OffloadReport",
+    "Plan",
     "Report",
     "__version__",
     "dequantize",
@@ -38,6 +42,9 @@ __all__ = [
     "export",
     "loftq_init",
     "merge",
+    "offload",
+    "onload",
+    "plan",
     "prepare",
     "verify",
 ]
@@ -45,6 +52,8 @@ __all__ = [
 _WHERE = {
     "MergedCheckpoint": "fourfold.adapters.merge_report",
     "MoeBitsAndBytesConfig": "fourfold.loading.config",
+    "OffloadReport": "fourfold.offloading.api",
+    "Plan": "fourfold.planning.plan",
     "Report": "fourfold.planning.report",
     "dequantize": "fourfold.loading.prepare",
     "disable": "fourfold.loading.enable",
@@ -53,6 +62,9 @@ _WHERE = {
     "export": "fourfold.adapters.export",
     "loftq_init": "fourfold.adapters.loftq",
     "merge": "fourfold.adapters.merge",
+    "offload": "fourfold.offloading.api",
+    "onload": "fourfold.offloading.api",
+    "plan": "fourfold.planning.plan",
     "prepare": "fourfold.loading.prepare",
     "verify": "fourfold.planning.report",
 }

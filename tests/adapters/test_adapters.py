@@ -1,6 +1,7 @@
 """LoRA on packed experts: stock keys, shapes and numbers, both ways."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -290,3 +291,28 @@ def test_a_different_adapter_per_row_and_unmerging_are_refused(packed) -> None:
         model(IDS, adapter_names=["default", "__base__"])
     with pytest.raises(AdapterError, match="nothing is ever merged"):
         model.unmerge_adapter()
+
+
+@pytest.mark.parametrize(("pattern", "warned"), [("experts.gate_up_proj", False), ("no_such_name", True)])
+def test_a_pattern_for_a_parameter_is_not_said_to_be_ignored(
+    pattern: str, warned: bool, tmp_path: Path
+) -> None:
+    """Neither when adapters are added nor when they are loaded."""
+
+    def said(action) -> bool:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results.append(action())
+        return any("rank_pattern" in str(warning.message) for warning in caught)
+
+    def model():
+        return fourfold.prepare(tiny.build(tiny.qwen3_moe()))
+
+    results: list[PeftModel] = []
+    targets = {"target_modules": ["q_proj"], "target_parameters": fourfold.expert_targets(model())}
+    assert said(lambda: add_lora(model(), r=4, alpha=8, rank_pattern={pattern: 2}, **targets)) == warned
+    results[0].save_pretrained(tmp_path)
+    assert said(lambda: load_adapter(model(), tmp_path)) == warned
+    key = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.default.weight"
+    for adapted in results:
+        assert adapted.get_parameter(key).shape[0] == 6 * (4 if warned else 2)

@@ -211,6 +211,24 @@ def test_rescaling_and_status(tmp_path: Path) -> None:
     assert layers[0] == layers[1]
 
 
+def test_a_scaling_that_is_a_tensor_keeps_its_gradient(tmp_path: Path) -> None:
+    """(Stock takes numbers alone for parameters; nothing else may be lost in silence.)"""
+    both = Both("qwen3_moe", tmp_path / "model")
+    model = PeftModel.from_pretrained(both.packed(), both.saved(tmp_path / "a", 1))
+
+    def loss(scaling: float | torch.Tensor) -> torch.Tensor:
+        for name, module in model.named_modules():
+            if name.endswith("experts") and "default" in getattr(module, "scaling", {}):
+                module.scaling["default"] = scaling
+        return model(IDS, labels=IDS).loss
+
+    scaling = torch.tensor(0.5, requires_grad=True)
+    (grad,) = torch.autograd.grad(loss(scaling), scaling)
+    slope = (loss(0.52) - loss(0.48)).item() / 0.04
+    assert grad.item() == pytest.approx(slope, rel=0.02)
+    assert abs(slope) > 1e-3
+
+
 def test_a_base_found_through_the_adapter(tmp_path: Path) -> None:
     both = Both("qwen3_moe", tmp_path / "model")
     adapter = both.saved(tmp_path / "a", 1)

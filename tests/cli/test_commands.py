@@ -315,7 +315,9 @@ def test_verify_of_a_model_on_the_hub_reads_headers_only(
         return SafetensorsRepoMetadata(None, False, {}, files)
 
     read_config = skeleton.read_config
-    monkeypatch.setattr(skeleton, "read_config", lambda model: read_config(hub.get(str(model), model)))
+    monkeypatch.setattr(
+        skeleton, "read_config", lambda model, *rest: read_config(hub.get(str(model), model), *rest)
+    )
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
     monkeypatch.chdir(tmp_path)
     status, data, _ = run_json(capsys, "verify", "somebody/packed")

@@ -42,7 +42,7 @@ def test_a_sound_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["validate", path]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{path}: valid\nGiven differently:\n  line 4, lora_mlp_kernel: attention")
-    assert "Note:\n  lora_target_parameters: absent, so experts are trained as well" in out
+    assert "Note:\n  lora_target_parameters: absent, so experts are not trained; name" in out
     status, result = validate(capsys, path, "max_steps=7")
     assert (status, result["valid"], result["problems"], result["not_yet"]) == (0, True, [], [])
     assert result["config"]["max_steps"] == 7
@@ -50,7 +50,9 @@ def test_a_sound_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_every_problem_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path, SOUND + "lora_rnk: 4\nsample_packing: true\nseed: 1\nseed: 2\nlora_r: 0\n")
+    path = write(
+        tmp_path, SOUND + "lora_rnk: 4\nsample_packing_sequentially: true\nseed: 1\nseed: 2\nlora_r: 0\n"
+    )
     status, result = validate(capsys, path, "deepspeed=zero3.json", "eval_steps=5")
     assert (status, result["valid"], result["config"]) == (1, False, None)
     assert [(row["line"], row["key"]) for row in result["problems"]] == [
@@ -60,15 +62,15 @@ def test_every_problem_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (None, "eval_steps"),
     ]
     assert [(row["line"], row["key"]) for row in result["not_yet"]] == [
-        (7, "sample_packing"),
-        (None, "deepspeed"),
+        (7, "sample_packing_sequentially"),
     ]
-    assert result["not_yet"][1]["where"] == "command line (deepspeed=zero3.json)"
+    [card] = result["refused_at_start"]
+    assert (card["key"], card["where"]) == ("deepspeed", "command line (deepspeed=zero3.json)")
     assert all(row["what"] and row["remedy"] for row in result["problems"] + result["not_yet"])
     assert main(["validate", path]) == 1
     out = capsys.readouterr().out
     assert out.startswith(f"{path}: 4 problems\n")
-    assert "  line 7, sample_packing: not yet: several examples in one row of a batch. Set" in out
+    assert "  line 7, sample_packing_sequentially: not yet: packing in the files' order. Drop" in out
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,24 @@ def test_one_graph_with_equal_bits(kind: str, fmt: PackFormat) -> None:
     equal(step.results(torch.compile(step.module, fullgraph=True, backend="aot_eager")), step.results())
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_few_tokens_with_a_router_in_the_graph(tokens: int) -> None:
+    """Numbers of rows that are no multiple of anything; the kernels for few rows an expert."""
+    step = Step(packed_experts("mixtral"), tokens)
+    router = torch.randn(64, 4, device=DEVICE, dtype=torch.bfloat16)
+
+    def run(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, low_rank: Any) -> torch.Tensor:
+        return step.module(x, (x.detach() @ router).topk(2).indices, weights, low_rank=low_rank)
+
+    def results(run: Any) -> list[torch.Tensor]:
+        return step.results(run)[:3]  # (experts without rows have no gradients)
+
+    compiled = torch.compile(run, fullgraph=True)
+    wanted = results(run)
+    for _ in range(2):
+        close(results(compiled), wanted)
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_inductor(kind: str, mode: str) -> None:
@@ -126,11 +144,12 @@ def test_compiled_it_does_not_synchronise(kind: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("tokens", [48, 3])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_captured_in_a_graph(kind: str, compiled: bool) -> None:
+def test_captured_in_a_graph(kind: str, compiled: bool, tokens: int) -> None:
     """Forward and backward, sorting of rows included; replayed with other numbers and another routing."""
-    step = Step(packed_experts(kind))
+    step = Step(packed_experts(kind), tokens)
     run = torch.compile(step.module, fullgraph=True) if compiled else step.module
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -58,7 +58,12 @@ def test_products(kind: PackFormat | str, transposed: bool) -> None:
         factor = (torch.randn(shape, device="cuda") * max(R, 1) ** -0.5).to(dtype) if R else None
         problem = ways.problem(x, stack, R, transposed=transposed)
         assert ways.choose(problem, "hopper") == "hopper"
-        found = hopper_product(x, stack, offsets, factor, transposed=transposed).double()
+        found = hopper_product(x, stack, offsets, factor, transposed=transposed)
+        if factor is not None:  # low-rank columns that are a matrix of their own
+            own, low = x[:, :C].clone(), x[:, C:].clone()
+            apart = hopper_product(own, stack, offsets, factor, transposed=transposed, low_SR=low)
+            assert torch.equal(apart, found)
+        found = found.double()
         w = decode(stack, dtype).double()
         start = 0
         for e, stop in enumerate(offsets.tolist()):

@@ -31,6 +31,18 @@ def test_equals_a_stable_sort(case: tuple[int, int, int]) -> None:
         assert found.dtype == expected.dtype, name
         assert found.shape == expected.shape, name
         assert torch.equal(found, expected), name
+        assert found.untyped_storage().nbytes() == found.nbytes, name  # its own: an operator's result
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 48])
+def test_as_an_operator(tokens: int) -> None:
+    torch.library.opcheck(torch.ops.fourfold.route.default, (random_index(tokens, 2, 6), 6))
+
+
+def test_no_tokens() -> None:
+    rows = torch.empty(0, 64, device="cuda", dtype=torch.bfloat16)
+    position = torch.empty(0, 2, device="cuda", dtype=torch.int64)
+    assert routing.sum_rows(rows, position, None, torch.float32).shape == (0, 64)
 
 
 def test_what_is_no_expert_goes_last_and_moves_nobody() -> None:
@@ -54,6 +66,8 @@ def test_the_layer_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
         routing.route(index.int(), 128)
     with pytest.raises(AssertionError, match="Triton was asked"):
         routing.sum_rows(rows[:, :250].contiguous(), found.position_Tk, None, torch.bfloat16)
+    with pytest.raises(AssertionError, match="Triton was asked"):
+        routing.sum_rows(rows, found.position_Tk.int(), None, torch.bfloat16)
 
 
 @pytest.mark.parametrize("weights_dtype", [None, torch.float32, torch.bfloat16, torch.float16])

@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from fourfold.kernels import rows
+from fourfold.kernels.cuda import compile as compiled
 from fourfold.kernels.cuda import rows as in_cuda
 from fourfold.kernels.linear import empty_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poison_memory")]
 DTYPES = [torch.bfloat16, torch.float16]
 RANKS = [0, 8, 16, 24, 64]
-# T, k, E, H: several tiles an expert, few rows, a width that fills no step of columns
-CASES = [(400, 2, 5, 512), (9, 8, 40, 264), (70, 1, 3, 72)]
+# T, k, E, H: several tiles an expert, few rows, a width that fills no step of columns; few rows again, of
+# more experts and columns than a block looks at in a turn, and of as many columns as it can hold
+CASES = [(400, 2, 5, 512), (9, 8, 40, 264), (70, 1, 3, 72), (2, 4, 600, 4104), (3, 2, 40, 16384)]
 
 
 def routed(T: int, k: int, E: int):
@@ -55,7 +57,7 @@ def wide(dtype: torch.dtype, S: int, columns: int, rank: int) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("rank_first", [True, False])
-def test_gather(rank_first: bool, case: tuple[int, ...], dtype: torch.dtype, rank: int) -> None:
+def test_gather(rank_first: bool, case: tuple[int, ...], dtype: torch.dtype, rank: int, kernels: str) -> None:
     T, k, E, H = case
     weights, expert, order, offsets = routed(T, k, E)
     x, S = torch.randn(T, H, device="cuda").to(dtype), T * k
@@ -68,6 +70,9 @@ def test_gather(rank_first: bool, case: tuple[int, ...], dtype: torch.dtype, ran
     for given in (None, weights, weights.to(dtype)):
         out = wide(dtype, S, H, rank)
         low = rows.gather(x, order, k, offsets, out, factor, given)
+        if kernels == "CUDA":
+            one_row = S <= 4 * E and (rank_first or not rank)
+            assert ("rows", 0, rank_first and rank > 0, dtype, 0, one_row) in compiled.launchers()
         assert torch.equal(out[:, :H], x[order // k])
         if factor is None:
             assert low is None
@@ -118,6 +123,14 @@ def test_gate_and_its_gradient(case: tuple[int, ...], dtype: torch.dtype, rank: 
             wanted = by_expert(out[:, : 2 * I], b, expert)
             assert off(out[:, 2 * I : 2 * I + rank], wanted, dtype) < 1.02
             assert torch.equal(low, out[:, 2 * I : 2 * I + rank])
+
+
+def test_no_rows(kernels: str) -> None:
+    if kernels == "Triton":
+        return
+    x, none = torch.zeros(0, 64, device="cuda", dtype=torch.bfloat16), torch.zeros(5, device="cuda").int()
+    order, out = torch.empty(0, device="cuda", dtype=torch.int64), wide(torch.bfloat16, 0, 64, 0)
+    assert rows.gather(x, order, 1, none, out, None) is None
 
 
 def test_what_it_leaves_to_triton(kernels: str) -> None:

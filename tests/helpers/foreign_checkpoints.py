@@ -116,9 +116,20 @@ def bitsandbytes(
     )
 
 
+Tensors = dict[str, torch.Tensor]
+
+
 def mxfp4(folder: Path) -> tuple[Path, Path]:
     """gpt-oss: folders of the MXFP4 checkpoint and of the same numbers in bf16."""
-    tensors = build(tiny.gpt_oss(), folder / "random")
+    encoded, quantization, decoded = to_mxfp4(build(tiny.gpt_oss(), folder / "random"))
+    return (
+        rewrite(folder / "random", folder / "mxfp4", encoded, quantization),
+        rewrite(folder / "random", folder / "bf16", decoded, None),
+    )
+
+
+def to_mxfp4(tensors: Tensors) -> tuple[Tensors, dict, Tensors]:
+    """Random experts in MXFP4 in place of those in ``tensors``; the quantization_config; the same decoded."""
     encoded, decoded = dict(tensors), dict(tensors)
     for key in [k for k in tensors if k.endswith(("gate_up_proj", "down_proj"))]:
         experts, columns, rows = encoded.pop(key).shape  # the model stores in-by-out
@@ -132,15 +143,20 @@ def mxfp4(folder: Path) -> tuple[Path, Path]:
         "quant_method": "mxfp4",
         "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
     }
-    return (
-        rewrite(folder / "random", folder / "mxfp4", encoded, quantization),
-        rewrite(folder / "random", folder / "bf16", decoded, None),
-    )
+    return encoded, quantization, decoded
 
 
 def fp8(config: transformers.PretrainedConfig, folder: Path) -> tuple[Path, Path]:
     """Every matrix of a Linear or an expert in tiles of FP8, and the same numbers in bf16."""
-    tensors = build(config, folder / "random")
+    encoded, quantization, decoded = to_fp8(build(config, folder / "random"))
+    return (
+        rewrite(folder / "random", folder / "fp8", encoded, quantization),
+        rewrite(folder / "random", folder / "bf16", decoded, None),
+    )
+
+
+def to_fp8(tensors: Tensors) -> tuple[Tensors, dict, Tensors]:
+    """Projections in tiles of FP8; the quantization_config; the same decoded."""
     encoded, decoded = dict(tensors), dict(tensors)
     for key in [k for k in tensors if "proj" in k and k.endswith("weight") and tensors[k].ndim == 2]:
         w = tensors[key].float()
@@ -154,7 +170,4 @@ def fp8(config: transformers.PretrainedConfig, folder: Path) -> tuple[Path, Path
         decoded[key] = (encoded[key].float() * spread).bfloat16()
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
     quantization["weight_block_size"] = [128, 128]
-    return (
-        rewrite(folder / "random", folder / "fp8", encoded, quantization),
-        rewrite(folder / "random", folder / "bf16", decoded, None),
-    )
+    return encoded, quantization, decoded

@@ -48,6 +48,22 @@ def make_tokenizer() -> Any:
     return fast
 
 
+def byte_tokenizer(begin: bool = True) -> Any:
+    """Every text to ids and back; with a beginning-of-text token, as Llama's and Mistral's have one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<s>", "</s>"])}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    if begin:
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", len(alphabet))]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
 def conversation(index: int) -> dict[str, Any]:
     """The colour follows from the thing: learnable."""
     thing = index % len(THINGS)
@@ -145,6 +161,7 @@ def settings(moe_folder: Path, data_files: tuple[Path, Path], tmp_path: Path) ->
             "base_model": str(moe_folder),
             "adapter": "qlora",
             "load_in_4bit": True,
+            "lora_target_parameters": "all",
             "lora_r": 8,
             "lora_alpha": 16,
             "datasets": [{"path": str(train), "type": "chat_template"}],

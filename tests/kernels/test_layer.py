@@ -6,8 +6,10 @@ import torch
 import needs
 from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.quantize import pack_stack
-from fourfold.kernels import LowRank, combine, dispatch, grouped, packed_linear, reference_linear, route
+from fourfold.kernels import LowRank, combine, dispatch, grouped, packed_linear, reference_linear, route, ways
 from fourfold.kernels.layer import silu_experts
+from fourfold.planning.standins import Matrices, OneStep, Target
+from fourfold.planning.standins import factors as factors_of
 
 triton = needs.triton()
 NAMES = ("y", "dx", "dw", "a_up", "b_up", "a_down", "b_down")
@@ -168,3 +170,37 @@ def test_a_second_derivative_is_refused() -> None:
         (grad,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
+
+
+class _InProduct(Target):
+    """What the interpreter runs: products that decode inside."""
+
+    def way(self, problem: ways.Problem) -> str:
+        return "in_product"
+
+
+@pytest.mark.parametrize("ranks", [(8, 16), (0, 0), (16, 0), (0, 8)], ids=str)
+def test_its_stand_in_keeps_the_same_tensors(ranks: tuple[int, int]) -> None:
+    """What the plan of a run counts for backward: shapes, and the storages behind them."""
+    fmt = PackFormat("nf4")
+    x, weights, index, up, down, low_up, low_down = case(fmt, *ranks)
+    routing = route(index, up.shape.experts)
+    real = silu_experts(
+        x, weights, routing, up, down, low_up, low_down, compute_dtype=torch.float32, way="in_product"
+    )
+    target = _InProduct("cpu", None)
+    matrices = [Matrices(s.shape.experts, s.shape.rows, s.shape.columns, fmt, None) for s in (up, down)]
+    pairs = [factors_of(low, torch.float32, target) for low in (low_up, low_down)]
+    planned = OneStep.apply(x, weights, *pairs[0], *pairs[1], (*matrices, target, torch.float32))
+
+    def kept(y: torch.Tensor) -> list[tuple[tuple[int, ...], int] | None]:
+        return [None if t is None else (tuple(t.shape), t.untyped_storage().nbytes()) for t in _saved(y)]
+
+    assert kept(planned) == kept(real)
+    wanted = [t for t in (x, weights, *(f for pair in pairs for f in pair)) if t is not None]
+    grads = torch.autograd.grad(planned, wanted, torch.ones_like(planned))
+    assert [g.shape for g in grads] == [t.shape for t in wanted]
+
+
+def _saved(y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return y.grad_fn.saved_tensors  # type: ignore[union-attr]

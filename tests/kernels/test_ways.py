@@ -77,6 +77,26 @@ def test_the_rule(problem: ways.Problem, way: str, monkeypatch: pytest.MonkeyPat
     assert ways.choose(problem._replace(transposed=True)) == way
 
 
+@pytest.mark.parametrize(
+    ("problem", "way"),
+    [
+        (but(capability=(9, 0), rows=256), "few_rows"),
+        (but(capability=(9, 0), rows=257), "hopper"),
+        (but(capability=(9, 0), columns=2000, rows=1024), "few_rows"),  # (not by 64)
+        (but(rows=1024), "few_rows"),
+        (but(rows=1025), "in_product"),
+        (but(rows=1024, dtype=torch.float16), "few_rows"),
+        (but(rows=1024, dtype=torch.float32), "workspace"),
+    ],
+    ids=str,
+)
+def test_the_rule_of_few_rows(problem: ways.Problem, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "_interpreting", lambda: False)
+    monkeypatch.setattr(products, "unavailable", lambda: None)
+    monkeypatch.setattr(few_rows, "unavailable", lambda capability: None)
+    assert ways.choose(problem) == way
+
+
 def test_a_way_of_forward_alone_leaves_gradients_to_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_rows, "unavailable", lambda capability: None)
     assert ways.choose(CUDA, "few_rows") == "few_rows"

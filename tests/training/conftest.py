@@ -22,6 +22,7 @@ def trained(
     config = TrainConfig(
         base_model=str(moe_folder),
         adapter="qlora",
+        lora_target_parameters="all",
         load_in_4bit=True,
         datasets=[{"path": str(train)}],
         test_datasets=[{"path": str(held_out)}],

@@ -10,9 +10,11 @@ import pytest
 import trl
 
 from fourfold.errors import DataError
-from fourfold.training.data import IGNORED, encode, load_conversations, tokenize
-from fourfold.training.records import Conversation, read_conversations
-from fourfold.training.schema import DatasetConfig, TrainConfig
+from fourfold.training.data import load_records, tokenize
+from fourfold.training.dataset_keys import DatasetConfig
+from fourfold.training.encode import IGNORED, encode
+from fourfold.training.records import Conversation, read_records
+from fourfold.training.schema import TrainConfig
 from tiny_chat import conversation, write_jsonl
 
 
@@ -155,7 +157,7 @@ def test_weight_0_is_shown_and_not_trained(tokenizer: Any, tmp_path: Path) -> No
     for index, weight in ((1, 0), (3, 1), (5, 0)):
         messages[index]["weight"] = weight
     path = write_jsonl(tmp_path / "d.jsonl", [{"messages": messages, "id": 7, "tools": None}])
-    [record] = read_conversations(DatasetConfig(path=str(path)))
+    [record] = read_records(DatasetConfig(path=str(path))).records
     [(shown, trained)] = answers_of(record, tokenizer)
     assert trained == "the grass <|end|>"
     assert "rose" in shown
@@ -189,6 +191,9 @@ def test_long_examples_are_dropped_or_cut_and_counted(
     result = tokenize(records, tokenizer, 16, "datasets", excess)
     assert [len(ids) for ids in result.dataset["input_ids"]] == lengths
     assert result.to_dict() == {"examples": len(lengths), **counts}
+    said, *places = result.too_long("datasets")
+    assert said.startswith(f"datasets: {counts['truncated'] or counts['dropped']} ")
+    assert places == ["  here: 47 tokens", "  here: 47 tokens"]
     assert all(len(row["input_ids"]) == len(row["labels"]) == row["length"] for row in result.dataset)
 
 
@@ -203,7 +208,8 @@ def test_long_examples_may_be_an_error(tokenizer: Any) -> None:
 )
 def test_most_examples_dropped_is_an_error(tokenizer: Any, excess: str, said: str) -> None:
     hopeless = Conversation(turns(" ".join(["what"] * 40), "red"), "here")
-    with pytest.raises(DataError, match=rf"datasets: 3 of 3 examples {said} sequence_len: 16"):
+    expected = rf"datasets: 3 of 3 examples {said} sequence_len: 16[^\n]*\n  here: \d+ tokens"
+    with pytest.raises(DataError, match=expected):
         tokenize([hopeless] * 3, tokenizer, 16, "datasets", excess)
 
 
@@ -261,7 +267,7 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, row: Any, said: s
     text = row if isinstance(row, str) else json.dumps(row)
     path.write_text("\n".join([good, text, good, ""]), encoding="utf-8")
     with pytest.raises(DataError) as caught:
-        read_conversations(DatasetConfig(path=str(path)))
+        read_records(DatasetConfig(path=str(path)))
     assert f"{path}, line 2: {said}" in str(caught.value)
     assert "1 bad rows" in str(caught.value)
 
@@ -269,7 +275,7 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, row: Any, said: s
 def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{}] * 9)
     with pytest.raises(DataError, match="9 bad rows") as caught:
-        read_conversations(DatasetConfig(path=str(path)))
+        read_records(DatasetConfig(path=str(path)))
     assert "and 4 more" in str(caught.value)
 
 
@@ -281,24 +287,24 @@ def test_many_bad_rows_are_counted(tmp_path: Path) -> None:
         ("d.json", "{}", "holds a dict, not a list of records"),
         ("d.json", "[1,\n2,]", "line 2: not valid JSON"),
         ("d.parquet", "x", "cannot be read"),
-        ("d.txt", "x", "not a .jsonl, .json, .parquet, .arrow file"),
+        ("d.xml", "x", "not a .jsonl, .json, .csv, .tsv, .txt, .text, .parquet, .arrow file"),
     ],
 )
 def test_files_that_hold_no_records(tmp_path: Path, name: str, text: str, said: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=said):
-        read_conversations(DatasetConfig(path=str(tmp_path / name)))
+        read_records(DatasetConfig(path=str(tmp_path / name)))
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
-        read_conversations(DatasetConfig(path=str(tmp_path / "nowhere.jsonl")))
+        read_records(DatasetConfig(path=str(tmp_path / "nowhere.jsonl")))
 
 
 def test_json_lists_and_other_fields_are_read(tmp_path: Path) -> None:
     path = tmp_path / "d.json"
     path.write_text(json.dumps([{"turns": turns("a", "b c")}]))
-    [record] = read_conversations(DatasetConfig(path=str(path), field_messages="turns"))
+    [record] = read_records(DatasetConfig(path=str(path), field_messages="turns")).records
     assert record.messages == turns("a", "b c")
     assert record.source == f"{path}, record 1"
 
@@ -307,7 +313,7 @@ def test_a_line_separator_inside_a_string_is_no_line(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     text = json.dumps({"messages": turns("a\u2028b", "c")}, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
-    assert len(read_conversations(DatasetConfig(path=str(path)))) == 1
+    assert len(read_records(DatasetConfig(path=str(path))).records) == 1
 
 
 def config_of(path: Path, **changes: Any) -> TrainConfig:
@@ -317,16 +323,17 @@ def config_of(path: Path, **changes: Any) -> TrainConfig:
 @pytest.mark.parametrize(("size", "held_out"), [(0, 0), (0.25, 5), (3, 3)])
 def test_val_set_size_splits_without_overlap(tmp_path: Path, size: float, held_out: int) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"messages": turns("what", f"answer {i}")} for i in range(20)])
-    train, test = load_conversations(config_of(path, val_set_size=size))
+    loaded = load_records(config_of(path, val_set_size=size))
+    train, test = loaded.train, loaded.held_out
     assert (len(train), len(test)) == (20 - held_out, held_out)
     assert len({record.source for record in (*train, *test)}) == 20
-    assert load_conversations(config_of(path, val_set_size=size))[1] == test
+    assert load_records(config_of(path, val_set_size=size)).held_out == test
     if held_out:
-        assert load_conversations(config_of(path, val_set_size=size, seed=1))[1] != test
+        assert load_records(config_of(path, val_set_size=size, seed=1)).held_out != test
 
 
 @pytest.mark.parametrize(("size", "said"), [(20, "none is left"), (0.01, "is none")])
 def test_val_set_size_that_leaves_nothing(tmp_path: Path, size: float, said: str) -> None:
     path = write_jsonl(tmp_path / "d.jsonl", [{"messages": turns("what", "red")}] * 20)
     with pytest.raises(DataError, match=said):
-        load_conversations(config_of(path, val_set_size=size))
+        load_records(config_of(path, val_set_size=size))

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from fourfold.errors import TrainingError
-from fourfold.training.data import Conversation, tokenize
+from fourfold.training.data import tokenize
+from fourfold.training.encode import sample_of
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers, evaluating
+from fourfold.training.records import Conversation
 from fourfold.training.trainer import make_collator
 from tiny_chat import conversation
 
@@ -108,7 +110,8 @@ def test_a_single_answer_has_no_standard_error() -> None:
 
 
 def test_an_answer_is_greedy_and_repeatable(model: Any, tokenizer: Any) -> None:
-    messages = conversation(0)["messages"][:1]
-    first = answer(model, tokenizer, messages, 6)
+    sample = sample_of(Conversation(conversation(0)["messages"], "here"), tokenizer)
+    assert (sample.question, sample.reference) == tuple(m["content"] for m in conversation(0)["messages"])
+    first = answer(model, tokenizer, sample.ids, 6)
     torch.manual_seed(99)
-    assert answer(model, tokenizer, messages, 6) == first
+    assert answer(model, tokenizer, sample.ids, 6) == first

@@ -73,6 +73,8 @@ weight_decay: 0.0
 special_tokens:
 """
 CARDS = """\
+optimizer: adamw_torch_8bit
+gradient_checkpointing: false
 fsdp_config:
   fsdp_version: 2
   offload_params: false
@@ -108,6 +110,13 @@ ple_cpu_offload: true
 """
 
 
+def sharded(text: str) -> str:
+    """A file for several cards: other keys beside those of FSDP."""
+    for line in ("optimizer: adamw_bnb_8bit\n", "gradient_checkpointing: true\n"):
+        text = text.replace(line, "")
+    return text + CARDS
+
+
 def look(tmp_path: Path, text: str, *overrides: str) -> Any:
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")
@@ -117,14 +126,14 @@ def look(tmp_path: Path, text: str, *overrides: str) -> Any:
 @pytest.mark.parametrize(
     ("text", "missing"),
     [
-        (COMMON, ["sample_packing"]),
-        (COMMON + KERNELS, ["sample_packing"]),
-        (COMMON + CARDS, ["sample_packing", "fsdp_config"]),
-        (COMMON + "context_parallel_size: 2\n", ["sample_packing", "context_parallel_size"]),
-        (COMMON + "deepspeed: zero3.json\n", ["sample_packing", "deepspeed"]),
+        (COMMON, []),
+        (COMMON + KERNELS, []),
+        (sharded(COMMON), []),
+        (COMMON + "context_parallel_size: 2\n", ["context_parallel_size"]),
+        (COMMON + "deepspeed: zero3.json\n", []),
         (COMMON + "processor_type: AutoProcessor\nskip_prepare_dataset: true\n", None),
         (COMMON.replace("[q_proj, k_proj, v_proj, o_proj]", r"'layers.[\d]+.self_attn.(q|k)_proj'"), None),
-        (COMMON.replace("adamw_bnb_8bit", "adamw_torch_4bit"), ["sample_packing"]),
+        (COMMON.replace("adamw_bnb_8bit", "adamw_torch_4bit"), []),
     ],
 )
 def test_nothing_is_wrong_and_what_is_missing_is_named(
@@ -139,15 +148,18 @@ def test_nothing_is_wrong_and_what_is_missing_is_named(
 
 
 def test_each_key_is_done_said_or_refused(tmp_path: Path) -> None:
-    text = COMMON + KERNELS + CARDS
-    examined = look(tmp_path, text, "fsdp_config=null", "sample_packing=null")
+    text = sharded(COMMON + KERNELS)
+    examined = look(tmp_path, text, "fsdp_config=null")
     done = set(examined.config.model_dump())
     said = {note.key for note in examined.instead}
     asked = {key for key, value in yaml.safe_load(text).items() if value not in (None, False)}
-    assert asked <= done | said | {"fsdp_config", "sample_packing"}
+    assert asked <= done | said | {"fsdp_config"}
 
 
-def test_such_a_file_is_trained(tmp_path: Path, moe_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_such_a_file_is_trained(
+    tmp_path: Path, moe_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # dataset_prepared_path is relative
     words = {"user": "human", "assistant": "gpt"}
     records = [
         {
@@ -160,20 +172,19 @@ def test_such_a_file_is_trained(tmp_path: Path, moe_folder: Path, capsys: pytest
     ]
     path = tmp_path / "config.yaml"
     path.write_text(COMMON + KERNELS, encoding="utf-8")
-    refused = main(["train", str(path)])
-    assert refused == 2
-    assert "line 23, sample_packing: not yet" in capsys.readouterr().err
     overrides = [
         f"base_model={moe_folder}",
         f"datasets.0.path={write_jsonl(tmp_path / 'chats.jsonl', records)}",
         f"output_dir={tmp_path / 'out'}",
-        "sample_packing=false",
         "attn_implementation=sdpa",  # as on a machine without the package
         "optimizer=adamw_torch",
     ]
     assert main(["train", str(path), *overrides, "--json"]) == 0
     captured = capsys.readouterr()
-    assert '"steps": 2' in captured.out  # half of 32 examples, 8 a step
-    for key in ("plugins", "evals_per_epoch", "eot_tokens", "dataset_prepared_path"):
+    assert '"packed_rows": 4' in captured.out  # half of 32 examples, 4 to a row of 64 tokens
+    assert '"steps": 1' in captured.out  # 4 rows a batch, 2 batches a step
+    for key in ("plugins", "evals_per_epoch", "eot_tokens"):
         assert f", {key}" in captured.err, key
-    assert {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-2"}
+    [kept] = (tmp_path / "prepared").iterdir()
+    assert (kept / "train").is_dir()
+    assert {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-1"}

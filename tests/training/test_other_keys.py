@@ -10,11 +10,13 @@ import pytest
 import yaml
 
 from fourfold.errors import ConfigurationError
+from fourfold.training.cards import CARDS
+from fourfold.training.dataset_keys import DatasetConfig
 from fourfold.training.json_schema import json_schema
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, ELSEWHERE, NOT_YET, PLUGINS
 from fourfold.training.read_config import Examined, examine, load_config
 from fourfold.training.reference import render
-from fourfold.training.schema import DatasetConfig, TrainConfig
+from fourfold.training.schema import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 BASE: dict[str, Any] = {
@@ -68,8 +70,8 @@ def test_the_same_within_a_dataset(tmp_path: Path, key: str) -> None:
 
 
 def test_a_value_is_no_false_for_looking_like_it(tmp_path: Path) -> None:
-    [problem] = look(tmp_path, {"sample_packing": 0}).problems
-    assert problem.key == "sample_packing"
+    [problem] = look(tmp_path, {"sample_packing_sequentially": 0}).problems
+    assert problem.key == "sample_packing_sequentially"
     [problem] = look(tmp_path, {"context_parallel_size": True}).problems
     assert problem.key == "context_parallel_size"
 
@@ -85,12 +87,13 @@ def test_plugins_are_known_one_by_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "key", "what"),
     [
-        ({"chat_template": "llama3"}, "chat_template", "`llama3`"),
+        ({"optimizer": "galore_adamw"}, "optimizer", "`galore_adamw`"),
+        ({"lr_scheduler": "rex"}, "lr_scheduler", "`rex`"),
         ({"model_type": "LlamaForCausalLM"}, "model_type", "`LlamaForCausalLM`"),
         ({"tokenizer_type": "LlamaTokenizer"}, "tokenizer_type", "`LlamaTokenizer`"),
         ({"attn_implementation": "someone/kernel"}, "attn_implementation", "kernels from the hub"),
         ({"save_strategy": "best"}, "save_strategy", "`best`"),
-        ({"datasets": [{"path": "d", "type": "alpaca"}]}, "datasets.0.type", "`alpaca`"),
+        ({"datasets": [{"path": "d", "type": "context_qa"}]}, "datasets.0.type", "`context_qa`"),
     ],
 )
 def test_values_that_are_not_yet(tmp_path: Path, changes: dict[str, Any], key: str, what: str) -> None:
@@ -123,28 +126,34 @@ def test_remarks(tmp_path: Path) -> None:
     said = {note.key for note in look(tmp_path, {"evals_per_epoch": 4, "use_wandb": True}).remarks}
     absent = {"lora_target_parameters", "quantize_moe_experts", "lora_target_modules"}
     assert said == absent | {"evals_per_epoch", "use_wandb"}
-    targets = {"lora_target_parameters": [], "lora_target_modules": ["q_proj"], "quantize_moe_experts": False}
-    [note] = look(tmp_path, targets).remarks
+    targets = {"lora_target_parameters": "all", "lora_target_modules": ["q_proj"]}
+    [note] = look(tmp_path, {**targets, "quantize_moe_experts": False}).remarks
     assert note.what.startswith("false: experts, most of the model, stay in high precision")
+    sound = {**targets, "quantize_moe_experts": True, "max_steps": 20}
+    further = {"router_aux_loss_coef": 0.1, "trust_remote_code": True, "save_steps": 50, "use_trackio": True}
+    notes = {note.key: note.what for note in look(tmp_path, {**sound, **further}).remarks}
+    assert notes.keys() == further.keys()
+    assert notes["save_steps"] == "50, and the run has 20 steps, so the adapter is saved at the end only"
+    assert notes["use_trackio"] == "trackio needs a further package: pip install trackio"
 
 
 def test_the_page_is_that_of_the_tables() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == render(), "python -m fourfold.training.reference > docs/configuration.md"
     rows = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
-    assert {*TrainConfig.model_fields, *DIFFERENT, *NOT_YET, *DATASET_NOT_YET, *PLUGINS} <= rows
+    assert {*TrainConfig.model_fields, *DIFFERENT, *NOT_YET, *CARDS, *DATASET_NOT_YET, *PLUGINS} <= rows
 
 
 def test_the_schema_for_editors_has_every_key() -> None:
     schema = json_schema()
-    assert set(schema["properties"]) == {*TrainConfig.model_fields, *DIFFERENT, *NOT_YET}
+    assert set(schema["properties"]) == {*TrainConfig.model_fields, *DIFFERENT, *NOT_YET, *CARDS}
     assert set(schema["$defs"]["DatasetConfig"]["properties"]) == {
         *DatasetConfig.model_fields,
         *DATASET_NOT_YET,
     }
     assert schema["additionalProperties"] is False
     assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
-    assert schema["required"] == ["base_model", "adapter", "datasets"]
+    assert set(schema["required"]) == {"base_model", "adapter", "datasets"}
     for name, entry in schema["properties"].items():
         assert entry["description"], name
     scheduler = schema["properties"]["lr_scheduler"]
@@ -167,6 +176,7 @@ def fits(value: Any, schema: dict[str, Any], definitions: dict[str, Any]) -> boo
     }
     checks = {
         "anyOf": lambda x: any(fits(value, option, definitions) for option in x),
+        "oneOf": lambda x: sum(fits(value, option, definitions) for option in x) == 1,
         "type": lambda x: (
             isinstance(value, (int, float) if x == "number" else kinds[x])
             and (x == "boolean" or not isinstance(value, bool))
@@ -209,7 +219,7 @@ def test_the_shipped_file_fits_the_schema_and_wrong_ones_do_not() -> None:
         {"lora_r": 0},
         {"lora_r": True},
         {"lr_scheduler": "cosin"},
-        {"sample_packing": True},
+        {"sample_packing_sequentially": True},
         {"datasets": []},
         {"datasets": [{"path": "x", "splt": "y"}]},
         {"special_tokens": {"pad": "x"}},

@@ -47,7 +47,7 @@ def test_targets_are_checked_before_the_data_is_tokenized_and_the_folder_made_la
     def must_not(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("too early")
 
-    monkeypatch.setattr(preflight, "tokenize", must_not)
+    monkeypatch.setattr(preflight, "prepare_data", must_not)
     config = TrainConfig(**settings(lora_target_modules=["q_porj"]))
     with pytest.raises(AdapterError, match="q_proj"):
         check(config)
@@ -67,8 +67,11 @@ def test_bad_input_is_found_before_weights_are_read(
 
     monkeypatch.setattr(run_module.AutoModelForCausalLM, "from_pretrained", must_not_load)
     monkeypatch.chdir(Path(__file__).parents[2])
-    empty = tmp_path / "empty"
+    empty, merged = tmp_path / "empty", tmp_path / "merged"
     empty.mkdir()
+    (merged / "merged").mkdir(parents=True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(conversation(0)) + "\n\n{}\n")
     no_model, no_padding, few_rows = (tmp_path / name for name in ("list", "padding", "rows"))
@@ -100,8 +103,34 @@ def test_bad_input_is_found_before_weights_are_read(
         ({"max_steps": None, "warmup_steps": 6}, ConfigurationError, "6 of 6 steps"),
         ({"max_steps": None, "logging_steps": 7}, ConfigurationError, "and the run has 6"),
         ({"resume_from_checkpoint": str(empty)}, ConfigurationError, "is no checkpoint of a run"),
-        ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf5"}}, ConfigurationError, "nf5"),
-        ({"bnb_config_kwargs": {"bnb_4bit_compute_dtype": "bf61"}}, ConfigurationError, "bnb_config_kwargs"),
+        ({"bnb_config_kwargs": {"experts_blocksize": 100}}, ConfigurationError, "bnb_config_kwargs"),
+        ({"base_model": str(dense_folder)}, ConfigurationError, "all is of experts, and LlamaForCausalLM is"),
+        ({"fp16": True}, ConfigurationError, "fp16: true needs a GPU"),
+        ({"optimizer": "ademamix"}, ConfigurationError, "is bitsandbytes' and needs a GPU"),
+        ({"optimizer": "adamw_torch_8bit"}, ConfigurationError, "needs the package torchao"),
+        ({"use_trackio": True}, ConfigurationError, "needs the package trackio"),
+        ({"chat_template": "qwen3"}, ConfigurationError, "is the template of another family than"),
+        (
+            {"base_model": str(dense_folder), "lora_target_parameters": None, "router_aux_loss_coef": 0.1},
+            ConfigurationError,
+            "LlamaForCausalLM has no balancing term",
+        ),
+        ({"lora_modules_to_save": ["experts"]}, ConfigurationError, "mlp.experts is held in 4 or 8 bit"),
+        ({"lora_modules_to_save": ["q_proj"]}, ConfigurationError, "q_proj is held in 4 or 8 bit"),
+        ({"lora_modules_to_save": ["lm_heed"]}, ConfigurationError, "lm_heed is no module of"),
+        ({"lora_target_modules": ["q_proj", "lm_head"]}, ConfigurationError, "lm_head is the head, whose"),
+        (
+            {
+                "lora_target_parameters": None,
+                "lora_target_modules": ["q_proj", "v_proj"],
+                "lora_exclude_modules": ".*_proj",
+            },
+            ConfigurationError,
+            "nothing is left of lora_target_modules",
+        ),
+        ({"lora_model_dir": str(empty)}, AdapterError, "lora_model_dir"),
+        ({"merge_lora": True, "output_dir": str(merged)}, ConfigurationError, "is there already"),
+        ({"hub_model_id": "a/b"}, ConfigurationError, "nothing can be uploaded to a/b"),
     ]
     if not torch.cuda.is_available():
         cases.append(({"optimizer": "paged_adamw_8bit"}, ConfigurationError, "needs a GPU"))

@@ -193,7 +193,8 @@ def test_targets_may_be_chosen(settings: Settings) -> None:
 
 
 def test_a_dense_model_is_trained_without_experts(settings: Settings, dense_folder: Path) -> None:
-    result = run(TrainConfig(**settings(base_model=str(dense_folder), max_steps=2, eval_steps=0)), quiet())
+    changes = {"base_model": str(dense_folder), "lora_target_parameters": None}
+    result = run(TrainConfig(**settings(**changes, max_steps=2, eval_steps=0)), quiet())
     assert result.adapters["target_parameters"] == []
     assert result.packed["experts"] == []
 
@@ -238,8 +239,9 @@ def test_the_report_is_written_before_the_curve(settings: Settings, monkeypatch:
 
     monkeypatch.setattr(run_module, "write_loss_curve", fails)
     config = TrainConfig(**settings(max_steps=2, eval_steps=0))
-    with pytest.raises(OSError, match="no room"):
+    with pytest.raises(TrainingError, match=r"out cannot be written to \(no room.*Make room there") as caught:
         run(config, quiet())
+    assert caught.value.exit_status == 3
     assert json.loads((Path(config.output_dir) / "report.json").read_text())["steps"] == 2
 
 
@@ -266,14 +268,14 @@ def test_other_gpus_are_reported(trained: tuple[RunResult, str], monkeypatch: py
 def test_an_adapter_beside_the_path_of_the_data_stops_the_run(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = run_module.add_lora
+    plain = run_module.put_on
 
-    def with_one_too_many(model: Any, **kwargs: Any) -> Any:
-        model = plain(model, **kwargs)
+    def with_one_too_many(*args: Any) -> Any:
+        model = plain(*args)
         model.register_parameter("beside", torch.nn.Parameter(torch.zeros(1)))
         return model
 
-    monkeypatch.setattr(run_module, "add_lora", with_one_too_many)
+    monkeypatch.setattr(run_module, "put_on", with_one_too_many)
     with pytest.raises(TrainingError, match=r"1 of 25 trainable parameters .* never be trained: beside\."):
         run(TrainConfig(**settings()), quiet())
 

@@ -237,10 +237,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch: pytest.MonkeyPatch
 
     from fourfold.training.trainer import MoeTrainer
 
+    rows = [{"input_ids": [3 + n, 4, 5], "labels": [-100, 4, 5]} for n in range(6)]
     trainer = MoeTrainer.__new__(MoeTrainer)
-    trainer.tokens_seen = 0
+    trainer.tokens_seen, trainer.step_inputs, trainer.examples = 0, (-1, []), len(rows)
+    trainer.train_dataset = rows
+    trainer.processing_class = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
     trainer.state = SimpleNamespace(global_step=4)
+    batch = {
+        "input_ids": torch.tensor([[5, 4, 5, 0], [8, 4, 5, 0]]),
+        "labels": torch.tensor([[-100, 4, 5, -100], [-100, 4, 5, -100]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0]]),
+    }
+    monkeypatch.setattr(SFTTrainer, "training_step", lambda *_: torch.tensor(1.0))
+    trainer.training_step(None, {key: value[:1] + 1 for key, value in batch.items()})  # type: ignore[arg-type]
+    trainer.tokens_seen = 0
     monkeypatch.setattr(SFTTrainer, "training_step", lambda *_: torch.tensor(math.nan))
-    with pytest.raises(TrainingError, match="The loss at step 5 is nan: the last update has ruined"):
-        trainer.training_step(None, {"attention_mask": torch.ones(2, 3)})  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match="The loss at step 5 is nan on training examples") as caught:
+        trainer.training_step(None, batch)  # type: ignore[arg-type]
+    assert ' training examples 3 ("5 4 5"), 6 ("8 4 5"): the last update has ruined' in str(caught.value)
     assert trainer.tokens_seen == 6

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -138,7 +140,26 @@ def add_lora(
         task_type="CAUSAL_LM",
         **lora_arguments,
     )
-    return get_peft_model(model, config)
+    patterns = {**config.rank_pattern, **config.alpha_pattern}
+    with _applied_patterns_are_not_called_ignored(model, patterns, config.target_parameters):
+        return get_peft_model(model, config)
+
+
+@contextlib.contextmanager
+def _applied_patterns_are_not_called_ignored(
+    model: nn.Module, patterns: Iterable[str], target_parameters: Sequence[str] | None
+) -> Iterator[None]:
+    """PEFT looks for the keys of rank_pattern and alpha_pattern among modules alone, and warns that it
+    ignored those of parameters, which it applies. The warning stays where a key meets neither."""
+    targets = tuple(f".{target}" for target in target_parameters or ())
+    parameters = [clean_name(name) for name, _ in model.named_parameters()]
+    names = [name for name in parameters if f".{name}".endswith(targets)]
+    names += [clean_name(name) for name, _ in model.named_modules()]
+    with warnings.catch_warnings():
+        if all(any(re.match(rf"(.*\.)?({key})$", name) for name in names) for key in patterns):
+            message = r"The following (rank|alpha)_pattern keys did not match any targeted module"
+            warnings.filterwarnings("ignore", message=message, category=RuntimeWarning)
+        yield
 
 
 def load_adapter(
@@ -167,7 +188,15 @@ def load_adapter(
             stored = set(reader.keys())
     except SafetensorError as error:
         raise AdapterError(f"{weights} is truncated or damaged ({error}); copy it again") from error
-    with provenance.any_base() if any_base else contextlib.nullcontext():
+    try:
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        config = {}  # PEFT says what is wrong with it
+    patterns = [*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ())]
+    with (
+        provenance.any_base() if any_base else contextlib.nullcontext(),
+        _applied_patterns_are_not_called_ignored(model, patterns, config.get("target_parameters")),
+    ):
         loaded = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
     wanted = set(get_peft_model_state_dict(loaded, adapter_name=loaded.active_adapter))
     # PEFT warns of both; either means that another model answers than the one that was trained.
@@ -179,3 +208,95 @@ def load_adapter(
                 "damaged"
             )
     return loaded
+
+
+def try_on(skeleton: PreTrainedModel, adapter: str | Path | None = None, **arguments: Any) -> PeftModel:
+    """Adapters on a model without weights, as they would be on the loaded one; whatever fails, fails here.
+
+    Args:
+        skeleton: from `build_skeleton`; it is changed.
+        adapter: the folder of a saved adapter, whose names and shapes are compared; its weights are not read.
+        arguments: of `LoraConfig`, where there is no ``adapter``.
+
+    Raises:
+        AdapterError: PEFT refuses the settings, or the saved adapter does not fit.
+    """
+    config = LoraConfig(task_type="CAUSAL_LM", **arguments) if adapter is None else saved_settings(adapter)
+    try:
+        model = get_peft_model(skeleton, config, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise AdapterError(f"lora_*: PEFT cannot put these adapters on the model ({error}).") from error
+    if adapter is not None:
+        _compare_shapes(model, Path(adapter))
+    return model
+
+
+def saved_settings(directory: str | Path) -> LoraConfig:
+    """The settings of a saved LoRA adapter.
+
+    Raises:
+        AdapterError: the folder holds none, or settings that cannot be read.
+    """
+    path = Path(directory).expanduser() / "adapter_config.json"
+    if not path.is_file():
+        raise AdapterError(f"{directory} holds no adapter (no adapter_config.json in it)")
+    try:
+        config = PeftConfig.from_pretrained(str(path.parent))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AdapterError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+    if not isinstance(config, LoraConfig):
+        raise AdapterError(f"{path} is of a {type(config).__name__}, not of LoRA")
+    return config
+
+
+def _compare_shapes(model: PeftModel, directory: Path) -> None:
+    weights = directory.expanduser() / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise AdapterError(f"{directory} holds no adapter_model.safetensors; other formats are not read")
+    try:
+        with safe_open(weights, framework="pt") as reader:
+            stored = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterError(f"{weights} is truncated or damaged ({error}); copy it again") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    for name in sorted({*stored, *wanted}):
+        if stored.get(name) != wanted.get(name):
+            raise AdapterError(
+                f"{weights}: {name} is {_shape(stored.get(name))} there and {_shape(wanted.get(name))} on "
+                "this base model; it belongs to another one"
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def loraplus_optimizer(
+    model: PeftModel,
+    cls: Any,
+    arguments: dict[str, Any],
+    ratio: float,
+    embedding_rate: float | None,
+    weight_decay: float,
+) -> Any:
+    """LoRA+ (Hayou et al. 2024): the factors B learn ``ratio`` times as fast as the factors A.
+
+    Args:
+        model: with adapters.
+        cls: the optimizer's class.
+        arguments: its arguments, ``lr`` among them.
+        ratio: how many times ``lr``.
+        embedding_rate: of adapters on embeddings; None for PEFT's own.
+        weight_decay: of all of them.
+    """
+    from peft.optimizers import create_loraplus_optimizer
+
+    further = {} if embedding_rate is None else {"loraplus_lr_embedding": embedding_rate}
+    return create_loraplus_optimizer(
+        model=model,
+        optimizer_cls=cls,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=weight_decay,
+        **further,
+        **arguments,
+    )

@@ -121,10 +121,8 @@ class ParamWrapper(StockParamWrapper):
     def get_param(self) -> torch.Tensor:
         """The unquantized parameter as far as PEFT looks at it: shape, dtype and device, no numbers."""
         experts = self._experts()
-        packed = experts._parameters[self.parameter_name]
-        assert packed is not None
         shape = experts.fourfold_layout.model_shape(self._projection())
-        return torch.empty(1, dtype=experts.fourfold_dtype, device=packed.device).expand(shape)
+        return torch.empty(1, dtype=experts.fourfold_dtype, device=experts.computing_device).expand(shape)
 
     def _low_rank(self) -> LowRank | None:
         """Factors of all active adapters, joined along the rank (of several, B holds its scaling)."""
@@ -135,7 +133,13 @@ class ParamWrapper(StockParamWrapper):
             a_weight, b_weight = self.lora_A[name].weight, self.lora_B[name].weight
             a_ErK = a_weight.view(self.num_experts, -1, a_weight.shape[1])
             b_NrE = b_weight.view(b_weight.shape[0], -1, self.num_experts)
-            parts.append(LowRank(a_ErK, b_NrE.permute(2, 0, 1), self.scaling[name]))
+            b_ENr, scaling = b_NrE.permute(2, 0, 1), self.scaling[name]
+            if isinstance(
+                scaling, torch.Tensor
+            ):  # it may be trained, or change; its number lies on the device
+                parts.append(LowRank(a_ErK, b_ENr * scaling))
+            else:
+                parts.append(LowRank(a_ErK, b_ENr, scaling))
         if len(parts) < 2:
             return parts[0] if parts else None
         return LowRank(

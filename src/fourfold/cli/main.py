@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from fourfold.cli.outcome import BROKEN, INTERRUPTED, WRONG_INPUT, Outcome
 from fourfold.errors import FourfoldError
+from fourfold.training import processes
 from fourfold.training.strict_json import dumps
 from fourfold.version import __version__
 
@@ -27,6 +29,8 @@ COMMANDS = {
     "train": "train an adapter as a YAML file says",
     "validate": "whether train would take a YAML file: every problem, with line and remedy",
     "schema": "the keys of the YAML file as JSON Schema, for editors",
+    "data": "the first training examples as the model sees them, trained tokens coloured",
+    "plan": "the memory of a run, whether it fits a card, and what would make it fit",
     "inspect": "experts of a model, their sizes and LoRA targets, from its configuration alone",
     "quantize": "write a packed checkpoint, streaming: the model is never in memory",
     "merge": "a checkpoint with an adapter added to its weights, streaming",
@@ -35,6 +39,7 @@ COMMANDS = {
     "generate": "answer a prompt",
     "conformance": "a tiny model of every type with experts through loading, saving and back",
 }
+OTHERS_WAIT_SECONDS = 2.0
 OUT_OF_MEMORY_ADVICE = (
     "Lower micro_batch_size or sequence_len, set gradient_checkpointing: true, "
     "or hold the base model in 4 bit."
@@ -55,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(dumps(_problem(error, WRONG_INPUT, str(error))), file=stdout)
         return WRONG_INPUT
     # With --json standard output is for the result alone; whatever a library prints goes to standard error.
+    first = processes.is_first()
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        outcome = _execute(args, Console(stderr=args.json))
-    if args.json:
+        outcome = _execute(args, Console(stderr=args.json, quiet=not first))
+    if args.json and first:
         print(dumps(outcome.data), file=stdout)
     return outcome.status
 
@@ -123,7 +129,12 @@ def _execute(args: argparse.Namespace, console: Console) -> Outcome:
         if args.debug:
             traceback.print_exc()
         status, message = explain(error)
-        print(f"fourfold {args.command}: {message}", file=sys.stderr)
+        who = ""
+        if not processes.is_first():
+            # What is wrong for all is said by the first one, whose launcher ends the others meanwhile.
+            time.sleep(OTHERS_WAIT_SECONDS)
+            who = f"process {processes.rank()}: "
+        print(f"fourfold {args.command}: {who}{message}", file=sys.stderr)
         return Outcome(status, _problem(error, status, message))
 
 

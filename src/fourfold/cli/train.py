@@ -22,8 +22,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace, console: Console) -> Outcome:
     """Validate the file (no torch yet), then run it."""
     examined = examine(args.config, args.overrides)
-    if examined.config is None or examined.problems:
-        raise ConfigurationError(examined.complaint())
+    if examined.config is None or examined.problems or examined.at_start:
+        raise ConfigurationError(examined.refusal())
     say(console, *notes_of([*examined.instead, *examined.remarks]))
 
     from fourfold.cli.libraries import quiet

@@ -30,6 +30,8 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
         say(console, f"{args.config}: valid")
     else:
         say(console, examined.complaint())
+    if examined.at_start:
+        say(console, "Accepted, but a run is refused:", *(f"  {problem}" for problem in examined.at_start))
     for title, notes in (("Given differently", examined.instead), ("Note", examined.remarks)):
         if notes:
             say(console, f"{title}:", *(f"  {note}" for note in notes_of(notes)))
@@ -37,6 +39,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
         "valid": examined.sound,
         "problems": _rows(wrong),
         "not_yet": _rows(missing),
+        "refused_at_start": _rows(examined.at_start),
         "given_differently": _rows(examined.instead),
         "remarks": _rows(examined.remarks),
         "config": None if examined.config is None else examined.config.model_dump(mode="json"),
@@ -56,6 +59,7 @@ def _rows(problems: Iterable[Problem]) -> list[dict[str, Any]]:
     rows = []
     for problem in problems:
         row = dataclasses.asdict(problem)
+        del row["path"]
         line = problem.where.removeprefix("line ")
         row["line"] = int(line) if line.isdigit() else None
         rows.append(row)

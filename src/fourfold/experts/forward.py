@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from fourfold.errors import UnsupportedExpertsError
+from fourfold.errors import ConfigurationError, UnsupportedExpertsError
 from fourfold.experts.own_precision import multiplies_in_fp32
 from fourfold.experts.shapes import ExpertsLayout, Projection
 from fourfold.experts.subclass import Dynamic
 from fourfold.formats import PackedStack
 from fourfold.formats.codebooks import absmax_codes, four_bit_codes
+from fourfold.formats.plain import PlainStack
 from fourfold.kernels import LowRank, Routing, combine, dispatch, layer, packed_linear, route, ways
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ class RoutedExperts(Dynamic):
         """
         for projection in self.fourfold_layout.projections:
             stack = cast(Any, self).stack(projection)
-            problem = ways.problem(stack.data.new_empty(1, 0, dtype=dtype), stack)
+            device = getattr(self, "computing_device", stack.data.device)
+            problem = ways.problem(torch.empty(1, 0, dtype=dtype, device=device), stack)
             ways.choose(problem, self.way, self.fourfold_name)
         return True
 
@@ -158,7 +160,7 @@ def _project(
 ) -> torch.Tensor:
     y_SN = packed_linear(
         x_SK,
-        module.stack(projection),
+        module.weights(projection),
         routing.offsets_E,
         low_rank,
         workspace_bytes=module.workspace_bytes,
@@ -166,7 +168,7 @@ def _project(
     )
     if projection.bias is not None:
         bias_EN = getattr(module, projection.bias)
-        y_SN = y_SN + bias_EN[routing.expert_S].to(y_SN.dtype)
+        y_SN += bias_EN[routing.expert_S].to(y_SN.dtype)  # (in place: S x N numbers are a lot)
     return y_SN
 
 
@@ -188,20 +190,26 @@ def routed_forward(
     assert isinstance(layout, ExpertsLayout)
     if hidden_states.shape[0] == 0:
         return torch.zeros_like(hidden_states)
+    up, down = module.weights(layout.up), module.weights(layout.down)
+    if isinstance(up, PackedStack) and up.data.device != hidden_states.device:
+        raise ConfigurationError(
+            f"{module.fourfold_name}: its experts are on {up.data.device}, and the hidden states on "
+            f"{hidden_states.device}. Move the model to one device; a copy of a model whose experts "
+            "fourfold.offload sent to host memory is to be given to fourfold.offload itself"
+        )
     dtype = compute_dtype(module, hidden_states, grouped=True)
     if torch.compiler.is_compiling():  # read here, so that a compiler notices when it changes
         str(getattr(getattr(module, "config", None), "_experts_implementation", None))
     if dtype != torch.float32 and module.compute_dtype is None and module.multiplies_in_fp32():
         dtype = torch.float32
     routing = route(top_k_index, layout.num_experts)
-    up, down = module.stack(layout.up), module.stack(layout.down)
     if torch.compiler.is_compiling() and isinstance(up, PackedStack):
         module.has_tables()
     if module.way is not None:
         module.can_go_its_way(dtype)
     if (
         layer.runs_on(hidden_states.device, dtype)
-        and (isinstance(up, PackedStack) or module.takes_wide_rows(dtype))
+        and (not isinstance(up, PlainStack) or module.takes_wide_rows(dtype))
         and is_plain_silu(module, layout)
     ):
         return layer.silu_experts(

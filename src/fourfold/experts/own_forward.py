@@ -33,6 +33,7 @@ from fourfold.experts.shapes import OwnForwardLayout, Projection
 from fourfold.experts.subclass import Dynamic, subclass
 from fourfold.experts.update import Update
 from fourfold.formats import PackedStack
+from fourfold.formats.remote import RemoteStack, in_use
 from fourfold.kernels.decode import decode
 
 
@@ -40,7 +41,7 @@ from fourfold.kernels.decode import decode
 class _View:
     """A view of a decoded weight, without its numbers."""
 
-    stack: PackedStack
+    stack: PackedStack | RemoteStack
     layout: OwnForwardLayout
     projection: Projection
     update: Update | None
@@ -60,19 +61,22 @@ class _View:
 
 
 def _formed(
-    stack: PackedStack,
+    stack: PackedStack | RemoteStack,
     layout: OwnForwardLayout,
     projection: Projection,
     update: Update | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Decoded experts, with what is added to them; in the model's own shape."""
-    if update is None:
-        return layout.from_stack(decode(stack, dtype), projection)
-    return update.added_to(layout.from_stack(decode(stack, update.weight_dtype or dtype), projection), dtype)
+    decoded_in = dtype if update is None else update.weight_dtype or dtype
+    with in_use(stack) as local:
+        weight = layout.from_stack(decode(local, decoded_in), projection)
+    return weight if update is None else update.added_to(weight, dtype)
 
 
-_Origin: TypeAlias = tuple[StorageWeakRef, int, PackedStack, OwnForwardLayout, Projection, "Update | None"]
+_Origin: TypeAlias = tuple[
+    StorageWeakRef, int, "PackedStack | RemoteStack", OwnForwardLayout, Projection, "Update | None"
+]
 
 
 class _Scope:
@@ -93,7 +97,11 @@ class _Scope:
         self.origin: dict[int, _Origin] = {}
 
     def _decode(
-        self, stack: PackedStack, layout: OwnForwardLayout, projection: Projection, update: Update | None
+        self,
+        stack: PackedStack | RemoteStack,
+        layout: OwnForwardLayout,
+        projection: Projection,
+        update: Update | None,
     ) -> torch.Tensor:
         weight = _formed(stack, layout, projection, update, self.dtype)
         if update is not None:
@@ -107,13 +115,13 @@ class _Scope:
         """A whole parameter in the model's own shape."""
         key = (id(module), projection.name)
         if key not in self.decoded:
-            update = self.updates.get(key)
-            self.decoded[key] = self._decode(module.stack(projection), module.own_layout, projection, update)
+            stack, update = module.weights(projection), self.updates.get(key)
+            self.decoded[key] = self._decode(stack, module.own_layout, projection, update)
         return self.decoded[key]
 
     def expert(self, module: OwnForwardExperts, projection: Projection, expert: int) -> torch.Tensor:
         """One expert's matrix in the model's own orientation; not kept."""
-        stack = module.stack(projection).experts(expert, expert + 1)
+        stack = module.weights(projection).experts(expert, expert + 1)
         update = self.updates.get((id(module), projection.name))
         if update is not None:
             update = update.experts(expert, expert + 1)
@@ -186,7 +194,7 @@ class _Shown(torch.Tensor):
     def __new__(
         cls, scope: _Scope, module: OwnForwardExperts, projection: Projection, shape: tuple[int, ...]
     ) -> _Shown:
-        device = module.stack(projection).data.device
+        device = module.computing_device
         shown: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=scope.dtype, device=device)
         shown.scope, shown.module, shown.projection = scope, module, projection
         return cast(_Shown, shown)
@@ -350,7 +358,7 @@ def _run(
     floats = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_floating_point())
     first = next(floats, None)
     given = modules[0].fourfold_dtype if first is None else first.dtype
-    first = next(modules[0].parameters()) if first is None else first
+    first = torch.empty(0, device=modules[0].computing_device) if first is None else first
     dtype = compute_dtype(modules[0], first)
 
     def cast(value: Any, to: torch.dtype) -> Any:
@@ -370,6 +378,9 @@ def _run(
     token = _SHOWING.set((_SHOWING.get() or {}) | {id(module): scope for module in modules})
     try:
         with stack, scope.saving_views():
+            for module in modules:
+                if module.fourfold_host is not None:  # (one use, however often the forward reads a weight)
+                    stack.enter_context(module.fourfold_host.hold(first.device))
             result = own(*args, **kwargs)
     finally:
         _SHOWING.reset(token)

@@ -11,8 +11,9 @@ sharding and slicing need no hook.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -24,7 +25,25 @@ from fourfold.experts.shapes import ExpertsLayout, Layout, Projection
 from fourfold.experts.subclass import subclass
 from fourfold.formats import PackedStack, PackFormat, decode_stack
 from fourfold.formats.quantize import pack_stack
+from fourfold.formats.remote import RemoteStack, in_use
 from fourfold.kernels import LowRank
+
+
+class HostExperts(Protocol):
+    """What brings the experts of a module whose packed tensors lie in host memory (`fourfold.offloading`)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are computed with."""
+
+    def move(self, device: torch.device) -> None:
+        """Compute on another device from now on."""
+
+    def stack(self, projection: Projection) -> RemoteStack:
+        """The packed weights of a projection, to be computed with."""
+
+    def hold(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Keep them on ``device`` while a forward runs there."""
 
 
 class PackedExperts(RoutedExperts):
@@ -38,6 +57,9 @@ class PackedExperts(RoutedExperts):
         compute_dtype: dtype of the products; None follows autocast and the input.
         workspace_bytes: limit of the decoding workspace; None is one projection of the layer.
         way: how products are computed (`fourfold.kernels.ways`); None leaves it to the rule.
+        fourfold_host: what brings the packed tensors from host memory; None where they are computed with
+            where they lie.
+        fourfold_arrives: what a packed tensor becomes when it is set as a parameter (while loading).
     """
 
     fourfold_name: str
@@ -47,13 +69,56 @@ class PackedExperts(RoutedExperts):
     compute_dtype: torch.dtype | None
     workspace_bytes: int | None
     way: str | None
+    fourfold_host: HostExperts | None = None
+    fourfold_arrives: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def stack(self, projection: Projection) -> PackedStack:
-        """The packed weights of one projection."""
+        """The packed weights of one projection, where they lie."""
         suffixes = projection.shape.tensors(self.fourfold_format)
         # (not by attribute: a module that runs its own forward shows decoded weights there)
         tensors = {suffix: self._parameters[projection.name + suffix] for suffix in suffixes}
         return PackedStack.from_tensors(self.fourfold_format, projection.shape, cast(Any, tensors))
+
+    def weights(self, projection: Projection) -> PackedStack | RemoteStack:
+        """The packed weights of one projection as products take them."""
+        return self.stack(projection) if self.fourfold_host is None else self.fourfold_host.stack(projection)
+
+    @property
+    def computing_device(self) -> torch.device:
+        """Where products with these experts run."""
+        if self.fourfold_host is not None:
+            return self.fourfold_host.device
+        return self.stack(self.fourfold_layout.projections[0]).data.device
+
+    def packed_names(self) -> list[str]:
+        """Names of the packed tensors among the module's own parameters."""
+        layout, fmt = self.fourfold_layout, self.fourfold_format
+        return [p.name + suffix for p in layout.projections for suffix in p.shape.tensors(fmt)]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        arrives = self.__dict__.get("fourfold_arrives")
+        if arrives is not None and param is not None and not param.is_meta and name in self.packed_names():
+            param.data = arrives(param.data)
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """What moves a module leaves experts in host memory there, and moves where they are computed with."""
+        host = self.fourfold_host
+        if host is None:
+            return super()._apply(fn, recurse)
+        own, away = dict(self._parameters), set(self.packed_names())
+        for name in away:
+            del self._parameters[name]
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            moved = dict(self._parameters)
+            self._parameters.clear()  # (in the order of registration, which adapters go by)
+            self._parameters.update({name: p if name in away else moved[name] for name, p in own.items()})
+        device = fn(torch.empty(0, dtype=torch.uint8, device=host.device)).device
+        if device.type != "meta":
+            host.move(device)
+        return self
 
     def forward(
         self,
@@ -74,7 +139,17 @@ class PackedExperts(RoutedExperts):
         Returns:
             ``[T, H]`` in the dtype of ``hidden_states``.
         """
-        return routed_forward(self, hidden_states, top_k_index, top_k_weights, low_rank or {})
+        arguments = (hidden_states, top_k_index, top_k_weights, low_rank or {})
+        if self.fourfold_host is not None:
+            return self._forward_from_host(self.fourfold_host, *arguments)
+        return routed_forward(self, *arguments)
+
+    @torch.compiler.disable  # which buffer weights come to is decided at each call
+    def _forward_from_host(
+        self, host: HostExperts, hidden_states: torch.Tensor, *arguments: Any
+    ) -> torch.Tensor:
+        with host.hold(hidden_states.device):
+            return routed_forward(self, hidden_states, *arguments)
 
     def extra_repr(self) -> str:
         layout = self.fourfold_layout
@@ -197,7 +272,8 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
     """Back to the module's own class with the same numbers in ``dtype``, in place."""
     layout = module.fourfold_layout
     for projection in layout.projections:
-        weight = decode_stack(module.stack(projection), dtype)
+        with in_use(module.weights(projection)) as stack:
+            weight = decode_stack(cast(PackedStack, stack), dtype)
         for suffix in projection.shape.tensors(module.fourfold_format):
             if suffix:
                 del module._parameters[projection.name + suffix]
@@ -212,7 +288,8 @@ def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
         "way",
     ):
         delattr(module, attribute)
-    module.__dict__.pop("_fourfold_gate_tried", None)
+    for attribute in ("_fourfold_gate_tried", "fourfold_host", "fourfold_arrives"):  # where there is one
+        module.__dict__.pop(attribute, None)
     return give_class_back_(module)
 
 

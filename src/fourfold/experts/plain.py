@@ -43,6 +43,10 @@ class PlainExperts(RoutedExperts):
         weight = self._weight(projection).detach()
         return PlainStack(projection.shape, self.fourfold_layout.to_stack(weight, projection))
 
+    def weights(self, projection: Projection) -> PlainStack:
+        """The same; packed experts may lie elsewhere."""
+        return self.stack(projection)
+
     def can_take_low_rank(self) -> bool:
         """Whether the weights are frozen and nobody has parametrized them."""
         weights = [self._parameters.get(p.name) for p in self.fourfold_layout.projections]

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from fourfold.formats import PackedStack
 from fourfold.formats.plain import PlainStack
+from fourfold.formats.remote import RemoteStack, in_use
 from fourfold.kernels.decode import HAS_TRITON
 from fourfold.kernels.grouped import grouped_outer
 from fourfold.kernels.linear import How, LowRank, empty_rows, no_autocast, padded_factors, product
@@ -36,8 +37,8 @@ from fourfold.kernels.routing import Routing, sum_rows
 class Experts:
     """What a layer computes with that is not differentiated."""
 
-    up: PackedStack | PlainStack
-    down: PackedStack | PlainStack
+    up: PackedStack | PlainStack | RemoteStack
+    down: PackedStack | PlainStack | RemoteStack
     routing: Routing
     how: How
 
@@ -67,19 +68,19 @@ class _SiluExperts(torch.autograd.Function):
         S, H = routing.order_S.shape[0], x_TH.shape[1]
         I = experts.down.shape.columns  # noqa: E741
         like = torch.empty(0, dtype=compute_dtype, device=x_TH.device)
-        with no_autocast(x_TH.device.type):
+        with no_autocast(x_TH.device.type), in_use(experts.up) as up, in_use(experts.down) as down:
             rank = 0 if a_up is None else a_up.shape[1]
             x_Ss = empty_rows(like, S, H, rank)
             inner = None if a_up is None else a_up.transpose(1, 2)
             h_up = rows.gather(x_TH, routing.order_S, weights_Tk.shape[1], offsets_E, x_Ss, inner)
-            up_SN = product(x_Ss[:, : H + rank], experts.up, offsets_E, how, b_up, transposed=False)
+            up_SN = product(x_Ss[:, : H + rank], up, offsets_E, how, b_up, transposed=False)
             keep_x = a_up is not None and ctx.needs_input_grad[2]
             x_SH = x_Ss[:, :H] if keep_x else None
             del x_Ss
             rank = 0 if a_down is None else a_down.shape[1]
             act_Ss = empty_rows(like, S, I, rank)
             weighted_h_down = rows.silu_mul(up_SN, weights_Tk, routing.order_S, offsets_E, act_Ss, a_down)
-            rows_SH = product(act_Ss[:, : I + rank], experts.down, offsets_E, how, b_down, transposed=False)
+            rows_SH = product(act_Ss[:, : I + rank], down, offsets_E, how, b_down, transposed=False)
             del act_Ss
             out_TH = sum_rows(rows_SH, routing.position_Tk, weights_Tk, x_TH.dtype)
         ctx.experts, ctx.compute_dtype = experts, compute_dtype
@@ -99,13 +100,13 @@ class _SiluExperts(torch.autograd.Function):
         H, N = grad_TH.shape[1], up_SN.shape[1]
         needs_x, needs_w, needs_a_up, needs_b_up, needs_a_down, needs_b_down = ctx.needs_input_grad[:6]
         grad_a_up = grad_b_up = grad_a_down = grad_b_down = grad_x = None
-        with no_autocast(grad_TH.device.type):
+        with no_autocast(grad_TH.device.type), in_use(experts.up) as up, in_use(experts.down) as down:
             rank = 0 if b_down is None else b_down.shape[2]
             grad_Ss = empty_rows(up_SN, S, H, rank)
             weighted_low = rows.gather(
                 grad_TH.contiguous(), order_S, k, offsets_E, grad_Ss, b_down, weights_Tk
             )
-            grad_SI = product(grad_Ss[:, : H + rank], experts.down, offsets_E, how, a_down, transposed=True)
+            grad_SI = product(grad_Ss[:, : H + rank], down, offsets_E, how, a_down, transposed=True)
             if needs_b_down:
                 grad_b_down = grouped_outer(grad_Ss[:, :H], weighted_h_down, offsets_E)
             del grad_Ss
@@ -130,9 +131,7 @@ class _SiluExperts(torch.autograd.Function):
             if needs_a_up:
                 grad_a_up = grouped_outer(low_up, x_SH, offsets_E)
             if needs_x:
-                rows_SH = product(
-                    grad_up_Ss[:, : N + rank], experts.up, offsets_E, how, a_up, transposed=True
-                )
+                rows_SH = product(grad_up_Ss[:, : N + rank], up, offsets_E, how, a_up, transposed=True)
                 del grad_up_Ss
                 grad_x = sum_rows(rows_SH, routing.position_Tk, None, grad_TH.dtype)
         grads = (grad_a_up, grad_b_up, grad_a_down, grad_b_down)
@@ -143,8 +142,8 @@ def silu_experts(
     x_TH: torch.Tensor,
     weights_Tk: torch.Tensor,
     routing: Routing,
-    up: PackedStack | PlainStack,
-    down: PackedStack | PlainStack,
+    up: PackedStack | PlainStack | RemoteStack,
+    down: PackedStack | PlainStack | RemoteStack,
     low_rank_up: LowRank | None,
     low_rank_down: LowRank | None,
     *,
@@ -158,7 +157,8 @@ def silu_experts(
         x_TH: hidden states; the result and its gradient have their dtype.
         weights_Tk: routing weights.
         routing: of `route`.
-        up: ``[E, 2I, H]``, gate above up; packed, or for a way that takes others too.
+        up: ``[E, 2I, H]``, gate above up; packed, or for a way that takes others too. Of a stack that lies
+            elsewhere, tensors are asked for again in backward.
         down: ``[E, H, I]``, likewise.
         low_rank_up: LoRA of either projection, differentiable.
         low_rank_down: likewise.

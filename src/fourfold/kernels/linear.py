@@ -36,6 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from fourfold.formats import PackedStack
 from fourfold.formats.plain import PlainStack
+from fourfold.formats.remote import RemoteStack, in_use
 from fourfold.kernels import ways
 from fourfold.kernels.decode import ROW_MULTIPLE
 from fourfold.kernels.grouped import (
@@ -165,19 +166,19 @@ class _PackedLinear(torch.autograd.Function):
         x_SK: torch.Tensor,
         a_ERK: torch.Tensor | None,
         b_ENR: torch.Tensor | None,
-        stack: PackedStack | PlainStack,
+        stack: PackedStack | PlainStack | RemoteStack,
         offsets_E: torch.Tensor,
         how: How,
     ) -> torch.Tensor:
-        ctx.stack, ctx.how = stack, how
+        ctx.stack, ctx.how = stack, how  # (the stack, not its tensors: see `formats.remote`)
         h_SR = None
-        with no_autocast(x_SK.device.type):
+        with no_autocast(x_SK.device.type), in_use(stack) as local:
             if a_ERK is None or b_ENR is None:
-                y_SN = product(x_SK, stack, offsets_E, how, transposed=False)
+                y_SN = product(x_SK, local, offsets_E, how, transposed=False)
             else:
                 inner_EKR = a_ERK.transpose(1, 2)
                 y_SN, h_SR, x_SK = _with_low_rank(
-                    x_SK, inner_EKR, b_ENR, stack, offsets_E, how, transposed=False
+                    x_SK, inner_EKR, b_ENR, local, offsets_E, how, transposed=False
                 )
         keep_x = ctx.needs_input_grad[1]
         keep_h = ctx.needs_input_grad[2]
@@ -193,11 +194,13 @@ class _PackedLinear(torch.autograd.Function):
         grad_x = grad_a = grad_b = grad_h_SR = None
         with no_autocast(grad_SN.device.type):
             if needs_x and b_ENR is not None:
-                grad_x, grad_h_SR, _ = _with_low_rank(
-                    grad_SN, b_ENR, a_ERK, ctx.stack, offsets_E, ctx.how, transposed=True
-                )
+                with in_use(ctx.stack) as local:
+                    grad_x, grad_h_SR, _ = _with_low_rank(
+                        grad_SN, b_ENR, a_ERK, local, offsets_E, ctx.how, transposed=True
+                    )
             elif needs_x:
-                grad_x = product(grad_SN, ctx.stack, offsets_E, ctx.how, transposed=True)
+                with in_use(ctx.stack) as local:
+                    grad_x = product(grad_SN, local, offsets_E, ctx.how, transposed=True)
             elif needs_a:
                 grad_h_SR = grouped_rows(grad_SN, b_ENR, offsets_E)
             if needs_a:
@@ -261,7 +264,7 @@ def padded_factors(
 
 def packed_linear(
     x_SK: torch.Tensor,
-    stack: PackedStack | PlainStack,
+    stack: PackedStack | PlainStack | RemoteStack,
     offsets_E: torch.Tensor,
     low_rank: LowRank | None = None,
     *,
@@ -272,7 +275,8 @@ def packed_linear(
 
     Args:
         x_SK: rows sorted by expert, in the compute dtype.
-        stack: packed weights ``[E, N, K]``.
+        stack: packed weights ``[E, N, K]``; of one that lies elsewhere, its tensors are asked for again in
+            backward.
         offsets_E: end of each expert's rows, int32; the last one must be S.
         low_rank: LoRA factors, differentiable; cast here to the dtype of ``x_SK``.
         workspace_bytes: at most this much decoded weight at a time (but never less than one expert).

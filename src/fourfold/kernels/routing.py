@@ -74,7 +74,7 @@ def sum_rows(
 ) -> torch.Tensor:
     """``out[t] = sum_j weights[t, j] * rows[position[t, j]]``, summed in fp32, ``[T, H]`` in ``dtype``."""
     if rows_SH.is_cuda and HAS_TRITON:
-        if in_cuda.can_sum(rows_SH, weights_Tk, dtype):
+        if in_cuda.can_sum(rows_SH, position_Tk, weights_Tk, dtype):
             return in_cuda.sum_rows(rows_SH, position_Tk, weights_Tk, dtype)
         from fourfold.kernels.routing_triton import sum_rows_triton
 

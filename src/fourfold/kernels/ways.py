@@ -193,10 +193,11 @@ def _hopper(
     limit: int | None,
     *,
     transposed: bool,
+    h_SR: torch.Tensor | None = None,
 ) -> torch.Tensor:
     from fourfold.kernels.cuda import hopper
 
-    return hopper.hopper_product(rows_SM, stack, offsets_E, factor, transposed=transposed)
+    return hopper.hopper_product(rows_SM, stack, offsets_E, factor, transposed=transposed, low_SR=h_SR)
 
 
 def _cannot_few_rows(problem: Problem) -> str | None:
@@ -222,12 +223,13 @@ def _few_rows(
     limit: int | None,
     *,
     transposed: bool,
+    h_SR: torch.Tensor | None = None,
 ) -> torch.Tensor:
     from fourfold.kernels.cuda.few_rows import few_rows_product
 
     assert isinstance(stack, PackedStack)
     assert not transposed
-    return few_rows_product(rows_SM, stack, offsets_E, factor)
+    return few_rows_product(rows_SM, stack, offsets_E, factor, h_SR)
 
 
 WAYS: dict[str, Way] = {
@@ -241,12 +243,17 @@ WAYS: dict[str, Way] = {
         takes_plain=True,
     ),
     "hopper": Way(
-        "decoded inside the product (CUDA C++, capability 9.x)", _cannot_hopper, _hopper, takes_plain=True
+        "decoded inside the product (CUDA C++, capability 9.x)",
+        _cannot_hopper,
+        _hopper,
+        wide=False,
+        takes_plain=True,
     ),
     "few_rows": Way(
         "decoded inside the product, few rows an expert, forward (CUDA C++)",
         _cannot_few_rows,
         _few_rows,
+        wide=False,
         forward_alone=True,
     ),
 }
@@ -294,6 +301,7 @@ class Line:
         return ", ".join(said) or "everything else"
 
 
+# Two rows an expert before `hopper` are measured on an H100; eight on other cards are a guess.
 # In fp16, which `grouped_mm` does not take, the same Triton product would multiply a decoded workspace.
 RULE: tuple[Line, ...] = (
     Line("few_rows", "cuda", HALF, most_rows_per_expert=2),

@@ -23,6 +23,7 @@ from fourfold.loading.converters import copy_of
 from fourfold.loading.headers import DTYPE_NAMES
 from fourfold.loading.staging import staging_memory
 from fourfold.loading.stored import StoredTensors, Unchanged
+from fourfold.offloading.host import HostMemory
 
 PIECE_BYTES = 8 * 2**20
 THREADS = 4
@@ -49,6 +50,7 @@ class AheadReader:
         stored: the checkpoint's files.
         wanted: name of a parameter to its shape and dtype.
         device_map: of parameters or of the modules that hold them.
+        host: host memory where the tensors stay; None reads to their devices.
 
     Attributes:
         device_map: as above; an automatic one is known only after the converters are made, and set then.
@@ -60,8 +62,9 @@ class AheadReader:
         stored: StoredTensors,
         wanted: Mapping[str, tuple[torch.Size, torch.dtype]],
         device_map: Mapping[str, Any] | None,
+        host: HostMemory | None = None,
     ) -> None:
-        self.stored = stored
+        self.stored, self.host = stored, host
         self.device_map = device_map
         self.nbytes = 0
         self._wanted = wanted
@@ -84,17 +87,23 @@ class AheadReader:
     def reads(self, name: str, key: str) -> bool:
         """Whether stored tensor ``key`` can be read here as parameter ``name``: nothing to convert."""
         wanted, header = self._wanted.get(name), self.stored.headers.get(key)
-        if wanted is None or header is None or self._device(name).type not in _DEVICES:
+        if wanted is None or header is None:
+            return False
+        if self.host is None and self._device(name).type not in _DEVICES:
             return False
         return (header.shape, header.dtype) == (tuple(wanted[0]), DTYPE_NAMES[wanted[1]])
 
     def begin(self, name: str, key: str) -> None:
         """Start reading ``key`` as parameter ``name``."""
-        (shape, dtype), device = self._wanted[name], self._device(name)
+        shape, dtype = self._wanted[name]
         with torch.device("cpu"):  # models are made under another default
             source = self.stored.slice(key)[...]
-        place = torch.empty(shape, dtype=dtype, device=device)
-        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        if self.host is not None:
+            place, stream = self.host.empty(shape, dtype), None
+        else:
+            device = self._device(name)
+            place = torch.empty(shape, dtype=dtype, device=device)
+            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         source_b, place_b = (t.contiguous().view(-1).view(torch.uint8) for t in (source, place))
         pieces = zip(source_b.split(PIECE_BYTES), place_b.split(PIECE_BYTES), strict=True)
         self._reading[name] = (place, [self._pool.submit(_copy_piece, a, b, stream) for a, b in pieces])

@@ -53,6 +53,26 @@ def refuse_offloading(packed: Iterable[str], device_map: Any) -> None:
         )
 
 
+def refuse_spreading(device_map: Any) -> None:
+    """Experts that are loaded into host memory are brought to one device.
+
+    (Hooks of a map over several devices put every parameter on its device after loading.)
+
+    Args:
+        device_map: module -> device, as far as it is known; anything but a dictionary is passed over.
+
+    Raises:
+        ConfigurationError: naming the devices.
+    """
+    devices = sorted({str(place) for place in device_map.values()}) if isinstance(device_map, dict) else []
+    if len(devices) > 1:
+        raise ConfigurationError(
+            f"experts_device='cpu' together with a device map over several devices ({', '.join(devices)}) is "
+            "not supported; load onto one (device_map={'': 0}), or leave experts_device out and call "
+            "fourfold.offload on the loaded model"
+        )
+
+
 def check_complete(model: PreTrainedModel, packed: Iterable[str]) -> None:
     """Every packed tensor must have come from the checkpoint.
 

@@ -35,6 +35,10 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             with neither ``load_in_4bit`` nor ``load_in_8bit``: then experts alone are quantized); ``"none"``
             leaves experts in high precision.
         experts_blocksize: values that share one absmax in 4-bit experts; 64 is bitsandbytes' own for Linears.
+        experts_device: ``"cpu"`` puts packed experts straight into host memory, from where each module's are
+            brought to the device that the device map says while it computes (see `fourfold.offload`); None
+            leaves them where the device map says. A matter of this machine: it is not stored, and may be
+            given for a checkpoint that is packed already.
 
     Attributes:
         read_from: the configuration of a checkpoint in another quantized format that is being read; never
@@ -60,6 +64,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         bnb_4bit_quant_storage: torch.dtype | str | None = None,
         experts_quant_type: str | None = None,
         experts_blocksize: int = 64,
+        experts_device: str | None = None,
         **kwargs: Any,
     ) -> None:
         if (stored := kwargs.pop("linears", None)) is not None:  # how a checkpoint says what `to_dict` wrote
@@ -101,6 +106,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         self.compute_dtype_is_set = bnb_4bit_compute_dtype is not None
         self.experts_quant_type = experts_quant_type
         self.experts_blocksize = experts_blocksize
+        self.experts_device = experts_device
         self.read_from: dict[str, Any] | None = None
         self.tensor_names = tensor_names
         self.base = base
@@ -127,6 +133,16 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
                 "install a newer fourfold"
             )
         fmt = self.experts_format()
+        if self.experts_device not in (None, "cpu"):
+            raise ConfigurationError(
+                f"experts_device={self.experts_device!r}; valid are 'cpu' (host memory) and None (where the "
+                "device map says)"
+            )
+        if self.experts_device is not None and fmt is None and self.is_linear_quantized:
+            raise ConfigurationError(
+                f"experts_device={self.experts_device!r} is for packed experts, and these stay in high "
+                "precision; leave it out, or choose an experts_quant_type"
+            )
         if fmt is None and not self.is_linear_quantized:
             raise ConfigurationError(
                 "nothing is to be quantized: set load_in_4bit or load_in_8bit, or an experts_quant_type"

@@ -46,7 +46,10 @@ def install() -> None:
             settings = stored if isinstance(stored, dict) else stored.to_dict()
             if stored_method(settings) in READABLE:
                 return given.reading(settings)
-        return original(stored, given, *args, **kwargs)
+        merged = original(stored, given, *args, **kwargs)
+        if isinstance(given, MoeBitsAndBytesConfig) and isinstance(merged, MoeBitsAndBytesConfig):
+            merged.experts_device = given.experts_device  # (of this machine, and not in the checkpoint)
+        return merged
 
     setattr(merge, _MARK, True)
     AutoHfQuantizer.merge_quantization_configs = classmethod(merge)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
+from transformers.integrations.accelerate import expand_device_map
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -42,6 +43,7 @@ from fourfold.loading.complete import (
     check_finite,
     check_nothing_is_missing,
     refuse_offloading,
+    refuse_spreading,
 )
 from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter, QuantizeOperation, whole_names
@@ -53,6 +55,8 @@ from fourfold.loading.patch import stored_method
 from fourfold.loading.shapes import check_shapes, expected_shapes
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
 from fourfold.loading.stored import StoredTensors
+from fourfold.offloading.api import OffloadReport, receive_in_host_memory, stay_in_host_memory
+from fourfold.offloading.host import HostMemory
 
 IN_SHARDS = "_fourfold_in_shards"  # attribute of a class whose weights `distributed.load` reads
 
@@ -66,6 +70,7 @@ class FourfoldQuantizer(HfQuantizer):
         left_on_request: names of experts modules in high precision because the configuration says so.
         read_ahead_bytes: of what an `AheadReader` read of a packed checkpoint.
         in_shards: each rank of several reads its part of every tensor, and checks it (its class says so).
+        offloaded: where experts lie that were loaded with ``experts_device="cpu"``; else None.
     """
 
     requires_calibration = False
@@ -94,6 +99,8 @@ class FourfoldQuantizer(HfQuantizer):
         self._ahead: AheadReader | None = None
         self.read_ahead_bytes = 0
         self.in_shards = False
+        self._host: HostMemory | None = None
+        self.offloaded: OffloadReport | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         # transformers logs what a conversion raises and goes on; the first error is kept and raised at the
         # end.
@@ -161,6 +168,10 @@ class FourfoldQuantizer(HfQuantizer):
                 prepare_reader_(model.get_submodule(found.reader))
             self.packed.append(found.name)
         refuse_offloading(self.packed, kwargs.get("device_map"))
+        if self.config.experts_device == "cpu" and self.packed and not self.config.only_written:
+            refuse_spreading(kwargs.get("device_map"))
+            self._host = HostMemory()
+            receive_in_host_memory([model.get_submodule(name) for name in self.packed], self._host)
         self._shapes = expected_shapes(model)
         if self.packed:
             self._tie_companions(model)
@@ -243,6 +254,8 @@ class FourfoldQuantizer(HfQuantizer):
         found = self.packing_target(model, param_name)
         if found is not None:
             module, projection = found
+            if self._host is not None:
+                return 0  # (none of them on a device)
             shape, dtype = projection.shape.tensors(module.fourfold_format)[""]
             return torch.Size(shape).numel() * dtype.itemsize / param.numel()
         if self.linears is not None:
@@ -302,7 +315,8 @@ class FourfoldQuantizer(HfQuantizer):
             and not self.in_shards  # (it reads whole tensors)
         ):
             stored = StoredTensors(self._headers, model_dtype(model))
-            self._ahead = AheadReader(stored, packed_tensors(model, self.packed), self._device_map)
+            wanted = packed_tensors(model, self.packed)
+            self._ahead = AheadReader(stored, wanted, self._device_map, self._host)
             conversions += self._ahead.converters()
         return conversions
 
@@ -325,6 +339,9 @@ class FourfoldQuantizer(HfQuantizer):
             check_finite(model)
             for name, module in model.named_modules():
                 check_shapes(module, f"{name}." if name else "", self._shapes)
+        if self._host is not None:
+            refuse_spreading(getattr(model, "hf_device_map", None))
+            self.offloaded, self._host = stay_in_host_memory(model, self._host, self._computing_device), None
         if self.linears is not None:
             model = self.linears._process_model_after_weight_loading(model, **kwargs)
             keep_trainable(model)
@@ -337,6 +354,10 @@ class FourfoldQuantizer(HfQuantizer):
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         self._set_conversions_for_saving(model)
         return model
+
+    def _computing_device(self, name: str) -> torch.device:
+        """Where the device map puts the module called ``name``."""
+        return torch.device(expand_device_map(self._device_map, [name])[name])
 
     def _set_conversions_for_saving(self, model: PreTrainedModel) -> None:
         """What is packed is saved under the names that the model itself has, without any conversion.

@@ -24,8 +24,9 @@ from fourfold.loading.register import register
 register()
 
 
-def read_config(model: str | Path) -> PretrainedConfig:
-    """The configuration of a local folder, a bare ``config.json`` or a hub id; never runs code from there.
+def read_config(model: str | Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of a local folder, a bare ``config.json`` or a hub id; runs code from there only on
+    request.
 
     Raises:
         CheckpointError: there is no such folder or file, or no configuration in it.
@@ -38,7 +39,9 @@ def read_config(model: str | Path) -> PretrainedConfig:
         raise CheckpointError(f"there is no model folder or config.json at {path} (seen from {Path.cwd()})")
     ensure_reachable(model)
     try:
-        return AutoConfig.from_pretrained(str(path) if path.exists() else str(model), trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            str(path) if path.exists() else str(model), trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"cannot read the configuration of {model}: {reason}") from error
@@ -50,17 +53,28 @@ def model_class(config: PretrainedConfig) -> Any:
         found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):  # (any name may stand there)
             return found
-    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    brings_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if known or brings_code else AutoModel
 
 
 def build_skeleton(
-    model: str | Path | PretrainedConfig, quantization_config: MoeBitsAndBytesConfig | None = None
+    model: str | Path | PretrainedConfig,
+    quantization_config: MoeBitsAndBytesConfig | None = None,
+    trust_remote_code: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    causal: bool = False,
 ) -> PreTrainedModel:
     """The model on the meta device.
 
     Args:
         model: local folder, bare ``config.json``, hub id, or a configuration.
         quantization_config: how it would be loaded; a checkpoint that is packed already says so itself.
+        trust_remote_code: run the code that comes with the model, where it is no class of transformers.
+        dtype: to load in; None is the checkpoint's.
+        causal: the class that `AutoModelForCausalLM` would load (of a checkpoint with images, its text
+            alone), not the one that the configuration names.
 
     Returns:
         A model whose parameters have their shapes and dtypes as after loading, without storage.
@@ -70,14 +84,19 @@ def build_skeleton(
         UnsupportedExpertsError: its experts are of a kind that cannot be packed, and are not skipped on
             request.
     """
-    config = model if isinstance(model, PretrainedConfig) else read_config(model)
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    cls = model_class(config)
+    config = model if isinstance(model, PretrainedConfig) else read_config(model, trust_remote_code)
+    if dtype is None:
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    causal = causal and type(config) in AutoModelForCausalLM._model_mapping
+    cls: Any = AutoModelForCausalLM if causal else model_class(config)
+    remote = {"trust_remote_code": True} if trust_remote_code else {}
     stored = getattr(config, "quantization_config", None)
     packed = isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
     with torch.device("meta"):
         built = (
-            cls._from_config(config, dtype=dtype) if hasattr(cls, "_from_config") else cls.from_config(config)
+            cls._from_config(config, dtype=dtype)
+            if hasattr(cls, "_from_config")
+            else cls.from_config(config, **remote)
         )
     settings = stored if packed else quantization_config
     if settings is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -20,6 +20,8 @@ from fourfold.planning.units import format_bytes
 from fourfold.training.evaluate import AnswerLosses
 
 SHOWN_NAMES = 8
+# Between lines where there is no terminal: seconds, and later a share of the time gone by.
+FIRST_PAUSE, PAUSE_SHARE = 5.0, 0.02
 
 
 def peak_memory() -> int:
@@ -131,7 +133,15 @@ class FiniteGradients(TrainerCallback):
 
     The loss may be finite all the same, and one such step ruins every adapter whose gradients were clipped by
     the common norm.
+
+    Args:
+        batch: names the examples of this step, for the message.
+        tolerated: how many steps in a row may have such a gradient: in fp16 the scaler skips a step that
+            overflows and halves its scale, from 65,536 down.
     """
+
+    def __init__(self, batch: Callable[[], str] = str, tolerated: int = 0) -> None:
+        self.batch, self.tolerated, self.in_a_row = batch, tolerated, 0
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Look at the norm of each gradient, with one transfer from the device.
@@ -143,10 +153,14 @@ class FiniteGradients(TrainerCallback):
         if not gradients:
             return
         norms = torch.stack([norm.float().to(gradients[0].device) for norm in torch._foreach_norm(gradients)])
-        if not bool(torch.isfinite(norms).all()):
+        if bool(torch.isfinite(norms).all()):
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        if self.in_a_row > self.tolerated:
             raise TrainingError(
-                f"A gradient at step {state.global_step + 1} is not finite; the step was not taken. Lower "
-                "learning_rate, or look for damaged rows in the data."
+                f"A gradient at step {state.global_step + 1} is not finite; the step was not taken"
+                f"{self.batch()}. Lower learning_rate, or look for damaged rows in the data."
             )
 
 
@@ -197,7 +211,12 @@ class HeldOut(TrainerCallback):
 
 
 class Progressing(TrainerCallback):
-    """A bar on a terminal, lines elsewhere: step, loss, tokens a second, memory, time left."""
+    """A bar on a terminal, lines elsewhere: step, loss, tokens a second, memory, time left.
+
+    The bar moves at every step, logged or not. Lines come at once for the first logged step, then at most one
+    in `FIRST_PAUSE` seconds and later one in `PAUSE_SHARE` of the time gone by: a file of a day's run has
+    some hundred of them.
+    """
 
     def __init__(self, console: Console, curve: Curve) -> None:
         self.console = console
@@ -205,49 +224,65 @@ class Progressing(TrainerCallback):
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         self.first_step = 0
-        self.printed = 0.0
+        self.started = self.printed = 0.0
+        self.status = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the bar."""
-        self.first_step = state.global_step
+        self.first_step, self.started = state.global_step, time.perf_counter()
         if self.console.is_terminal:
             self.bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.fields[status]}"),
-                TimeRemainingColumn(),
+                TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[status]}", markup=False),
+                TextColumn("{task.fields[left]}"),
                 console=self.console,
+                expand=True,
             )
             self.task = self.bar.add_task(
-                "train", total=state.max_steps, completed=state.global_step, status=""
+                "train", total=state.max_steps, completed=state.global_step, status="the first step", left=""
             )
             self.bar.start()
 
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=state.global_step, left=f"{self._left(state)} left")
+
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Move the bar, or print a line: each step at first, then at most one in five seconds."""
+        """Say the loss: beside the bar, or in a line."""
         if not logs or "loss" not in logs:
             return
-        curve = self.curve
-        status = (
-            f"loss {logs['loss']:.3f}  {curve.tokens_per_second:.0f} tokens/s  {format_bytes(peak_memory())}"
+        memory = format_bytes(peak_memory())
+        self.status = (
+            f"loss {float(logs['loss']):.3f}  {self.curve.tokens_per_second:,.0f} tokens/s  {memory}"
         )
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=state.global_step, status=status)
+            self.bar.update(self.task, completed=state.global_step, status=self.status)
             return
         now = time.perf_counter()
-        if now - self.printed < 5 and state.global_step < state.max_steps:
+        pause = max(FIRST_PAUSE, PAUSE_SHARE * (now - self.started))
+        if self.printed and now - self.printed < pause and state.global_step < state.max_steps:
             return
         self.printed = now
-        done = max(1, state.global_step - self.first_step)
-        left = curve.training_seconds / done * (state.max_steps - state.global_step)
-        minutes, seconds = divmod(round(left), 60)
         self.console.print(
-            f"step {state.global_step}/{state.max_steps}  {status}  {minutes}:{seconds:02d} left",
+            f"step {state.global_step:,}/{state.max_steps:,}  {self.status}  {self._left(state)} left",
             soft_wrap=True,
             highlight=False,
         )
+
+    def _left(self, state: TrainerState) -> str:
+        """The time that the remaining steps take, evaluations and checkpoints as so far."""
+        done = state.global_step - self.first_step
+        if done < 1:
+            return "?"
+        gone = max(self.curve.training_seconds, time.perf_counter() - self.started)
+        left = gone / done * (state.max_steps - state.global_step)
+        minutes, seconds = divmod(round(left), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
     def close(self) -> None:
         """Take the bar down; also after an exception."""

@@ -6,13 +6,15 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fourfold.loading.arguments import BNB_4BIT, BNB_8BIT, BNB_BOTH
-from fourfold.training.yaml_file import Problem, nearest
+from fourfold.training.bnb_settings import bnb_contradictions
+from fourfold.training.dataset_contradictions import dataset_contradictions
+from fourfold.training.schedules import schedule_contradictions
+from fourfold.training.yaml_file import Problem
 
 if TYPE_CHECKING:
-    from fourfold.training.schema import DatasetConfig, TrainConfig
+    from fourfold.training.dataset_keys import DatasetConfig
+    from fourfold.training.schema import TrainConfig
 
-DOUBLE_QUANT = "bnb_4bit_use_double_quant"
 # The trainer's polynomial schedule ends here and must begin higher.
 POLYNOMIAL_END = 1e-7
 ATTENTION_KEYS = ("flash_attention", "sdp_attention", "flex_attention", "eager_attention")
@@ -46,12 +48,12 @@ def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Probl
         what = "true, but the model is not quantized at all"
         keys = ("quantize_moe_experts", "load_in_4bit", "load_in_8bit")
         yield found(keys, what, "Set load_in_4bit: true or load_in_8bit: true, or drop this key.")
-    yield from _bnb_contradictions(config)
+    yield from bnb_contradictions(config)
     yield from _lora_contradictions(config)
     yield from _trainer_contradictions(config)
     yield from _loftq_contradictions(config)
     yield from _tracker_contradictions(config)
-    yield from _role_contradictions(config)
+    yield from dataset_contradictions(config)
     if config.val_set_size and config.test_datasets:
         remedy = "Set val_set_size: 0 to evaluate on test_datasets, or drop test_datasets."
         yield found(("val_set_size", "test_datasets"), "contradicts test_datasets", remedy)
@@ -90,11 +92,9 @@ def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Probl
         yield found(("learning_rate", "lr_scheduler"), what, "Raise it, or choose another lr_scheduler.")
     if config.max_steps is not None:
         yield from ignored_within(config, config.max_steps, ("max_steps",))
-    if config.lora_target_modules == [] and config.lora_target_parameters == []:
-        both = ("lora_target_modules", "lora_target_parameters")
-        yield found(
-            both, "both lists are empty: nothing would be trained", "Name a target, or drop one of the keys."
-        )
+    yield from schedule_contradictions(config)
+    yield from _adapter_contradictions(config)
+    yield from _switch_contradictions(config)
 
 
 def _overlap(one: DatasetConfig, other: DatasetConfig) -> bool:
@@ -119,6 +119,7 @@ def _both(config: TrainConfig, one: str, other: str) -> Found:
 TRACKER_KEYS = {
     "wandb": ("wandb_name", "wandb_entity", "wandb_watch", "wandb_run_id", "wandb_log_model"),
     "mlflow": ("mlflow_run_name",),
+    "trackio": ("trackio_run_name",),
 }
 
 
@@ -140,24 +141,15 @@ def _tracker_contradictions(config: TrainConfig) -> Found:
                 )
 
 
-def _role_contradictions(config: TrainConfig) -> Found:
-    for name in ("datasets", "test_datasets"):
-        for index, entry in enumerate(getattr(config, name) or ()):
-            words = [word for each in entry.roles.values() for word in each]
-            for word in sorted({word for word in words if words.count(word) > 1}):
-                key = f"{name}.{index}.roles"
-                yield (name,), Problem(key, f"`{word}` stands for two roles", "Leave it in one of them.")
-
-
 def _lora_contradictions(config: TrainConfig) -> Found:
     if config.lora_target_linear and config.lora_target_modules is not None:
         keys: tuple[str, ...] = ("lora_target_linear", "lora_target_modules")
         what = "true means every Linear, and lora_target_modules names some"
         yield keys, Problem(keys[0], what, "Keep one of the two.")
-    if config.lora_dropout and config.lora_target_parameters != []:
+    if config.lora_dropout and config.lora_target_parameters:
         keys = ("lora_dropout", "lora_target_parameters")
         what = f"{config.lora_dropout}, and LoRA on experts' parameters takes no dropout"
-        remedy = "Set lora_dropout: 0, or lora_target_parameters: [] to train lora_target_modules alone."
+        remedy = "Set lora_dropout: 0, or drop lora_target_parameters to train lora_target_modules alone."
         yield keys, Problem(keys[0], what, remedy)
     if config.lora_exclude_modules is not None and config.target_modules == []:
         keys = ("lora_exclude_modules", "lora_target_modules")
@@ -168,7 +160,8 @@ def _lora_contradictions(config: TrainConfig) -> Found:
 def _trainer_contradictions(config: TrainConfig) -> Found:
     yield from _both(config, "warmup_ratio", "warmup_steps")
     for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        reads = "adam" in config.optimizer or ("lion" in config.optimizer and key != "adam_epsilon")
+        adam = "adam" in config.optimizer.replace("grokadam", "") or "ademamix" in config.optimizer
+        reads = adam or ("lion" in config.optimizer and key != "adam_epsilon")
         if getattr(config, key) is not None and not reads:
             what = f"optimizer: {config.optimizer} has no such setting"
             yield (key, "optimizer"), Problem(key, what, "Drop it, or choose another optimizer.")
@@ -237,46 +230,49 @@ def _loftq_contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...]
         )
         what = "loftq begins with what packing the experts lost, and they are not packed"
         yield keys, Problem(key, what, "Set load_in_4bit: true (adapter: qlora), or drop this key.")
-    if config.lora_target_parameters == []:
-        what = "loftq is of the experts' adapters, and lora_target_parameters is []"
+    if not config.lora_target_parameters:
+        what = "loftq is of the experts' adapters, and lora_target_parameters names none"
         keys = (key, "lora_target_parameters")
-        yield keys, Problem(key, what, "Drop one of the two keys.")
+        yield keys, Problem(key, what, "Set lora_target_parameters: all, or drop this key.")
 
 
-def _bnb_contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Problem]]:
-    keys: tuple[str, ...] = ("bnb_config_kwargs", "load_in_4bit", "load_in_8bit")
-    known = (*BNB_4BIT, *BNB_8BIT, *BNB_BOTH)
-    # With the Linears in 8 bit, experts may still be packed to 4.
-    experts_in_4bit = config.bnb_config_kwargs.get("experts_quant_type") in ("nf4", "fp4")
-    for name in config.bnb_config_kwargs:
-        key = f"bnb_config_kwargs.{name}"
-        if name not in known:
-            remedy = nearest(name, known)
-            if name in type(config).model_fields:
-                remedy = f"`{name}` is a key of its own: write it at the top level."
-            yield (keys[0],), Problem(key, "unknown setting", remedy)
-        elif not config.quantized:
-            yield (
-                keys,
-                Problem(key, "the model is not quantized", "Set load_in_4bit or load_in_8bit, or drop it."),
-            )
-        elif name in BNB_8BIT and not config.load_in_8bit:
-            yield (
-                keys,
-                Problem(
-                    key, "has no effect in 4 bit", "Drop it, or use load_in_8bit: true with adapter: lora."
-                ),
-            )
-        elif name in BNB_4BIT and not (config.load_in_4bit or (name == DOUBLE_QUANT and experts_in_4bit)):
-            yield (
-                keys,
-                Problem(
-                    key, "has no effect in 8 bit", "Drop it, or use load_in_4bit: true with adapter: qlora."
-                ),
-            )
-    experts = config.bnb_config_kwargs.get("experts_quant_type")
-    wanted = config.quantize_moe_experts
-    if experts is not None and wanted is not None and wanted is (experts == "none"):
-        what = f"contradicts bnb_config_kwargs.experts_quant_type: {experts}"
-        keys = ("quantize_moe_experts", "bnb_config_kwargs")
+def _adapter_contradictions(config: TrainConfig) -> Found:
+    nothing = config.lora_target_modules == [] and not config.lora_target_parameters
+    if nothing and config.lora_model_dir is None:
+        both = ("lora_target_modules", "lora_target_parameters")
+        what = "[] and no lora_target_parameters: no adapter would be trained"
+        yield both, Problem(both[0], what, "Name a target, or drop the key.")
+    if config.lora_model_dir is not None and config.peft_init_lora_weights is not True:
+        keys: tuple[str, ...] = ("peft_init_lora_weights", "lora_model_dir")
+        what = f"{config.peft_init_lora_weights} is how new adapters begin, and lora_model_dir brings its own"
         yield keys, Problem(keys[0], what, "Keep one of the two.")
+    if config.loraplus_lr_embedding is not None and config.loraplus_lr_ratio is None:
+        keys = ("loraplus_lr_embedding", "loraplus_lr_ratio")
+        yield keys, Problem(keys[0], "given without loraplus_lr_ratio", "Set that one too, or drop it.")
+    if config.lora_modules_to_save and config.merge_lora:
+        keys = ("merge_lora", "lora_modules_to_save")
+        what = "true, and whole modules are trained beside the adapter"
+        yield keys, Problem(keys[0], what, "Set it to false, and run `fourfold merge` after looking at them.")
+
+
+def _switch_contradictions(config: TrainConfig) -> Found:
+    """Settings of something that another key turns on, and switches that exclude each other."""
+    if config.fp16 and config.bf16 is True:
+        yield ("fp16", "bf16"), Problem("fp16", "true, and bf16 is true too", "Keep one of the two.")
+    for key in ("torch_compile_backend", "torch_compile_mode"):
+        if getattr(config, key) is not None and not config.torch_compile:
+            what = "given, but nothing is compiled"
+            yield (key, "torch_compile"), Problem(key, what, "Set torch_compile: true, or drop it.")
+    if config.hub_strategy is not None and config.hub_model_id is None:
+        keys: tuple[str, ...] = ("hub_strategy", "hub_model_id")
+        yield keys, Problem(keys[0], "given without hub_model_id", "Name the repository, or drop it.")
+    if config.early_stopping_patience is not None:
+        intervals = ("eval_steps", "evals_per_epoch", "eval_strategy")
+        keys = ("early_stopping_patience", "val_set_size", "test_datasets", *intervals)
+        never = config.eval_strategy == "no" or 0 in (config.eval_steps, config.evals_per_epoch)
+        if never or not (config.val_set_size or config.test_datasets):
+            what = "given, but nothing is evaluated during the run"
+            yield (
+                keys,
+                Problem(keys[0], what, "Set val_set_size and eval_steps, or drop it."),
+            )

@@ -1,38 +1,29 @@
-"""Conversations to token ids, with loss on the assistant's turns only, and the split that holds some out.
-
-The tokenizer's own chat template is applied incrementally: for each answer once up to and including the
-generation prompt (what the model will be shown), once with the answer. What the second adds is the answer,
-end-of-turn token included; everything else gets the label -100. Labels are not shifted (models do that).
-
-Two habits of templates are allowed for. A generation prompt may end in text that the rendered answer does not
-begin with (an opened thought, ``<think>``): the answer is then what follows their common beginning. And a
-template may render an earlier answer differently once more turns follow (thoughts dropped, another end
-token): such a conversation becomes one example an answer, each as the model will see it.
-"""
+"""Training data from the files to tokenized sets: read, split, tokenized, counted."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fourfold.errors import DataError
-from fourfold.training.records import Conversation, Messages, read_conversations
+from fourfold.training.encode import IGNORED, Example, encode
+from fourfold.training.records import SHOWN_PROBLEMS, Conversation, Record, read_records
 from fourfold.training.schema import TrainConfig
+from fourfold.training.texts import Text
 
-IGNORED = -100
 # Above this share of examples that are dropped for their length, sequence_len is wrong, not the data.
 MAX_DROPPED = 0.5
 
-Example = tuple[list[int], list[int]]
+Templates = Mapping[tuple[str, str | None], str | None]
 
 
 @dataclass
 class Tokenized:
-    """Token ids and labels of a set of conversations.
+    """Token ids and labels of a set of records.
 
     Attributes:
         dataset: a ``datasets.Dataset`` with ``input_ids``, ``labels`` and ``length``.
@@ -42,7 +33,9 @@ class Tokenized:
         trained_tokens: those with a label.
         largest_id: the largest token id.
         digest: a hash of ids and labels, in their order.
-        first: the index of the first conversation that is in ``dataset``.
+        first: the index of the first record that is in ``dataset``.
+        long: place and length of the first few examples that were longer.
+        packed: several examples a row (see packing.py), where that is asked for.
     """
 
     dataset: Any
@@ -53,11 +46,26 @@ class Tokenized:
     largest_id: int
     digest: str
     first: int
+    long: list[str]
+    packed: Any = None
+
+    @property
+    def rows(self) -> Any:
+        """What the trainer draws from: packed rows, or examples."""
+        return self.dataset if self.packed is None else self.packed
+
+    def too_long(self, what: str) -> list[str]:
+        """Lines that say what became of examples longer than ``sequence_len``, and where they are."""
+        counted = [(self.truncated, "cut to sequence_len"), (self.dropped, "dropped for their length")]
+        said = ", ".join(f"{count} {fate}" for count, fate in counted if count)
+        return [f"{what}: {said}; the first:", *(f"  {line}" for line in self.long)] if said else []
 
     def to_dict(self) -> dict[str, int]:
         """Counts only."""
+        packed = {} if self.packed is None else {"packed_rows": len(self.packed)}
         return {
             "examples": len(self.dataset),
+            **packed,
             "truncated": self.truncated,
             "dropped": self.dropped,
             "tokens": self.tokens,
@@ -65,15 +73,37 @@ class Tokenized:
         }
 
 
-def load_conversations(config: TrainConfig) -> tuple[list[Conversation], list[Conversation]]:
-    """Read and validate the files of ``config``; returns (training, held-out).
+@dataclass
+class Loaded:
+    """Records, before they are tokenized.
+
+    Attributes:
+        train: to train on.
+        held_out: to evaluate on.
+        bad: place and problem of each record that was left out.
+    """
+
+    train: list[Record]
+    held_out: list[Record]
+    bad: list[str] = field(default_factory=list)
+
+
+def load_records(config: TrainConfig) -> Loaded:
+    """Read and validate the data of ``config``.
 
     Raises:
-        DataError: a file is missing or empty, a row malformed, or nothing is left to train on.
+        DataError: a file is missing or empty, too many rows are malformed, or nothing is left to train on.
     """
-    train = [record for entry in config.datasets for record in read_conversations(entry)]
+    bad: list[str] = []
+
+    def read(entries: Sequence[Any]) -> list[Record]:
+        found = [read_records(entry, config.train_on_inputs, config.max_bad_records) for entry in entries]
+        bad.extend(problem for each in found for problem in each.bad)
+        return [record for each in found for record in each.records]
+
+    train = read(config.datasets)
     if config.test_datasets:
-        return train, [record for entry in config.test_datasets for record in read_conversations(entry)]
+        return Loaded(train, read(config.test_datasets), bad)
     size = config.val_set_size
     held_out = round(len(train) * size) if size < 1 else int(size)
     if size and held_out == 0:
@@ -86,27 +116,30 @@ def load_conversations(config: TrainConfig) -> tuple[list[Conversation], list[Co
             f"val_set_size holds out {held_out} of {len(train)} examples: none is left. Lower it."
         )
     chosen = set(random.Random(config.seed).sample(range(len(train)), held_out))
-    return (
+    return Loaded(
         [record for index, record in enumerate(train) if index not in chosen],
         [record for index, record in enumerate(train) if index in chosen],
+        bad,
     )
 
 
 def tokenize(
-    conversations: Sequence[Conversation],
+    records: Sequence[Record],
     tokenizer: Any,
     sequence_len: int,
     what: str,
     excess: str = "drop",
+    templates: Templates | None = None,
 ) -> Tokenized:
-    """Token ids and labels of every conversation, none longer than ``sequence_len``.
+    """Token ids and labels of every record, none longer than ``sequence_len``.
 
     Args:
-        conversations: validated records.
-        tokenizer: with a chat template.
+        records: validated ones.
+        tokenizer: with a chat template, where there are conversations.
         sequence_len: the most tokens an example may have.
-        what: what the conversations are, for messages.
-        excess: what becomes of longer ones: ``drop``, ``truncate`` or ``raise``.
+        what: what the records are, for messages.
+        excess: what becomes of longer ones: ``drop``, ``truncate`` or ``raise``; plain text is cut.
+        templates: the chat template that each of the conversations' ``template`` means.
 
     Raises:
         DataError: no chat template, one whose answers cannot be told apart, a long example where
@@ -114,24 +147,31 @@ def tokenize(
     """
     import datasets
 
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"{type(tokenizer).__name__} has no chat template, so turns cannot be told apart. "
-            "Use the model's chat variant, or put a chat_template.jinja beside its tokenizer."
-        )
+    templates = templates or {}
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
     digest = hashlib.sha256()
     total = truncated = dropped = largest = 0
     first: int | None = None
-    for index, conversation in enumerate(conversations):
-        for ids, labels in encode(conversation, tokenizer):
+    long: list[str] = []
+    for index, record in enumerate(records):
+        template = None
+        if isinstance(record, Conversation):
+            template = templates[record.template] if record.template else tokenizer.chat_template
+            if not template:
+                raise DataError(
+                    f"{type(tokenizer).__name__} has no chat template, so turns cannot be told apart. "
+                    "Use the model's chat variant, or put a chat_template.jinja beside its tokenizer."
+                )
+        for ids, labels in _examples(record, tokenizer, template, sequence_len):
             total += 1
             is_long = len(ids) > sequence_len
             if is_long and excess == "raise":
                 raise DataError(
-                    f"{conversation.source}: {len(ids)} tokens, and sequence_len is {sequence_len}. Raise "
+                    f"{record.source}: {len(ids)} tokens, and sequence_len is {sequence_len}. Raise "
                     "it, shorten the example, or set excess_length_strategy: drop or truncate."
                 )
+            if is_long and len(long) < SHOWN_PROBLEMS:
+                long.append(f"{record.source}: {len(ids)} tokens")
             ids, labels = ids[:sequence_len], labels[:sequence_len]
             # The first label is never predicted: models shift.
             if is_long and (excess == "drop" or all(label == IGNORED for label in labels[1:])):
@@ -149,7 +189,7 @@ def tokenize(
         remedy = ", or set excess_length_strategy: truncate" if excess == "drop" else ""
         raise DataError(
             f"{what}: {dropped} of {total} examples {reason} sequence_len: {sequence_len}. "
-            f"Raise sequence_len{remedy}."
+            f"Raise sequence_len{remedy}. The first ones:\n  " + "\n  ".join(long)
         )
     trained = sum(label != IGNORED for labels in columns["labels"] for label in labels[1:])
     return Tokenized(
@@ -161,94 +201,18 @@ def tokenize(
         largest_id=largest,
         digest=digest.hexdigest(),
         first=first or 0,
+        long=long,
     )
 
 
-def encode(conversation: Conversation, tokenizer: Any) -> list[Example]:
-    """Token ids and labels (-100 outside the trained answers) of one conversation.
-
-    Returns:
-        One example; or one for each answer, where the template renders earlier turns differently once later
-        ones follow.
-
-    Raises:
-        DataError: the template renders the turns before an answer differently once the answer follows, or
-            leaves the answer's text out.
-    """
-    whole = _encode(conversation, conversation.answers, tokenizer)
-    if whole is not None:
-        return [whole]
-    examples = [_encode(conversation, [index], tokenizer) for index in conversation.answers]
-    for index, example in zip(conversation.answers, examples, strict=True):
-        if example is None:
-            raise DataError(
-                f"{conversation.source}: the chat template renders the turns before messages[{index}] "
-                "differently once that answer follows, so it cannot be told from the rest. Use a template "
-                "that leaves earlier turns as they are."
-            )
-    return [example for example in examples if example is not None]
-
-
-def _encode(conversation: Conversation, answers: Sequence[int], tokenizer: Any) -> Example | None:
-    """One example with labels on ``answers``, ending with the last of them; None where what comes before any
-    of them is rendered differently there."""
-
-    def render(length: int, prompt: bool = False) -> tuple[str, list[int]]:
-        return _render(conversation.messages[:length], tokenizer, prompt, conversation.source)
-
-    # Turns after the last answer carry no label and nothing after them is predicted: leave them out.
-    last = answers[-1]
-    text, ids = render(last + 1)
-    labels = [IGNORED] * len(ids)
-    for index in answers:
-        # Templates for content in parts render nothing of a plain text, and raise nothing. The last word:
-        # what comes first may be a thought, which templates rewrite.
-        if conversation.messages[index]["content"].split()[-1] not in text:
-            if len(answers) > 1:
-                return None  # an earlier one may be left out once later turns follow: tried one by one
-            raise DataError(
-                f"{conversation.source}: the chat template leaves out the text of messages[{index}]. It may "
-                "be one for images; put a chat_template.jinja for plain text beside the tokenizer."
-            )
-        prompt_text, prompt_ids = render(index, prompt=True)
-        before_text, _ = render(index)
-        # The two differ in what opens the answer alone; all that precedes it must be there in the end.
-        if not text.startswith(prompt_text[: _common_prefix(before_text, prompt_text)]):
-            return None
-        turn_ids = ids
-        if index != last:
-            turn_text, turn_ids = render(index + 1)
-            if not text.startswith(turn_text):
-                return None
-        # Where a token straddles the boundary it belongs to the answer: the common prefix ends before it.
-        start, stop = _common_prefix(prompt_ids, ids), _common_prefix(turn_ids, ids)
-        stop = _end_of_turn(ids, start, stop, tokenizer)
-        labels[start:stop] = ids[start:stop]
-    return ids, labels
-
-
-def _render(messages: Messages, tokenizer: Any, prompt: bool, source: str) -> tuple[str, list[int]]:
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except Exception as error:  # templates raise what they like (jinja2's own, TypeError...)
-        roles = ", ".join(turn["role"] for turn in messages)
-        raise DataError(f"{source}: the chat template refuses the turns ({roles}): {error}") from error
-    return text, list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _common_prefix(left: Sequence[Any], right: Sequence[Any]) -> int:
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
-
-
-def _end_of_turn(ids: list[int], start: int, stop: int, tokenizer: Any) -> int:
-    """``stop``, less the white space that templates put after the end-of-turn token: it is never generated.
-
-    Only white space: where turns end otherwise, an end-of-text token may stand within an answer.
-    """
-    for index in range(stop - 1, start - 1, -1):
-        if ids[index] == tokenizer.eos_token_id:
-            return index + 1 if not tokenizer.decode(ids[index + 1 : stop]).strip() else stop
-    return stop
+def _examples(record: Record, tokenizer: Any, template: str | None, sequence_len: int) -> list[Example]:
+    examples = encode(record, tokenizer, template)
+    if not isinstance(record, Text) or not record.cut:
+        return examples
+    [(ids, labels)] = examples
+    return [
+        (ids[start : start + sequence_len], labels[start : start + sequence_len])
+        for start in range(0, len(ids), sequence_len)
+        # (of a single token at the end nothing is predicted)
+        if start == 0 or start + 1 < len(ids)
+    ]

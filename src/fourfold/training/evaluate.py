@@ -20,7 +20,9 @@ import torch
 from torch import nn
 
 from fourfold.errors import TrainingError
-from fourfold.training.data import IGNORED
+from fourfold.training import processes
+from fourfold.training.encode import IGNORED
+from fourfold.training.packing import fill
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,17 @@ def evaluate_answers(
     dataset: Any,
     collate: Callable[[list[dict[str, list[int]]]], dict[str, torch.Tensor]],
     batch_size: int,
+    packed: tuple[Callable[[list[dict[str, list[int]]]], dict[str, Any]], int] | None = None,
 ) -> AnswerLosses:
     """The loss of ``model`` on each answer of ``dataset`` (``input_ids``, ``labels`` not shifted, -100
-    elsewhere).
+    elsewhere), the batches shared out among the processes of the run.
 
     Args:
         model: a causal language model, with or without adapters.
         dataset: rows with ``input_ids`` and ``labels``.
         collate: makes a right-padded batch of rows.
         batch_size: how many answers at once; the result does not depend on it.
+        packed: instead, a collator that lays rows end to end, and the most tokens of a batch.
 
     Raises:
         TrainingError: a loss is not finite; the message names the row.
@@ -129,16 +133,24 @@ def evaluate_answers(
     order = sorted(range(len(rows)), key=lambda index: (len(rows[index]["input_ids"]), index))
     losses = [0.0] * len(rows)
     tokens = [0] * len(rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if packed is not None:
+        batches = list(fill(lengths, order, packed[1]))
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            for index, loss, count in zip(
-                chosen, *_batch_losses(model, collate([rows[i] for i in chosen])), strict=True
-            ):
+        for chosen in batches[processes.rank() :: processes.count()]:
+            members = [rows[i] for i in chosen]
+            if packed is not None:
+                found = _packed_losses(model, packed[0](members), [lengths[i] for i in chosen])
+            else:
+                found = _batch_losses(model, collate(members))
+            for index, loss, count in zip(chosen, *found, strict=True):
                 if not math.isfinite(loss):
                     raise TrainingError(f"The loss on held-out row {index} is {loss}. Are the weights sound?")
                 losses[index], tokens[index] = loss, count
-    return AnswerLosses(losses, tokens)
+    device = next(model.parameters()).device
+    everyone = processes.sum_of([*losses, *(float(count) for count in tokens)], device)
+    return AnswerLosses(everyone[: len(rows)], [round(count) for count in everyone[len(rows) :]])
 
 
 def _batch_losses(model: Any, batch: dict[str, torch.Tensor]) -> tuple[list[float], list[int]]:
@@ -164,18 +176,36 @@ def _batch_losses(model: Any, batch: dict[str, torch.Tensor]) -> tuple[list[floa
     return means, counts
 
 
+def _packed_losses(
+    model: Any, batch: dict[str, Any], lengths: Sequence[int]
+) -> tuple[list[float], list[int]]:
+    """As ``_batch_losses``, of examples laid end to end in one row."""
+    device = next(model.parameters()).device
+    labels_T = batch.pop("labels")[0, 1:].to(device)
+    positions_P = (labels_T != IGNORED).nonzero().squeeze(1)
+    inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    if _takes_positions(model):
+        logits_PV = model(**inputs, use_cache=False, logits_to_keep=positions_P).logits[0]
+    else:
+        logits_PV = model(**inputs, use_cache=False).logits[0, positions_P]
+    losses_P = nn.functional.cross_entropy(logits_PV.float(), labels_T[positions_P], reduction="none")
+    # The position before a token predicts it: an example's first one is predicted by none of its own.
+    ends = torch.tensor(lengths, device=device).cumsum(0) - 1
+    owner_P = torch.searchsorted(ends, positions_P, right=True)
+    sums = torch.zeros(len(lengths), device=device).index_add_(0, owner_P, losses_P)
+    counts = torch.bincount(owner_P, minlength=len(lengths))
+    return (sums / counts).tolist(), counts.tolist()
+
+
 def _takes_positions(model: Any) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
-def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_tokens: int = 64) -> str:
-    """The model's greedy answer to a conversation."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(
-        next(model.parameters()).device
-    )
-    inputs.pop("token_type_ids", None)
+def answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int = 64) -> str:
+    """The model's greedy answer to the tokens of a prompt."""
+    ids_BT = torch.tensor([ids], device=next(model.parameters()).device)
+    inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
     with evaluating(model):
         output = model.generate(
             **inputs,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fourfold.training.cards import CARDS
+from fourfold.training.key_types import EXPONENT
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, NOT_YET, NotYet
 from fourfold.training.schema import TrainConfig
 
@@ -28,11 +30,26 @@ def json_schema() -> dict[str, Any]:
         result["properties"][name] = _not_yet(entry)
     for name, entry in DATASET_NOT_YET.items():
         definitions["DatasetConfig"]["properties"][name] = _not_yet(entry)
+    for name, what in CARDS.items():
+        result["properties"][name] = {"description": f"Accepted, and refused at the start of a run: {what}"}
     _lists_of_one(result, definitions)
-    # A number written as 1e-3 is text to YAML 1.1, and read as the number that it is.
-    learning_rate = result["properties"]["learning_rate"]
-    learning_rate["anyOf"].append({"type": "string", "pattern": r"^[0-9.]+[eE][-+]?[0-9]+$"})
+    _numbers_as_text(result)
     return {"$schema": DIALECT, **result, "title": "Configuration of fourfold train"}
+
+
+def _numbers_as_text(part: Any) -> None:
+    """A number written as 1e-3 is text to YAML 1.1, and read as the number that it is."""
+    if isinstance(part, dict):
+        for key, entry in part.items():
+            if isinstance(entry, dict) and entry.get("type") == "number":
+                part[key] = {"anyOf": [entry, {"type": "string", "pattern": EXPONENT}]}
+            else:
+                _numbers_as_text(entry)
+    elif isinstance(part, list):
+        if any(isinstance(entry, dict) and entry.get("type") == "number" for entry in part):
+            part.append({"type": "string", "pattern": EXPONENT})
+        for entry in part:
+            _numbers_as_text(entry)
 
 
 def _or_null(entry: dict[str, Any]) -> dict[str, Any]:

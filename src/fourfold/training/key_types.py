@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from fourfold.training.yaml_file import short
 
-# Those of the trainer's optimizers that need no package beside bitsandbytes; the last two need torchao.
+# Those of the trainer's optimizers that train adapters; which packages they need is in remarks.py.
 Optimizer = Literal[
     "adamw_torch",
     "adamw_torch_fused",
@@ -28,9 +28,48 @@ Optimizer = Literal[
     "paged_lion_32bit",
     "adafactor",
     "sgd",
+    "adagrad",
+    "rmsprop",
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
+    "ademamix",
+    "ademamix_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
     "adamw_torch_4bit",
     "adamw_torch_8bit",
+    "stable_adamw",
+    "grokadamw",
+    "adamw_anyprecision",
 ]
+# Made for whole matrices, for other devices, or with another state for evaluations than for training; and
+# some that other trainers bring.
+NOT_YET_OPTIMIZERS = (
+    "galore_adamw",
+    "galore_adamw_8bit",
+    "galore_adafactor",
+    "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise",
+    "galore_adafactor_layerwise",
+    "apollo_adamw",
+    "apollo_adamw_layerwise",
+    "lomo",
+    "adalomo",
+    "schedule_free_adamw",
+    "schedule_free_radam",
+    "schedule_free_sgd",
+    "adamw_torch_xla",
+    "adamw_torch_npu_fused",
+    "optimi_adamw",
+    "ao_adamw_4bit",
+    "ao_adamw_8bit",
+    "ao_adamw_fp8",
+    "adopt_adamw",
+    "came_pytorch",
+    "muon",
+    "dion",
+)
 Scheduler = Literal[
     "cosine",
     "linear",
@@ -39,7 +78,11 @@ Scheduler = Literal[
     "cosine_with_restarts",
     "polynomial",
     "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
 ]
+NOT_YET_SCHEDULERS = ("reduce_lr_on_plateau", "greedy", "one_cycle", "rex")
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 
@@ -57,9 +100,13 @@ class NotYetError(ValueError):
 
 
 class Strict(BaseModel):
-    """A mapping of known keys; a null is the key's default."""
+    """A mapping of known keys; a null is the key's default.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Strict: each value is of its own type, as the JSON Schema says. (Read loosely, `yes` in quotes is true, a
+    text of digits a number, and bytes a text.)
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -69,12 +116,25 @@ class Strict(BaseModel):
         return data
 
 
+# YAML 1.1 reads 1e-3 as text (it wants 1.0e-3), and people's files are full of them.
+EXPONENT = r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"
+
+
 def not_bool(value: Any) -> Any:
-    """Refuse true and false."""
-    # pydantic reads `true` as the number 1; in a file of settings that is a slip of the pen.
+    """Refuse true and false; read 8.0 as the whole number that it is."""
+    # bool is a kind of int to Python; in a file of settings `true` for 1 is a slip of the pen.
     if isinstance(value, bool):
         raise ValueError("is true or false, where a number belongs")
-    return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def number(value: Any) -> Any:
+    """Refuse true and false; read a text such as 1e-3 as a number."""
+    if isinstance(value, bool):
+        raise ValueError("is true or false, where a number belongs")
+    if isinstance(value, int) and abs(value) > MOST:
+        raise ValueError("is too large for a number")
+    return float(value) if isinstance(value, str) and re.match(EXPONENT, value) else value
 
 
 def _pattern(value: str) -> str:
@@ -121,16 +181,21 @@ def refuse_yet(test: Callable[[Any], bool], what: str, remedy: str) -> BeforeVal
     return BeforeValidator(check)
 
 
-Positive = Annotated[int, Field(gt=0), BeforeValidator(not_bool)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(not_bool)]
-Count = Annotated[int, Field(ge=0), BeforeValidator(not_bool)]
-Share = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(not_bool)]
-BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(not_bool)]
+# What 32 bits hold: nothing that is counted here comes near it, and libraries count in them.
+MOST = 2**31 - 1
+Positive = Annotated[int, Field(gt=0, le=MOST), BeforeValidator(not_bool)]
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(number)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(number)]
+Count = Annotated[int, Field(ge=0, le=MOST), BeforeValidator(not_bool)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(number)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(number)]
+# No weight matrix of a model has more rows or columns.
+Rank = Annotated[int, Field(gt=0, le=65536), BeforeValidator(not_bool)]
 Text = Annotated[str, Field(min_length=1)]
 # `~` is the home directory, as in a shell; expanded here and nowhere else.
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Names = list[Text]
 NamesOrPattern = Names | Annotated[Text, AfterValidator(_pattern)]
 OneOrMore = Annotated[list[Text], BeforeValidator(_one_is_a_list)]
-Ranks = dict[Annotated[Text, AfterValidator(_pattern)], Positive]
+Ranks = dict[Annotated[Text, AfterValidator(_pattern)], Rank]
 Strategy = Annotated[Literal["no", "epoch", "steps"], BeforeValidator(_no_is_false)]

@@ -1,4 +1,5 @@
-"""Keys of axolotl's files that are no fields of ``TrainConfig``: given differently, or not yet.
+"""Keys of axolotl's files that are no fields of ``TrainConfig``: given differently, or not yet. (Those of
+several cards, which a file may have and a run refuses, are in ``cards.py``.)
 
 Two tables, one literal each. Results decide which one a key belongs to: a key that could only change speed,
 memory or what is shown is *given differently* (accepted, and said); one that changes what is trained is *not
@@ -10,20 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from reprlib import repr as brief
 from typing import Any
 
+from fourfold.training.cards import CARDS, card_problems
 from fourfold.training.yaml_file import Problem, nearest, short
 
 _PRODUCTS = "Fourfold's own kernels multiply experts and their LoRA (`fourfold inspect MODEL --ways`)"
 _LINEARS = "attention and other Linears run as PEFT and bitsandbytes compute them; the same results"
 _LIGER = "the model's own layers are used; the same results"
-_LOSS = "the loss is taken from all logits of a batch: the same results, more memory at a large vocabulary"
+_LOSS = "the loss is taken in chunks of tokens, always: no tensor of [tokens, vocabulary] is ever held"
 _LOADED = "loading is always shard by shard, packed as it goes"
-_TOKENIZED = "data are read and tokenized at each start, in one process; nothing is cached"
+_TOKENIZED = "data are read and tokenized in one process; dataset_prepared_path keeps them"
 _ATTENTION = "attention is that of transformers: see attn_implementation"
 _MEMORY = "it stays on the GPU: the same results, more memory"
-_ONE_PROCESS = "a run is one process on one GPU, so there is nothing to set"
-_COMPILED = "a run is not compiled: the same results"
+_PROCESSES = "torchrun or accelerate launch start the processes, and torch's DDP averages their gradients"
+_COMPILED = "torch.compile keeps its own options: the same results"
+_PACKED = "with sample_packing the whole training set is packed by best fit, once"
 _SHOWN = "tokens a second are always shown and in report.json"
 
 # Key -> what happens instead.
@@ -58,9 +62,6 @@ DIFFERENT: dict[str, str] = {
     "sdpa_varlen": _ATTENTION,
     "flash_attn_cross_entropy": _LOSS,
     "flash_attn_fuse_mlp": _ATTENTION,
-    "torch_compile": _COMPILED,
-    "torch_compile_backend": _COMPILED,
-    "torch_compile_mode": _COMPILED,
     "torch_compile_options": _COMPILED,
     "activation_offloading": _MEMORY,
     "layer_offloading": _MEMORY,
@@ -70,7 +71,6 @@ DIFFERENT: dict[str, str] = {
     "low_cpu_mem_usage": _LOADED,
     "qlora_sharded_model_loading": _LOADED,
     "lora_on_cpu": "adapters are made where the model lies",
-    "dataset_prepared_path": _TOKENIZED,
     "dataset_num_proc": _TOKENIZED,
     "dataset_processes": _TOKENIZED,
     "dataset_keep_in_memory": _TOKENIZED,
@@ -78,16 +78,20 @@ DIFFERENT: dict[str, str] = {
     "dataloader_num_workers": "batches are made in the process that trains",
     "dataloader_pin_memory": "memory is pinned wherever there is a GPU",
     "dataloader_prefetch_factor": "batches are made in the process that trains",
+    "shuffle_merged_datasets": "the order of examples is drawn anew for each epoch, whatever the files' own",
     "remove_unused_columns": "the trainer gets token ids and labels, whatever columns the data have",
     "group_by_length": "examples of similar length always share a batch; their order hangs on seed and epoch",
     "pad_to_sequence_len": "batches are padded to their longest example: the same results, fewer tokens",
-    "eval_sample_packing": "held-out examples are evaluated in padded batches: the same results",
+    "sample_packing_group_size": _PACKED,
+    "sample_packing_bin_size": _PACKED,
+    "multipack_real_batches": "the rows of a batch are laid end to end: the same results",
+    "batch_flattening": "without sample_packing batches are padded: the same results",
     "eot_tokens": "what the chat template writes after an answer is trained, its end token included",
-    "ddp": _ONE_PROCESS,
-    "ddp_timeout": _ONE_PROCESS,
-    "ddp_bucket_cap_mb": _ONE_PROCESS,
-    "ddp_broadcast_buffers": _ONE_PROCESS,
-    "ddp_find_unused_parameters": _ONE_PROCESS,
+    "ddp": _PROCESSES,
+    "ddp_timeout": _PROCESSES,
+    "ddp_bucket_cap_mb": _PROCESSES,
+    "ddp_broadcast_buffers": _PROCESSES,
+    "ddp_find_unused_parameters": _PROCESSES,
     "save_safetensors": "weights are always saved as safetensors",
     "hf_use_auth_token": "the hub login of this machine is used wherever the hub is asked",
     "merge_method": "`fourfold merge` streams, always",
@@ -107,7 +111,13 @@ DIFFERENT: dict[str, str] = {
 }
 
 # Those whose false asks for something too.
-ALSO_FALSE = ("group_by_length", "remove_unused_columns", "dataloader_pin_memory", "save_safetensors")
+ALSO_FALSE = (
+    "shuffle_merged_datasets",
+    "group_by_length",
+    "remove_unused_columns",
+    "dataloader_pin_memory",
+    "save_safetensors",
+)
 
 # Plugins whose work is done otherwise, by the last part of their names; any other may change results.
 PLUGINS: dict[str, str] = {
@@ -132,17 +142,13 @@ class NotYet:
     off: tuple[Any, ...] = (False,)
 
 
-_PACKING = NotYet(
-    "several examples in one row of a batch",
-    "Set sample_packing: false; batches are then padded, and hold micro_batch_size examples each.",
-)
 _CARDS = NotYet("training on more than one GPU", "Drop the key to train on one GPU.")
 _DEGREE = NotYet(_CARDS.what, _CARDS.remedy, (False, 0, 1))
 _PREFERENCE = NotYet("training on preferences or rewards", "Fourfold trains on conversations (datasets).")
 _OPTIMIZER = NotYet("this way to train", "Drop the key, or choose another optimizer.")
 _CURVE = NotYet("this curve of the learning rate", "Drop the key, or choose another lr_scheduler.")
-_HUB = NotYet("uploading to the hub", "Drop the key; upload output_dir with `hf upload` after the run.")
-_CODE = NotYet("code from the hub is never run", "Take a model that transformers itself knows.")
+_HUB = NotYet("this upload to the hub", "Drop the key; hub_model_id uploads the adapter.")
+_CODE = NotYet("code of a dataset is never run", "Take its files as JSON or Parquet.")
 _PRECISION = NotYet("this number format", "Set bf16: true or false.")
 _BEST = NotYet("choosing among checkpoints", "Drop the key; report.json has the loss of each evaluation.")
 _PLACES = NotYet("a model spread over devices", "Drop the key; the model lies on one GPU.")
@@ -151,27 +157,13 @@ _TOKENS = NotYet("tokens or embeddings added to the model", "Drop the key, or us
 _TEMPLATE = NotYet("this setting of the chat template", "Write what it says into the conversations.")
 _LORA = NotYet("this kind of LoRA", "Drop the key.")
 _DATA = NotYet("this way to arrange data", "Prepare the file so, and drop the key.")
-_ONE_TEMPLATE = NotYet(
-    "a template for one dataset", "Set chat_template for the run.", (False, "tokenizer_default")
-)
-_RENAMED, _MAPPING = "this name of the key", "Write message_property_mappings: {role: ..., content: ...}."
 _ATTENDING = NotYet("this change to positions or attention", "Drop the key.")
 _NAMED = NotYet("taking it from elsewhere than base_model", "Drop the key.")
 
 # Key -> what is missing.
 NOT_YET: dict[str, NotYet] = {
-    "sample_packing": _PACKING,
-    "sample_packing_group_size": _PACKING,
-    "sample_packing_bin_size": _PACKING,
-    "sample_packing_sequentially": _PACKING,
-    "multipack_real_batches": _PACKING,
-    "batch_flattening": _PACKING,
+    "sample_packing_sequentially": NotYet("packing in the files' order", "Drop it: the longest come first."),
     "curriculum_sampling": _DATA,
-    "fsdp": NotYet(_CARDS.what, _CARDS.remedy, (False, [])),
-    "fsdp_config": _CARDS,
-    "fsdp_version": _CARDS,
-    "fsdp_final_state_dict_type": _CARDS,
-    "deepspeed": _CARDS,
     "deepcompile": _CARDS,
     "context_parallel_size": _DEGREE,
     "sequence_parallel_degree": _DEGREE,
@@ -185,16 +177,11 @@ NOT_YET: dict[str, NotYet] = {
     "device_map": _PLACES,
     "max_memory": _PLACES,
     "gpu_memory_limit": _PLACES,
-    "train_on_inputs": NotYet("loss on the prompts", "Set it to false."),
-    "fp16": _PRECISION,
     "bfloat16": _PRECISION,
     "float16": _PRECISION,
     "float32": _PRECISION,
     "fp8": _PRECISION,
     "fp32_norms": _PRECISION,
-    "trust_remote_code": _CODE,
-    "lora_modules_to_save": NotYet("training whole modules beside LoRA", "Drop the key.", (False, [])),
-    "lora_model_dir": NotYet("going on with a saved adapter", "To resume a run, see resume_from_checkpoint."),
     "lora_fan_in_fan_out": _LORA,
     "peft_use_dora": _LORA,
     "peft_layers_to_transform": _LORA,
@@ -203,17 +190,15 @@ NOT_YET: dict[str, NotYet] = {
     "peft_trainable_token_indices": _LORA,
     "peft_ensure_weight_tying": _LORA,
     "peft_autocast_adapter_dtype": NotYet("adapters in half precision", "Set it to true.", (True,)),
-    "peft": NotYet("settings of LoftQ", "Write peft_init_lora_weights: loftq."),
+    "peft": NotYet(
+        "settings by PEFT's own names",
+        "For loftq_config, write peft_init_lora_weights: loftq; drop others.",
+    ),
     "relora": _LORA,
     "gptq": NotYet("a model in GPTQ", "Take the original weights; they are packed while they load."),
     "qat": _LORA,
     "lisa_n_layers": _LORA,
     "unfrozen_parameters": NotYet("training parts of the base model", "Drop the key; LoRA trains adapters."),
-    "router_aux_loss_coef": NotYet(
-        "a balancing term in the loss; the routers are frozen", "Set it to 0, or drop it.", (0, False)
-    ),
-    "loraplus_lr_ratio": _OPTIMIZER,
-    "loraplus_lr_embedding": _OPTIMIZER,
     "optim_args": _OPTIMIZER,
     "optim_target_modules": _OPTIMIZER,
     "adam_beta3": _OPTIMIZER,
@@ -221,26 +206,22 @@ NOT_YET: dict[str, NotYet] = {
     "embedding_lr": _OPTIMIZER,
     "embedding_lr_scale": _OPTIMIZER,
     "lr_groups": _OPTIMIZER,
-    "lr_scheduler_kwargs": NotYet(_CURVE.what, _CURVE.remedy, (False, {})),
-    "cosine_min_lr_ratio": _CURVE,
     "cosine_constant_lr_ratio": _CURVE,
     "lr_div_factor": _CURVE,
     "lr_quadratic_warmup": _CURVE,
     "jagged_restart_steps": _CURVE,
-    "neftune_noise_alpha": NotYet("noise on the embeddings", "Drop the key.", (False, 0)),
     "batch_size": NotYet("a batch size of all GPUs together", "Set gradient_accumulation_steps."),
     "auto_find_batch_size": NotYet("searching the batch size", "Set micro_batch_size."),
     "eval_sequence_len": NotYet("another length for held-out examples", "Drop it: sequence_len holds."),
     "min_sample_len": _DATA,
     "max_prompt_len": _DATA,
     "pad_to_multiple_of": NotYet("padding to a multiple", "Drop the key.", (False, 1)),
-    "shuffle_merged_datasets": NotYet("the files' own order", "Drop it: examples are shuffled.", (True,)),
     "shuffle_before_merging_datasets": _DATA,
     "dataset_shard_num": _DATA,
     "dataset_shard_idx": _DATA,
     "dataset_exact_deduplication": _DATA,
     "skip_prepare_dataset": _DATA,
-    "pretraining_dataset": NotYet("training on plain text", "Write conversations into datasets."),
+    "pretraining_dataset": NotYet("reading data as they are trained on", "Write datasets, type: completion."),
     "streaming": _DATA,
     "push_dataset_to_hub": _HUB,
     "chat_template_kwargs": NotYet(_TEMPLATE.what, _TEMPLATE.remedy, (False, {})),
@@ -281,12 +262,8 @@ NOT_YET: dict[str, NotYet] = {
     "process_reward_model": _PREFERENCE,
     "num_labels": _PREFERENCE,
     "quantization": NotYet("quantizing after the run", "See `fourfold quantize`."),
-    "merge_lora": NotYet("merging at the end of a run", "Run `fourfold merge` after it."),
-    "hub_model_id": _HUB,
-    "hub_strategy": _HUB,
     "hub_revision": _HUB,
     "load_best_model_at_end": _BEST,
-    "early_stopping_patience": _BEST,
     "metric_for_best_model": _BEST,
     "greater_is_better": _BEST,
     "save_first_step": NotYet("a checkpoint after the first step", "Set save_steps."),
@@ -297,11 +274,9 @@ NOT_YET: dict[str, NotYet] = {
     "do_bench_eval": NotYet("benchmarks during a run", "Drop the key."),
     "generate_samples": NotYet("samples during a run", "Drop it: one answer is shown before and after."),
     "profiler_steps": NotYet("recording a profile", "Drop the key."),
-    "use_comet": NotYet("logging to Comet", "See use_tensorboard and wandb_project."),
-    "comet_project_name": NotYet("logging to Comet", "See use_tensorboard and wandb_project."),
-    "use_trackio": NotYet("logging to trackio", "See use_tensorboard and wandb_project."),
-    "trackio_project_name": NotYet("logging to trackio", "See use_tensorboard and wandb_project."),
-    "use_otel_metrics": NotYet("this log of metrics", "See use_tensorboard and wandb_project."),
+    "use_comet": NotYet("logging to Comet", "See use_tensorboard, use_trackio and wandb_project."),
+    "comet_project_name": NotYet("logging to Comet", "See use_tensorboard, use_trackio and wandb_project."),
+    "use_otel_metrics": NotYet("this log of metrics", "See use_tensorboard, use_trackio and wandb_project."),
     "hf_mlflow_log_artifacts": NotYet("uploading checkpoints to MLflow", "Drop the key."),
 }
 
@@ -311,25 +286,17 @@ DATASET_NOT_YET: dict[str, NotYet] = {
     "shards_idx": _DATA,
     "preprocess_shards": _DATA,
     "conversation": _TEMPLATE,
-    "chat_template": _ONE_TEMPLATE,
-    "chat_template_jinja": _ONE_TEMPLATE,
     "input_transform": _DATA,
     "input_format": _DATA,
-    "field": _DATA,
     "field_human": _DATA,
     "field_model": _DATA,
     "field_tools": NotYet("tools in conversations", "Write what they say into the turns."),
     "field_thinking": _DATA,
     "template_thinking_key": _DATA,
     "split_thinking": _DATA,
-    "message_field_role": NotYet(_RENAMED, _MAPPING, ("role",)),
-    "message_field_content": NotYet(_RENAMED, _MAPPING, ("content",)),
-    "message_field_training": NotYet("marks of what is trained", "Give turns a `weight` of 0 or 1."),
-    "message_field_training_detail": NotYet("marks of what is trained", "Give turns a `weight` of 0 or 1."),
-    "roles_to_train": NotYet("loss on other turns than answers", "Drop it.", (["assistant"], ["gpt"])),
-    "train_on_eos": NotYet("other than each answer's own end token", "Set it to turn.", ("turn",)),
-    "train_on_eot": NotYet("other than each answer's own end token", "Set it to turn.", ("turn",)),
-    "drop_system_message": _DATA,
+    "message_field_training_detail": NotYet(
+        "marks within a turn", "Mark whole turns: message_field_training."
+    ),
     "trust_remote_code": _CODE,
 }
 
@@ -370,9 +337,12 @@ def take_others(
     for key, value in values.items():
         if key in NOT_YET:
             missing += _refused(key, value, NOT_YET[key])
+        elif key in CARDS:
+            continue
         elif key == "plugins" and value is not None:
             for full_name in value if isinstance(value, list) else [value]:
-                name = short(str(full_name).rpartition(".")[2])
+                text = full_name if isinstance(full_name, str) else brief(full_name)
+                name = short(text.rpartition(".")[2])
                 if name in PLUGINS:
                     instead.append((key, f"{name}: {PLUGINS[name]}"))
                 else:
@@ -385,6 +355,7 @@ def take_others(
             rest[key] = [_entry(f"{key}.{index}", entry, missing) for index, entry in enumerate(value)]
         else:
             rest[key] = value
+    missing += card_problems(values)
     return rest, missing, instead
 
 

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,45 @@ import torch
 
 from fourfold.errors import ConfigurationError
 from fourfold.loading.paths import ensure_reachable, is_meant_as_path
+from fourfold.training import processes
+from fourfold.training.adapting import check_adapters, saved_targets
 from fourfold.training.contradictions import ignored_within
-from fourfold.training.data import Tokenized, load_conversations, tokenize
-from fourfold.training.records import Conversation, Messages
-from fourfold.training.remarks import needed_packages
-from fourfold.training.resume import check_unchanged, find_checkpoint, fixed_settings, run_settings
+from fourfold.training.data import Tokenized, load_records
+from fourfold.training.encode import Sample
+from fourfold.training.isolation import check_isolation
+from fourfold.training.packing import pack
+from fourfold.training.prepared import prepare_data, templates_of
+from fourfold.training.remarks import beyond, needed_packages
+from fourfold.training.resume import (
+    check_unchanged,
+    find_checkpoint,
+    first_line,
+    fixed_settings,
+    is_over,
+    run_settings,
+)
 from fourfold.training.schema import TrainConfig
 from fourfold.training.targets import check_patterns, find_targets
 from fourfold.training.tokenizer import choose_template, load_tokenizer
 
-BNB_OPTIMIZERS = ("8bit", "paged_", "lion_")
+MERGED = "merged"
+BNB_OPTIMIZERS = (
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "lion_8bit",
+    "lion_32bit",
+    "paged_lion_8bit",
+    "paged_lion_32bit",
+    "ademamix",
+    "ademamix_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
+)
 
 
 @dataclass
@@ -39,8 +68,8 @@ class Checked:
         tokenizer: the base model's.
         train: tokenized training conversations.
         held_out: tokenized held-out conversations, if any.
-        sample: the turns before one answer, to show before and after; held out if anything is.
-        reference: the answer in the data.
+        sample: one question, to be answered before and after; held out if anything is.
+        bad: place and problem of each record that was left out.
         quantization_config: for ``from_pretrained``; None where nothing is to be quantized or the checkpoint
         is packed.
         target_modules: LoRA targets among the modules; text is a regular expression, or "all-linear".
@@ -48,19 +77,23 @@ class Checked:
         bf16: whether to compute in bf16.
         checkpoint: the checkpoint to resume from.
         settings: what a run that resumes this one has to agree with.
+        notes: what there is to know of the settings beside these data, a line each.
+        over: whether the run was over at ``checkpoint``, and only its end is to be done again.
     """
 
     tokenizer: Any
     train: Tokenized
     held_out: Tokenized | None
-    sample: Messages
-    reference: str
+    sample: Sample
+    bad: list[str]
     quantization_config: Any
     target_modules: list[str] | str
     target_parameters: list[str]
     bf16: bool
     checkpoint: str | None
     settings: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    over: bool = False
 
 
 def check(config: TrainConfig) -> Checked:
@@ -74,42 +107,50 @@ def check(config: TrainConfig) -> Checked:
     if checkpoint is not None:
         check_unchanged(checkpoint, fixed_settings(config))
     check_device(config)
-    train, held_out = load_conversations(config)
+    # (where they may be kept already, they are read once it is clear that they are not)
+    loaded = None if config.dataset_prepared_path is not None else load_records(config)
     quantization_config = make_quantization_config(config)
     skeleton = make_skeleton(config, quantization_config)
-    modules, parameters = find_targets(config, skeleton)
-    check_patterns(config, skeleton, modules, parameters)
-    tokenizer = load_tokenizer(config.base_model, config.special_tokens)
+    check_balance(config, skeleton)
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    saved = saved_targets(config)
+    modules, parameters = find_targets(config, skeleton) if saved is None else saved
+    if saved is None:
+        check_patterns(config, skeleton, modules, parameters)
+    check_adapters(config, skeleton, modules, parameters)
+    if config.sample_packing or config.eval_sample_packing:
+        check_isolation(config.base_model, config.attention, config.trust_remote_code)
+    tokenizer = load_tokenizer(config.base_model, config.special_tokens, config.trust_remote_code)
+    templates = templates_of(config, tokenizer)
     tokenizer.chat_template = choose_template(config, tokenizer)
-    cut = (config.sequence_len, "datasets", config.excess_length_strategy)
-    tokenized = tokenize(train, tokenizer, *cut)
-    tokenized_held_out = None
-    if held_out:
-        cut = (config.sequence_len, "held-out data", config.excess_length_strategy)
-        tokenized_held_out = tokenize(held_out, tokenizer, *cut)
-    check_vocabulary(tokenizer, skeleton, (tokenized, tokenized_held_out))
-    check_steps(config, len(tokenized.dataset))
+    data = prepare_data(config, tokenizer, templates, loaded)
+    tokenized, tokenized_held_out = data.train, data.held_out
+    check_vocabulary(tokenizer, rows, (tokenized, tokenized_held_out))
+    if config.sample_packing:
+        tokenized.packed = pack(tokenized.dataset, config.sequence_len)
+    notes = data.notes + check_steps(config, len(tokenized.rows))
     bf16 = resolve_bf16(config)
     settings = run_settings(config, modules, parameters, bf16, tokenized.digest)
     if checkpoint is not None:
         check_unchanged(checkpoint, settings)
-    check_writable(Path(config.output_dir))  # last: it makes the folder
-    shown = train[tokenized.first]
-    if tokenized_held_out is not None:
-        shown = held_out[tokenized_held_out.first]
-    sample, reference = sample_of(shown)
+    check_hub(config)
+    check_merge(config, checkpoint)
+    if processes.is_first():
+        check_writable(Path(config.output_dir))  # last: it makes the folder
     return Checked(
         tokenizer=tokenizer,
         train=tokenized,
         held_out=tokenized_held_out,
-        sample=sample,
-        reference=reference,
+        sample=data.sample,
+        bad=data.bad,
         quantization_config=quantization_config,
         target_modules=modules,
         target_parameters=parameters,
         bf16=bf16,
         checkpoint=checkpoint,
         settings=settings,
+        notes=notes,
+        over=checkpoint is not None and is_over(config, checkpoint),
     )
 
 
@@ -131,20 +172,71 @@ def check_model_folder(name: str) -> None:
     ensure_reachable(name)
 
 
-def check_steps(config: TrainConfig, examples: int) -> None:
-    """Settings without effect in a run of so few steps, where num_epochs and the data decide how many."""
-    if config.max_steps is not None:
-        return  # looked at with the other contradictions
-    batches = math.ceil(examples / config.micro_batch_size)
-    steps = math.ceil(config.num_epochs * math.ceil(batches / config.gradient_accumulation_steps))
+def check_steps(config: TrainConfig, examples: int) -> list[str]:
+    """Settings without effect in a run of so few steps, where num_epochs and the data decide how many.
+
+    Returns:
+        What there is to know of intervals.
+    """
+    batches = math.ceil(examples / (config.micro_batch_size * processes.count()))
+    per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+    steps = config.max_steps or math.ceil(config.num_epochs * per_epoch)
+    notes = [f"{key}: {what}" for key, what in beyond(config, steps, per_epoch)]
+    if config.max_steps is not None:  # (the rest was looked at with the other contradictions)
+        return [note for note in notes if "_per_epoch" in note.partition(":")[0]]
     problems = [str(problem) for _, problem in ignored_within(config, steps)]
     if problems:
         raise ConfigurationError("\n".join(problems))
+    return notes
 
 
-def check_vocabulary(tokenizer: Any, skeleton: Any, data: Any) -> None:
+def check_balance(config: TrainConfig, skeleton: Any) -> None:
+    """Whether the model has the term that ``router_aux_loss_coef`` weighs."""
+    if not config.router_aux_loss_coef:
+        return
+    text = skeleton.config.get_text_config()
+    needed = ("output_router_logits", "num_experts", "num_experts_per_tok")
+    missing = [name for name in needed if not hasattr(text, name)]
+    if missing:
+        raise ConfigurationError(
+            f"router_aux_loss_coef: {type(skeleton).__name__} has no balancing term (its configuration lacks "
+            f"{missing[0]}). Set it to 0, or drop it."
+        )
+
+
+def check_hub(config: TrainConfig) -> None:
+    """Uploading needs a login, and the hub within reach: asked before the run, not after it."""
+    if config.hub_model_id is None:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except Exception as error:  # by what is wrong: no token, no network, a hub that says no
+        raise ConfigurationError(
+            f"hub_model_id: nothing can be uploaded to {config.hub_model_id} ({first_line(error)}). Log in "
+            "with `hf auth login`, or drop the key."
+        ) from error
+
+
+def check_merge(config: TrainConfig, checkpoint: str | None) -> None:
+    """Merging at the end needs the original weights, and a free place."""
+    if not config.merge_lora:
+        return
+    if packed_already(config.base_model) is not None:
+        raise ConfigurationError(
+            f"merge_lora: {config.base_model} is packed, and merging adds to the original weights. Set it to "
+            "false, and run `fourfold merge` with those."
+        )
+    merged = Path(config.output_dir) / MERGED
+    if merged.exists() and checkpoint is None:
+        raise ConfigurationError(
+            f"merge_lora: {merged} is there already. Move it away, or name another output_dir."
+        )
+
+
+def check_vocabulary(tokenizer: Any, rows: int, data: Any) -> None:
     """Every token id of the data must have a row in the embeddings; beyond them a GPU reads anything."""
-    rows = skeleton.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.pad_token_id, *(part.largest_id for part in data if part is not None))
     if largest >= rows:
         raise ConfigurationError(
@@ -181,7 +273,9 @@ def check_device(config: TrainConfig) -> None:
         raise ConfigurationError(
             f"attn_implementation: {config.attention} needs a GPU, and none is here. Use sdpa."
         )
-    if any(part in config.optimizer for part in BNB_OPTIMIZERS):
+    if config.fp16:
+        raise ConfigurationError("fp16: true needs a GPU, and none is here. Set it to false.")
+    if config.optimizer in BNB_OPTIMIZERS:
         raise ConfigurationError(
             f"optimizer: {config.optimizer} is bitsandbytes' and needs a GPU, and none is here. Use "
             "adamw_torch."
@@ -190,6 +284,8 @@ def check_device(config: TrainConfig) -> None:
 
 def resolve_bf16(config: TrainConfig) -> bool:
     """Whether to compute in bf16; ``auto`` means where the GPU has units for it."""
+    if config.fp16:
+        return False
     if config.bf16 == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(config.bf16)
@@ -275,10 +371,4 @@ def make_skeleton(config: TrainConfig, quantization_config: Any) -> Any:
     """The model without weights, as loading would prepare it."""
     from fourfold.loading.skeleton import build_skeleton
 
-    return build_skeleton(config.base_model, quantization_config)
-
-
-def sample_of(conversation: Conversation) -> tuple[Messages, str]:
-    """The turns before the first answer to train on, and that answer."""
-    index = conversation.answers[0]
-    return conversation.messages[:index], conversation.messages[index]["content"]
+    return build_skeleton(config.base_model, quantization_config, config.trust_remote_code)

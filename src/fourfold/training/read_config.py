@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from fourfold.errors import ConfigurationError
+from fourfold.training.cards import CARDS, refusals
 from fourfold.training.contradictions import ContradictionError
+from fourfold.training.dataset_keys import DatasetConfig, PromptFormat, Turn
 from fourfold.training.key_types import NotYetError
+from fourfold.training.model_keys import SpecialTokens
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, ELSEWHERE, NOT_YET, take_others
 from fourfold.training.remarks import remarks
-from fourfold.training.schema import Checkpointing, DatasetConfig, SpecialTokens, TrainConfig, Turn
+from fourfold.training.run_keys import Checkpointing
+from fourfold.training.schema import TrainConfig
 from fourfold.training.yaml_file import (
     KeyPath,
     Problem,
@@ -27,6 +32,7 @@ from fourfold.training.yaml_file import (
     nearest,
     read_yaml,
     short,
+    split_key,
 )
 
 
@@ -40,6 +46,7 @@ class Examined:
         problems: what is wrong, and what is not yet, by line.
         instead: keys that are given differently, and how.
         remarks: what its settings lead to that nobody may expect.
+        at_start: keys that are accepted, and that a run refuses.
     """
 
     path: str
@@ -47,16 +54,24 @@ class Examined:
     problems: list[Problem] = field(default_factory=list)
     instead: list[Problem] = field(default_factory=list)
     remarks: list[Problem] = field(default_factory=list)
+    at_start: list[Problem] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
-        """Whether it can be run."""
+        """Whether all of it is accepted."""
         return self.config is not None and not self.problems
 
     def complaint(self) -> str:
         """All problems, a line each."""
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        return f"{self.path}: {count}\n" + "\n".join(f"  {problem}" for problem in self.problems)
+        return self._list(self.problems)
+
+    def refusal(self) -> str:
+        """What a run refuses, a line each: all problems, and keys that are accepted only."""
+        return self._list([*self.problems, *self.at_start])
+
+    def _list(self, problems: list[Problem]) -> str:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        return f"{self.path}: {count}\n" + "\n".join(f"  {problem}" for problem in problems)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainConfig:
@@ -70,8 +85,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> TrainCo
         ConfigurationError: lists every problem: line, key, what is wrong, how to mend it.
     """
     examined = examine(path, overrides)
-    if examined.config is None or examined.problems:
-        raise ConfigurationError(examined.complaint())
+    if examined.config is None or examined.problems or examined.at_start:
+        raise ConfigurationError(examined.refusal())
     return examined.config
 
 
@@ -81,7 +96,19 @@ def examine(path: str | Path, overrides: list[str] | None = None) -> Examined:
     Raises:
         ConfigurationError: there is no such file, it is no YAML, or an override reaches nowhere.
     """
-    parsed = read_yaml(path)
+    return _examine(read_yaml(path), str(path), overrides)
+
+
+def examine_values(values: Mapping[str, Any], overrides: list[str] | None = None) -> Examined:
+    """The same for values that are in no file.
+
+    Raises:
+        ConfigurationError: an override reaches nowhere.
+    """
+    return _examine(YamlFile(dict(values), {}, []), "settings", overrides)
+
+
+def _examine(parsed: YamlFile, path: str, overrides: list[str] | None) -> Examined:
     overridden = apply_overrides(parsed, overrides or ())
     values, missing, instead = take_others(parsed.values)
     problems = parsed.problems + [_placed(problem, parsed, overridden) for problem in missing]
@@ -100,7 +127,8 @@ def examine(path: str | Path, overrides: list[str] | None = None) -> Examined:
             if not unsound.intersection(keys) and str(problem) not in {str(error) for _, error in errors}
         ]
     problems.sort(key=lambda problem: (not problem.where, len(problem.where), problem.where))  # by line
-    result = Examined(str(path), config, problems)
+    result = Examined(path, config, problems)
+    result.at_start = [_placed(problem, parsed, overridden) for problem in refusals(parsed.values)]
     result.instead = [_placed(Problem(key, what, ""), parsed, overridden) for key, what in instead]
     if config is not None:
         result.remarks = [
@@ -155,13 +183,13 @@ def _key_path(loc: tuple[int | str, ...], values: Any) -> KeyPath:
 def _explain(path: KeyPath, item: Mapping[str, Any]) -> Problem:
     """One pydantic error as a problem."""
     model = _model_at(path)
-    name = str(path[-1]) if path else "configuration"
+    name = short(str(path[-1])) if path else "configuration"
     key = dotted(path) or name
     original = item.get("ctx", {}).get("error")
     if isinstance(original, NotYetError):
-        return Problem(key, original.what, original.remedy, not_yet=True)
+        return Problem(key, original.what, original.remedy, not_yet=True, path=path)
     if item["type"] == "extra_forbidden":
-        return Problem(key, "unknown key", _known_like(name, model))
+        return Problem(key, "unknown key", _known_like(name, model), path=path)
     wanted = next(
         (
             model.model_fields[str(part)].description
@@ -171,21 +199,21 @@ def _explain(path: KeyPath, item: Mapping[str, Any]) -> Problem:
         "a mapping of keys to values",
     )
     if item["type"] == "missing":
-        return Problem(key, "missing", f"Give {wanted}.")
-    given = item["input"]
+        return Problem(key, "missing", f"Give {wanted}.", path=path)
+    given = short(brief(item["input"]))  # (brief: a few lines of aliases unfold to billions of entries)
     if item["type"] == "literal_error":
-        return Problem(
-            key, f"{short(repr(given))} is not one of {item['ctx']['expected']}", f"Give {wanted}."
-        )
+        what = f"{given} is not one of {item['ctx']['expected']}"
+        return Problem(key, what, f"Give {wanted}.", path=path)
     reason = str(original or item["msg"].removeprefix("Input "))
-    return Problem(key, f"{short(repr(given))} {reason}", f"Give {wanted}.")
+    return Problem(key, f"{given} {reason}", f"Give {wanted}.", path=path)
 
 
 def _model_at(path: KeyPath) -> type[BaseModel]:
     """The mapping that the last part of ``path`` is a key of."""
     parts = [str(part) for part in path[:-1]]
     if parts and parts[0] in ("datasets", "test_datasets"):
-        return Turn if parts[-1] == "message_property_mappings" else DatasetConfig
+        inside: dict[str, type[BaseModel]] = {"message_property_mappings": Turn, "type": PromptFormat}
+        return inside.get(parts[-1], DatasetConfig)
     inner: dict[str, type[BaseModel]] = {
         "special_tokens": SpecialTokens,
         "gradient_checkpointing_kwargs": Checkpointing,
@@ -198,7 +226,7 @@ def _known_like(name: str, model: type[BaseModel]) -> str:
     if model is TrainConfig:
         if name in ELSEWHERE:
             return f"It is `{ELSEWHERE[name]}` here."
-        known = [*TrainConfig.model_fields, *DIFFERENT, *NOT_YET]
+        known = [*TrainConfig.model_fields, *DIFFERENT, *NOT_YET, *CARDS]
         remedy = nearest(name, known)
         return remedy if remedy.startswith("Did") else "`fourfold schema` prints all keys."
     return nearest(name, [*model.model_fields, *(DATASET_NOT_YET if model is DatasetConfig else ())])
@@ -206,9 +234,7 @@ def _known_like(name: str, model: type[BaseModel]) -> str:
 
 def _placed(problem: Problem, parsed: YamlFile, overridden: Mapping[KeyPath, str]) -> Problem:
     """The problem with its line, or the nearest enclosing key's; or with "command line"."""
-    path: KeyPath = tuple(
-        int(part) if part.isdecimal() and part.isascii() else part for part in problem.key.split(".")
-    )
+    path = problem.path or split_key(problem.key)
     for override, text in overridden.items():
         if path[: len(override)] == override or override[: len(path)] == path:
             return replace(problem, where=f"command line ({text})")

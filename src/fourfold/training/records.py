@@ -1,20 +1,18 @@
-"""Conversations from a file, each row validated before anything is loaded.
+"""Records of a dataset, each validated before anything is loaded: conversations here, texts in texts.py.
 
-A bad row is an error naming file and line, never skipped; so is a field that would change the conversation
-and that nothing here passes on.
+A bad record is named with its file and line; few of many may be left out (``max_bad_records``), more are an
+error. A field that would change the conversation and that nothing here passes on makes a record bad.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from fourfold.errors import DataError
-from fourfold.loading.paths import is_meant_as_path
-from fourfold.training.schema import DatasetConfig
+from fourfold.training.dataset_keys import DatasetConfig
+from fourfold.training.sources import Bad, raw_records
+from fourfold.training.texts import Text, half_a_character, read_text
 from fourfold.training.yaml_file import nearest
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -38,8 +36,6 @@ CHANGES_CONVERSATION = (
     "audios",
 )
 SHOWN_PROBLEMS = 5
-# What `datasets` calls the kinds of files that can hold conversations.
-KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 Messages = list[dict[str, str]]
 
@@ -51,68 +47,152 @@ class Conversation:
     Attributes:
         messages: the turns, ``role`` and ``content`` each.
         source: file and line.
-        untrained: indices of the assistant's turns with ``weight: 0``.
+        trained: indices of the turns to train on; None for all of the assistant's.
+        ends: which end tokens are trained: "turn" (of those turns), "all", "last" or "none".
+        template: (``chat_template``, ``chat_template_jinja``) of its dataset, where that has its own.
     """
 
     messages: Messages
     source: str
-    untrained: frozenset[int] = frozenset()
+    trained: frozenset[int] | None = None
+    ends: str = "turn"
+    template: tuple[str, str | None] | None = None
 
     @property
     def answers(self) -> list[int]:
         """Indices of the turns to train on."""
-        return [
-            index
-            for index, turn in enumerate(self.messages)
-            if turn["role"] == "assistant" and index not in self.untrained
-        ]
+        if self.trained is not None:
+            return sorted(self.trained)
+        return [index for index, turn in enumerate(self.messages) if turn["role"] == "assistant"]
 
 
-@dataclass(frozen=True)
-class _Bad:
-    """In place of a record: why there is none. (A type of its own: a row may well be a JSON string.)"""
-
-    why: str
+Record = Conversation | Text
 
 
-def read_conversations(entry: DatasetConfig) -> list[Conversation]:
-    """Read the records of one entry: a .jsonl (a record a line) or .json (a list of records) file, or what
-    `datasets` reads.
+@dataclass
+class Read:
+    """What an entry holds.
+
+    Attributes:
+        records: the sound ones.
+        bad: place and problem of each that was left out.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+
+
+def read_records(entry: DatasetConfig, train_on_inputs: bool = False, max_bad: float = 0.0) -> Read:
+    """Read the records of one entry.
+
+    Args:
+        entry: what to read.
+        train_on_inputs: whether prompts are trained too.
+        max_bad: the share of its records that may be bad.
 
     Raises:
-        DataError: names the file and line (or record) of every problem, up to a handful.
+        DataError: it cannot be read or holds nothing; or more records are bad, and the message names the file
+            and line of a handful of them.
     """
-    path = Path(entry.path)
-    if not path.exists() and (path.suffix in KINDS or is_meant_as_path(entry.path)):
-        raise DataError(f"{path}: no such file. Relative paths start at the current directory, {Path.cwd()}.")
-    records: list[Conversation] = []
-    problems: list[str] = []
-    for source, raw in _records(path) if is_plain(entry) else from_library(entry):
-        record = renamed(raw, entry)
-        problem = record.why if isinstance(record, _Bad) else find_problem(record, entry.field_messages)
-        if problem is not None:
-            problems.append(f"{source}: {problem}")
+    result = Read()
+    for source, raw in raw_records(entry):
+        record = raw if isinstance(raw, Bad) else _record(raw, entry, source, train_on_inputs)
+        if isinstance(record, Bad):
+            result.bad.append(f"{source}: {record.why}")
         else:
-            turns = record[entry.field_messages]
-            messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-            untrained = frozenset(index for index, turn in enumerate(turns) if turn.get("weight") == 0)
-            records.append(Conversation(messages, source, untrained))
-    if problems:
-        more = f"\n  and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-        shown = "\n  ".join(problems[:SHOWN_PROBLEMS])
-        raise DataError(f"{path}: {len(problems)} bad rows; mend or remove them:\n  {shown}{more}")
-    if not records:
+            result.records.append(record)
+    total = len(result.records) + len(result.bad)
+    if len(result.bad) > max_bad * total:
         raise DataError(
-            f"{path}: holds no record. Each is an object with `{entry.field_messages}`, a list of turns."
+            f"{entry.path}: {len(result.bad)} bad rows of {total}; mend or remove them:\n  "
+            + "\n  ".join(shown_problems(result.bad))
         )
-    return records
+    if not total:
+        wanted = (
+            f"`{entry.field_messages}`, a list of turns"
+            if entry.is_chat
+            else f"what type: {_name(entry)} reads"
+        )
+        raise DataError(f"{entry.path}: holds no record. Each is an object with {wanted}.")
+    return result
+
+
+def shown_problems(problems: list[str]) -> list[str]:
+    """A handful of them, and how many more there are."""
+    more = [f"and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
+    return problems[:SHOWN_PROBLEMS] + more
+
+
+def left_out(bad: list[str]) -> list[str]:
+    """Lines that say which records were left out, and why; none where none was."""
+    count = "1 bad record" if len(bad) == 1 else f"{len(bad)} bad records"
+    return [f"{count} left out:", *(f"  {line}" for line in shown_problems(bad))] if bad else []
+
+
+def _name(entry: DatasetConfig) -> str:
+    return entry.type if isinstance(entry.type, str) else "{format: ...}"
+
+
+def _record(raw: Any, entry: DatasetConfig, source: str, train_on_inputs: bool) -> Record | Bad:
+    if not entry.is_chat:
+        text = read_text(raw, entry, source, train_on_inputs)
+        if isinstance(text, dict):  # prompt and completion are turns themselves
+            return _conversation(renamed(text, entry), entry, source, train_on_inputs, text["first"])
+        return text
+    return _conversation(renamed(raw, entry), entry, source, train_on_inputs)
+
+
+def _conversation(
+    record: Any, entry: DatasetConfig, source: str, train_on_inputs: bool, first: int = 0
+) -> Conversation | Bad:
+    """A validated conversation; turns before ``first`` are not trained."""
+    if isinstance(record, Bad):
+        return record
+    problem = find_problem(record, entry.field_messages, entry.message_field_training)
+    if problem is not None:
+        return Bad(problem)
+    turns = record[entry.field_messages]
+    words = {word: role for role, several in entry.roles.items() for word in several}
+    roles = {words.get(word, word) for word in entry.roles_to_train}
+    trained = frozenset(
+        index
+        for index, turn in enumerate(turns)
+        if index >= first and _is_trained(turn, entry.message_field_training, train_on_inputs, roles)
+    )
+    if not trained:
+        return Bad(_why_untrained(turns, roles))
+    return Conversation(
+        [{"role": turn["role"], "content": turn["content"]} for turn in turns],
+        source,
+        trained=trained,
+        ends=entry.train_on_eos,
+        template=None if entry.chat_template is None else (entry.chat_template, entry.chat_template_jinja),
+    )
+
+
+def _is_trained(turn: dict[str, Any], mark: str | None, train_on_inputs: bool, roles: set[str]) -> bool:
+    if mark is not None and turn.get(mark) is not None:
+        return bool(turn[mark])
+    if turn.get("weight") is not None:
+        return bool(turn["weight"] == 1)
+    return train_on_inputs or turn["role"] in roles
+
+
+def _why_untrained(turns: list[dict[str, Any]], roles: set[str]) -> str:
+    wanted = [turn for turn in turns if turn["role"] in roles]
+    who = "the assistant" if roles == {"assistant"} else " or ".join(sorted(roles))
+    if not wanted:
+        return f"no turn of {who}, so nothing to train on"
+    if all(turn.get("weight") == 0 for turn in wanted):
+        return f"every turn of {who} has weight 0, so nothing to train on"
+    return "no turn is marked as trained"
 
 
 def renamed(record: Any, entry: DatasetConfig) -> Any:
     """A record whose turns have ``role`` and ``content``, and our words for who speaks.
 
     Returns:
-        The record, or ``_Bad`` where two fields claim the same place; anything malformed is left as it is.
+        The record, or ``Bad`` where two fields claim the same place; anything malformed is left as it is.
     """
     turns = record.get(entry.field_messages) if isinstance(record, dict) else None
     if not isinstance(turns, list):
@@ -129,128 +209,42 @@ def renamed(record: Any, entry: DatasetConfig) -> Any:
             clash = [key for key in turn if names.get(key, key) != key and turn.get(names[key]) is not None]
             clash = [key for key in clash if names[key] not in names]
             if clash:
-                return _Bad(f"{entry.field_messages}[{index}] has both {clash[0]} and {names[clash[0]]}")
+                return Bad(f"{entry.field_messages}[{index}] has both {clash[0]} and {names[clash[0]]}")
             kept = {key: value for key, value in turn.items() if key in names or key not in names.values()}
             turn = {names.get(key, key): value for key, value in kept.items()}
             if isinstance(turn.get("role"), str):
                 turn["role"] = speakers.get(turn["role"], turn["role"])
+                if turn["role"] == "system" and entry.drop_system_message:
+                    continue
         result.append(turn)
     return {**record, entry.field_messages: result}
 
 
-def is_plain(entry: DatasetConfig) -> bool:
-    """Whether an entry is a whole file of JSON, read here so that complaints name its lines."""
-    path = Path(entry.path)
-    whole = entry.split in (None, "train") and entry.data_files is None and entry.ds_type in (None, "json")
-    whole = whole and entry.name is None and entry.revision is None  # (else these are refused by name)
-    return whole and not path.is_dir() and path.suffix in (".jsonl", ".json")
-
-
-def from_library(entry: DatasetConfig) -> Iterator[tuple[str, Any]]:
-    """Each record, with its place, of what `datasets` reads: slices, folders, Parquet, the hub.
-
-    Raises:
-        DataError: it cannot be read, or a key has no meaning for it.
-    """
-    import datasets
-
-    path = Path(entry.path)
-    arguments: dict[str, Any] = {"path": entry.path, "name": entry.name, "data_files": entry.data_files}
-    arguments["revision"] = entry.revision
-    kind: str | None = entry.ds_type
-    if path.exists():
-        unused = [key for key in ("name", "revision") if getattr(entry, key) is not None]
-        if path.is_file():
-            unused += ["data_files"] if entry.data_files is not None else []
-            kind = kind or KINDS.get(path.suffix)
-        if unused:
-            raise DataError(f"{path}: `{unused[0]}` means nothing for a local file or folder. Drop it.")
-        if path.is_file() and kind is None:
-            raise DataError(
-                f"{path}: not a {', '.join(KINDS)} file. Other kinds are not read yet; ds_type names one of "
-                "these where the ending does not."
-            )
-        if path.is_file():
-            arguments = {"path": kind, "data_files": str(path)}
-        elif kind is not None:
-            files = entry.data_files or ["*"]
-            arguments = {"path": kind, "data_files": [str(path / name) for name in files]}
-    elif kind is not None:
-        raise DataError(f"{path}: `ds_type` means nothing for a dataset on the hub. Drop it.")
-    try:
-        table = datasets.load_dataset(split=entry.split or "train", **arguments)
-    except Exception as error:  # whatever the reader of that kind raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"{entry.path}: cannot be read ({reason}). It must be a local file or folder, or a dataset "
-            "on the hub, which must be within reach; check split and data_files."
-        ) from error
-    for index, record in enumerate(table, 1):
-        yield f"{entry.path}, record {index}", record
-
-
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each record, or ``_Bad``, with its place."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}). Convert the file.") from None
-    if path.suffix == ".json":
-        records = _parse(text)
-        if isinstance(records, _Bad):
-            raise DataError(f"{path}: {records.why}.")
-        if not isinstance(records, list):
-            raise DataError(f"{path}: holds a {type(records).__name__}, not a list of records.")
-        yield from ((f"{path}, record {index}", record) for index, record in enumerate(records, 1))
-        return
-    # Not str.splitlines: it also splits at U+2028 and the like, which JSON strings may hold unescaped.
-    lines = text.split("\n")
-    if lines and not lines[-1].strip():
-        lines.pop()
-    for number, line in enumerate(lines, 1):
-        yield f"{path}, line {number}", _parse(line) if line.strip() else _Bad("empty row")
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}: " if "\n" in text else ""
-        return _Bad(f"{where}not valid JSON: {error.msg} (column {error.colno})")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
-        return _Bad(f"no JSON that can be read ({error})")
-
-
-def find_problem(record: Any, field: str) -> str | None:
-    """What is wrong with one record, or None."""
+def find_problem(record: Any, name: str, mark: str | None = None) -> str | None:
+    """What is wrong with a record whose field ``name`` holds turns, or None; ``mark`` is a field of turns."""
     if not isinstance(record, dict):
-        return f"a {type(record).__name__}, not an object with `{field}`"
+        return f"a {type(record).__name__}, not an object with `{name}`"
     if not record:
         return "empty"
-    if field not in record:
-        return f"no field `{field}`. {nearest(field, record)} (field_messages names another)"
+    if name not in record:
+        return f"no field `{name}`. {nearest(name, record)} (field_messages names another)"
     # Null and empty values stand for "none" in files exported from tables.
-    changing = [name for name in CHANGES_CONVERSATION if name != field and record.get(name)]
+    changing = [key for key in CHANGES_CONVERSATION if key != name and record.get(key)]
     if changing:
         return f"`{changing[0]}` is not supported and would be left out. Write what it says into the turns"
-    turns = record[field]
+    turns = record[name]
     if not isinstance(turns, list) or not turns:
-        return f"`{field}` is no list of turns" if not isinstance(turns, list) else f"`{field}` is empty"
+        return f"`{name}` is no list of turns" if not isinstance(turns, list) else f"`{name}` is empty"
     for index, turn in enumerate(turns):
-        problem = _turn_problem(turn, f"{field}[{index}]")
+        problem = _turn_problem(turn, f"{name}[{index}]", mark)
         if problem is not None:
             return problem
     if turns[0]["role"] == "assistant":
-        return f"{field}[0] is the assistant's: a conversation begins with another turn"
-    answers = [turn for turn in turns if turn["role"] == "assistant"]
-    if not answers:
-        return "no turn of the assistant, so nothing to train on"
-    if all(turn.get("weight") == 0 for turn in answers):
-        return "every turn of the assistant has weight 0, so nothing to train on"
+        return f"{name}[0] is the assistant's: a conversation begins with another turn"
     return None
 
 
-def _turn_problem(turn: Any, where: str) -> str | None:
+def _turn_problem(turn: Any, where: str, mark: str | None) -> str | None:
     if not isinstance(turn, dict):
         return f"{where} is a {type(turn).__name__}, not an object with role and content"
     for key in ("role", "content"):
@@ -260,14 +254,15 @@ def _turn_problem(turn: Any, where: str) -> str | None:
         return f"{where}.role is {turn['role']!r}. {nearest(turn['role'], ROLES)}"
     if not turn["content"].strip() and turn["role"] != "system":
         return f"{where}.content is empty"
-    if not turn["content"].isascii():
-        try:
-            turn["content"].encode("utf-8")
-        except UnicodeEncodeError as error:
-            return f"{where}.content holds half a character (\\u{ord(error.object[error.start]):04x} alone)"
-    unknown = [name for name in turn if name not in TURN_FIELDS and turn[name] not in (None, [], {}, "")]
+    broken = half_a_character(turn["content"])
+    if broken is not None:
+        return f"{where}.content {broken}"
+    known = (*TURN_FIELDS, mark)
+    unknown = [name for name in turn if name not in known and turn[name] not in (None, [], {}, "")]
     if unknown:
         return f"{where}.{unknown[0]} is not supported and would be left out. Write what it says into content"
+    if mark is not None and turn.get(mark) is not None and not isinstance(turn[mark], bool):
+        return f"{where}.{mark} is {turn[mark]!r}: true (the turn is trained) or false (it is not)"
     weight = turn.get("weight")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         return f"{where}.weight is {weight!r}: 1 (the answer is trained) or 0 (it is not)"

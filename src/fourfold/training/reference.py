@@ -11,8 +11,12 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from fourfold.training.cards import CARDS
+from fourfold.training.dataset_keys import DatasetConfig, PromptFormat, Turn
+from fourfold.training.model_keys import SpecialTokens
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, NOT_YET, PLUGINS, NotYet
-from fourfold.training.schema import Checkpointing, DatasetConfig, SpecialTokens, TrainConfig, Turn
+from fourfold.training.run_keys import Checkpointing
+from fourfold.training.schema import TrainConfig
 
 HEAD = """\
 # Configuration
@@ -34,8 +38,9 @@ or only speed, memory or display hang on it; accepted, and said by `validate` an
 nothing. Any other key is an error that names the nearest known one. A null is the key's default; a key given
 twice is an error; settings that contradict each other are errors.
 
-Two keys mean more than axolotl's where they are absent: `lora_target_parameters` (experts are trained) and
-`quantize_moe_experts` (experts are packed wherever Linears are). `validate` says so each time.
+One key means more than axolotl's where it is absent: `quantize_moe_experts` (experts are packed wherever
+Linears are). Experts are trained only where `lora_target_parameters` names them, or is `all`. `validate` says
+both each time.
 
 `key=value` on the command line replaces a key of the file: the value is YAML (`lora_r=null`,
 `lora_target_modules=[q_proj]`), dots reach inside (`bnb_config_kwargs.bnb_4bit_quant_type=fp4`), numbers
@@ -49,6 +54,7 @@ def render() -> str:
     for title, model in (
         ("An entry of `datasets` and `test_datasets`", DatasetConfig),
         ("`message_property_mappings`", Turn),
+        ("`type`, where it is a mapping", PromptFormat),
         ("`special_tokens`", SpecialTokens),
         ("`gradient_checkpointing_kwargs`", Checkpointing),
     ):
@@ -56,6 +62,8 @@ def render() -> str:
     parts += ["## Given differently\n", _table(("key", "what happens instead"), DIFFERENT.items())]
     parts += ["### Plugins\n", _table(("plugin", "what happens instead"), PLUGINS.items())]
     parts += ["## Not yet\n", _not_yet(NOT_YET), "### In an entry of `datasets`\n", _not_yet(DATASET_NOT_YET)]
+    heading = "## Several cards\n\nAccepted, and refused by name at the start of a run.\n"
+    parts += [heading, _table(("key", "what it is"), CARDS.items())]
     return "\n".join(parts)
 
 

@@ -3,20 +3,26 @@
 A resumed run must see the batches that an uninterrupted one would have seen, with the adapters and the
 optimizer's state it was written with. transformers keeps its own arguments in a pickle, which is never read;
 ``run.json``, written beside it, holds what has to agree.
+
+``run.json`` is also the mark of a whole checkpoint: it is written last, in one step, and names each file with
+its size. A run that is killed while it writes leaves a folder without it, which nothing resumes from, and the
+older checkpoints are deleted only afterwards.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
 from fourfold.errors import ConfigurationError
+from fourfold.training import processes
 from fourfold.training.schema import TrainConfig
 
-RUN_FILE = "run.json"
+RUN_FILE, STATE_FILE = "run.json", "trainer_state.json"
+FILES = "files"
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", RUN_FILE)
 # Batches, the optimizer's state and the adapters hang on these. From learning_rate on: the stored state
 # brings its own, so that another one in the file would be ignored.
@@ -34,8 +40,16 @@ FIXED = (
     "lora_alpha_pattern",
     "peft_use_rslora",
     "peft_init_lora_weights",
+    "lora_modules_to_save",
+    "lora_model_dir",
+    "loraplus_lr_ratio",
+    "loraplus_lr_embedding",
+    "router_aux_loss_coef",
+    "neftune_noise_alpha",
+    "fp16",
     "sequence_len",
     "excess_length_strategy",
+    "sample_packing",
     "micro_batch_size",
     "gradient_accumulation_steps",
     "optimizer",
@@ -46,6 +60,8 @@ FIXED = (
     "adam_epsilon",
     "seed",
 )
+# How many processes share a step: a batch is that many micro batches.
+PROCESSES = "processes (torchrun --nproc_per_node)"
 Settings = dict[str, Any]
 
 
@@ -69,86 +85,122 @@ def run_settings(
         "base_model": str(base.resolve()) if base.exists() else config.base_model,
         "bf16": bf16,
         "datasets": digest,
+        PROCESSES: processes.count(),
     }
     result: Settings = json.loads(json.dumps(settings, default=str))
     return result
 
 
-class RunFile(TrainerCallback):
-    """Writes ``run.json`` into each checkpoint, and remembers which were written.
+def commit(folder: Path, settings: Settings) -> None:
+    """Mark a checkpoint as whole: ``run.json``, with the sizes of all that lies there."""
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != RUN_FILE}
+    text = json.dumps({**settings, FILES: files}, indent=2) + "\n"
+    unfinished = folder / f"{RUN_FILE}.part"
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, folder / RUN_FILE)
 
-    Attributes:
-        steps: the steps at which a checkpoint was written, the one resumed from included.
-    """
 
-    def __init__(self, settings: Settings, resumed_at: int | None = None) -> None:
-        self.settings = settings
-        self.steps = [] if resumed_at is None else [resumed_at]
+def keep_newest(output: Path, limit: int | None) -> None:
+    """Delete the checkpoints that were written before the newest ``limit`` whole ones."""
+    if limit is None:
+        return
+    whole = [path for _, path in checkpoints(output) if (path / RUN_FILE).is_file()]
+    newest = sorted(whole, key=lambda path: (path / RUN_FILE).stat().st_mtime_ns)
+    for path in newest[: max(0, len(newest) - limit)]:
+        (path / RUN_FILE).unlink()  # first: killed here, it is no whole checkpoint any more
+        shutil.rmtree(path, ignore_errors=True)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After each checkpoint."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / RUN_FILE).write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
-        self.steps.append(state.global_step)
+
+def checkpoints(output: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of whatever is called a checkpoint, by step."""
+    found = []
+    for path in output.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdecimal() and step.isascii() and path.is_dir():
+            found.append((int(step), path))
+    return sorted(found)
 
 
 def find_checkpoint(config: TrainConfig) -> str | None:
     """The checkpoint that ``resume_from_checkpoint`` means; its own settings are not looked at yet.
 
+    ``auto_resume_from_checkpoints`` means the last one that is whole, if any, whatever a killed run left
+    beside it; that of a run which is over is taken too (see ``is_over``).
+
     Raises:
         ConfigurationError: there is none, it is damaged, or nothing is left to train.
     """
     wanted: bool | str = config.resume_from_checkpoint
-    automatic = wanted is False and config.auto_resume_from_checkpoints
-    if wanted is False and not automatic:
+    if wanted is False and config.auto_resume_from_checkpoints:
+        for _, folder in reversed(checkpoints(Path(config.output_dir))):
+            if _trouble(folder) is None:
+                return str(folder)
         return None
-    if wanted is True or automatic:
-        steps = [
-            (int(path.name.removeprefix("checkpoint-")), path)
-            for path in Path(config.output_dir).glob("checkpoint-*")
-            if path.name.removeprefix("checkpoint-").isdigit() and (path / "trainer_state.json").is_file()
-        ]
-        if not steps and automatic:
-            return None
-        if not steps:
+    if wanted is False:
+        return None
+    if wanted is True:
+        begun = [path for _, path in checkpoints(Path(config.output_dir)) if (path / STATE_FILE).is_file()]
+        if not begun:
             raise ConfigurationError(
                 f"resume_from_checkpoint: true, but {config.output_dir} holds no checkpoint. "
                 "Set it to false to start anew, or name a checkpoint's folder."
             )
-        wanted = str(max(steps)[1])
+        wanted = str(begun[-1])
     wanted = str(wanted)
-    folder = Path(wanted)
-    if not (folder / "trainer_state.json").is_file():
+    trouble = _trouble(Path(wanted))
+    if trouble is not None:
+        raise trouble
+    if is_over(config, wanted):
+        state = _read(Path(wanted) / STATE_FILE)
+        step, epoch = state["global_step"], state["epoch"]
+        if config.max_steps is not None:
+            where, key = f"step {step} of {config.max_steps}", "max_steps"
+        else:
+            where, key = f"epoch {epoch:g} of {config.num_epochs:g}", "num_epochs"
         raise ConfigurationError(
-            f"resume_from_checkpoint: {wanted} is no checkpoint of a run (it has no trainer_state.json). "
-            "Name a folder such as output_dir/checkpoint-20."
-        )
-    state = _read(folder / "trainer_state.json")
-    missing = [name for name in NEEDED if not (folder / name).is_file()]
-    if missing:
-        raise ConfigurationError(
-            f"resume_from_checkpoint: {wanted} has no {', '.join(missing)}, so it is no whole checkpoint of "
-            "`fourfold train`. Name an earlier one."
-        )
-    step, epoch = state.get("global_step"), state.get("epoch")
-    if not isinstance(step, int) or not isinstance(epoch, (int, float)):
-        raise _damaged(folder / "trainer_state.json", "it has no global_step or no epoch")
-    if config.max_steps is not None and step >= config.max_steps:
-        raise ConfigurationError(
-            f"resume_from_checkpoint: {wanted} is at step {step} of {config.max_steps} already: nothing is "
-            "left to train. Raise max_steps."
-        )
-    if config.max_steps is None and epoch >= config.num_epochs - 1e-6:
-        raise ConfigurationError(
-            f"resume_from_checkpoint: {wanted} is at epoch {epoch:g} of {config.num_epochs:g} already: "
-            "nothing is left to train. Raise num_epochs."
+            f"resume_from_checkpoint: {wanted} is at {where} already: nothing is left to train. Raise {key}."
         )
     return wanted
 
 
+def is_over(config: TrainConfig, checkpoint: str) -> bool:
+    """Whether the run ends where the checkpoint was written."""
+    state = _read(Path(checkpoint) / STATE_FILE)
+    if config.max_steps is not None:
+        return bool(state["global_step"] >= config.max_steps)
+    return bool(state["epoch"] >= config.num_epochs - 1e-6)
+
+
+def _trouble(folder: Path) -> ConfigurationError | None:
+    """Why a checkpoint cannot be resumed from; None where it is whole."""
+    if not (folder / STATE_FILE).is_file():
+        return ConfigurationError(
+            f"resume_from_checkpoint: {folder} is no checkpoint of a run (it has no {STATE_FILE}). "
+            "Name a folder such as output_dir/checkpoint-20."
+        )
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if missing:
+        return ConfigurationError(
+            f"resume_from_checkpoint: {folder} has no {', '.join(missing)}, so it is no whole checkpoint of "
+            "`fourfold train`. Name an earlier one."
+        )
+    try:
+        state, stored = _read(folder / STATE_FILE), _read(folder / RUN_FILE)
+    except ConfigurationError as error:
+        return error
+    if not isinstance(state.get("global_step"), int) or not isinstance(state.get("epoch"), (int, float)):
+        return _damaged(folder / STATE_FILE, "it has no global_step or no epoch")
+    sizes = stored.get(FILES)
+    for name, size in sizes.items() if isinstance(sizes, dict) else ():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return _damaged(path, "it is gone or cut short")
+    return None
+
+
 def step_of(checkpoint: str) -> int:
     """How many steps led to a checkpoint that ``find_checkpoint`` has found."""
-    return int(_read(Path(checkpoint) / "trainer_state.json")["global_step"])
+    return int(_read(Path(checkpoint) / STATE_FILE)["global_step"])
 
 
 def check_unchanged(checkpoint: str, settings: Settings) -> None:
@@ -162,6 +214,7 @@ def check_unchanged(checkpoint: str, settings: Settings) -> None:
         ConfigurationError: names each that differs, with both values.
     """
     stored = _read(Path(checkpoint) / RUN_FILE)
+    stored.setdefault(PROCESSES, 1)  # (older ones were of one process)
     changed = [
         "datasets (not the same tokens)" if key == "datasets" else f"{key} ({_stored(stored, key)} there)"
         for key, value in settings.items()
@@ -177,7 +230,9 @@ def check_unchanged(checkpoint: str, settings: Settings) -> None:
 def _stored(settings: Settings, key: str) -> Any:
     """A setting of a checkpoint; of one that is older than the setting, what it was without being one."""
     field = TrainConfig.model_fields.get(key)
-    return settings.get(key, None if field is None else field.default)
+    if key in settings or field is None:
+        return settings.get(key)
+    return field.get_default(call_default_factory=True)
 
 
 def fixed_settings(config: TrainConfig) -> Settings:
@@ -201,3 +256,9 @@ def _damaged(path: Path, why: str) -> ConfigurationError:
         f"resume_from_checkpoint: {path} is damaged ({why}): the run may have been stopped while writing it. "
         "Delete that checkpoint, or name an earlier one."
     )
+
+
+def first_line(error: BaseException) -> str:
+    """Of an exception's message."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -9,19 +9,21 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerState, set_seed
 from transformers.utils import enable_tf32
 
 import fourfold
-from fourfold.adapters.peft_lora import add_lora
 from fourfold.errors import ConfigurationError, TrainingError
 from fourfold.planning.report import Report, make_report
+from fourfold.training import processes
+from fourfold.training.adapting import put_on
 from fourfold.training.callbacks import (
     Curve,
     FiniteGradients,
@@ -32,11 +34,15 @@ from fourfold.training.callbacks import (
     peak_memory,
 )
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
-from fourfold.training.preflight import Checked, check
-from fourfold.training.resume import RunFile, step_of
+from fourfold.training.isolation import refuse_leaks
+from fourfold.training.journal import Journal, write_reports
+from fourfold.training.packing import packing_collator
+from fourfold.training.planned import EVERYTHING_ELSE, Memory
+from fourfold.training.preflight import MERGED, Checked, check
+from fourfold.training.resume import STATE_FILE, first_line, step_of
 from fourfold.training.schema import TrainConfig
-from fourfold.training.summary import RunResult, write_loss_curve, write_report
-from fourfold.training.targets import resolve
+from fourfold.training.summary import RunResult, write_loss_curve
+from fourfold.training.watch import AtTheEnd, EarlyStop, Saved
 
 try:
     import matplotlib.figure  # noqa: F401  (the loss curve, drawn when the run is over)
@@ -48,12 +54,14 @@ except ImportError as error:  # TRL, datasets and matplotlib are the extra `trai
     ) from error
 
 SAMPLE_TOKENS = 24
+SKIPPED_IN_FP16 = 17
 # Held-out answers a batch: without gradients four times what a training step holds is a cautious choice.
 EVALUATION_BATCHES = 4
 
 
 def run(config: TrainConfig, console: Console | None = None) -> RunResult:
-    """Train as ``config`` says; leaves adapter, tokenizer, report.json and loss.png in ``output_dir``.
+    """Train as ``config`` says; leaves adapter, tokenizer, report.html, report.json and loss.png in
+    ``output_dir``. A run that breaks once it has begun leaves the reports too.
 
     Raises:
         ConfigurationError, DataError, AdapterError, UnsupportedExpertsError: the input is wrong; found before
@@ -61,47 +69,74 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         UnquantizedExpertsError: an expert stayed in high precision although nobody asked for that.
         TrainingError: a loss is not finite, or a trainable parameter gets no gradient.
     """
+    processes.join()
     console = console or Console()
-    clock = _Clock(console)
+    if not processes.is_first():
+        console = Console(quiet=True)
+    journal = Journal()
+    with journal.reporting():
+        return _run(config, console, journal)
+
+
+def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
+    clock = _Clock(console, journal)
     with clock("checking configuration, data and targets"):
         checked = check(config)
+        memory = Memory(config, checked)
+        remark = memory.remark()
+        journal.begin(config)
+    for note in (*checked.notes, *([] if remark is None else [remark])):
+        console.print(note, soft_wrap=True, markup=False, highlight=False)
     with clock("loading and packing the model"):
         model, packed = load(config, checked)
-    collate = make_collator(checked.tokenizer)
+        journal.facts["model"] = packed.to_dict()
+    collate, flatten = make_collator(checked.tokenizer), packing_collator(checked.tokenizer)
 
     def evaluate(what: str) -> AnswerLosses | None:
         if checked.held_out is None:
             return None
         with clock(f"{what}: {len(checked.held_out.dataset)} held-out answers", "evaluation"):
             size = config.eval_batch_size or config.micro_batch_size * EVALUATION_BATCHES
-            return evaluate_answers(model, checked.held_out.dataset, collate, size)
+            packed = (flatten, config.sequence_len) if config.eval_sample_packing else None
+            return evaluate_answers(model, checked.held_out.dataset, collate, size, packed)
 
     before = evaluate("before training")
     with clock("a sample answer", "samples"):
-        answer_before = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
+        answer_before = answer(model, checked.tokenizer, checked.sample.ids, SAMPLE_TOKENS)
 
     model, lost = with_adapters(model, config, checked), None
+    if config.sample_packing or config.eval_sample_packing:
+        refuse_leaks(model)  # with the layers and kernels that are really there
     if config.peft_init_lora_weights == "loftq" and checked.checkpoint is None:
         with clock("fitting adapters to what packing lost"):
             lost = fourfold.loftq_init(model)
-    curve = Curve()
+    curve = journal.curve
     if before is not None:
         curve.held_out.append((0, before.mean))
-    trainer = make_trainer(model, config, checked, collate, curve, console, evaluate)
-    with clock("training", "training (evaluations and checkpoints included)", announce=False):
-        train(trainer, checked.checkpoint)
-    output = Path(config.output_dir)
-    with clock("saving", announce=False):  # at once: whatever fails from here on, the adapter is safe
-        model.save_pretrained(str(output))
-        checked.tokenizer.save_pretrained(str(output))
+    batch_of = flatten if config.sample_packing else collate
+    trainer = make_trainer(model, config, checked, batch_of, curve, console, evaluate)
+    trainer.add_callback(journal)
+    output, after = Path(config.output_dir), None
 
-    after = evaluate("after training")
-    if after is not None:
-        curve.held_out.append((trainer.state.global_step, after.mean))
-        if "mlflow" not in config.trackers:  # (its run has ended; another would be begun)
+    def at_the_end() -> None:
+        nonlocal after
+        with clock("saving", announce=False):  # at once: whatever fails from here on, the adapter is safe
+            save(model, checked.tokenizer, output)
+        after = evaluate("after training")
+        if after is not None:
+            curve.held_out.append((trainer.state.global_step, after.mean))
             trainer.log({"eval_loss": after.mean})
+
+    # Before the trackers' callbacks: MLflow's closes its run when training ends.
+    trainer.callback_handler.callbacks.insert(0, AtTheEnd(at_the_end))
+    with clock("training", "training (evaluations and checkpoints included)", announce=False):
+        if checked.over and checked.checkpoint is not None:
+            take_over(trainer, checked.checkpoint, curve)
+            at_the_end()
+        else:
+            train(trainer, checked.checkpoint, memory.advice)
     with clock("a sample answer", "samples"):
-        answer_after = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
+        answer_after = answer(model, checked.tokenizer, checked.sample.ids, SAMPLE_TOKENS)
     facts = _facts(model, config, checked)
     if lost is not None:
         facts["adapters"]["loftq"] = lost.to_dict()["roles"]
@@ -114,16 +149,58 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         improvement=None if before is None or after is None else Improvement.between(before, after),
         curve=curve,
         sample={
-            "prompt": checked.sample[-1]["content"],
-            "reference": checked.reference,
+            "prompt": checked.sample.question,
+            "reference": checked.sample.reference,
             "before": answer_before,
             "after": answer_after,
         },
         seconds=clock.seconds,
+        journal=journal.to_dict(),
     )
-    write_report(result, output / "report.json")
-    write_loss_curve(result, output / "loss.png")
+    if processes.is_first():
+        with writing(output):
+            write_reports(result.to_dict(), output)
+            write_loss_curve(result, output / "loss.png")
+        if config.merge_lora:
+            with clock("merging"):
+                fourfold.merge(
+                    config.base_model, output, output / MERGED, force=checked.checkpoint is not None
+                )
+    if config.hub_model_id is not None:
+        with clock("uploading"):
+            trainer.push_to_hub()
     return result
+
+
+def save(model: Any, tokenizer: Any, output: Path) -> None:
+    """The adapter and the tokenizer, written by the first process."""
+    if processes.is_first():
+        with writing(output):
+            model.save_pretrained(str(output))
+            tokenizer.save_pretrained(str(output))
+
+
+@contextlib.contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Whatever cannot be written there is said with the remedy.
+
+    Raises:
+        TrainingError: the disk is full, say.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"output_dir: {output} cannot be written to ({first_line(error)}). Make room there, and go "
+            "on from the last checkpoint with auto_resume_from_checkpoints: true."
+        ) from error
+
+
+def take_over(trainer: MoeTrainer, checkpoint: str, curve: Curve) -> None:
+    """The adapters and losses of a run that had only its end to do when it was stopped."""
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
+    curve.train = [(e["step"], float(e["loss"])) for e in trainer.state.log_history if "loss" in e]
 
 
 def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:
@@ -135,7 +212,10 @@ def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:
     set_seed(config.seed)
     if config.tf32 != "auto":
         enable_tf32(config.tf32)
-    kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if checked.bf16 else torch.float32}
+    half = torch.bfloat16 if checked.bf16 else torch.float16
+    kwargs: dict[str, Any] = {"dtype": half if checked.bf16 or config.fp16 else torch.float32}
+    if config.trust_remote_code:
+        kwargs["trust_remote_code"] = True
     if checked.quantization_config is not None:
         kwargs["quantization_config"] = checked.quantization_config
     if config.attention is not None:
@@ -155,19 +235,7 @@ def with_adapters(model: Any, config: TrainConfig, checked: Checked) -> Any:
         use_reentrant=config.gradient_checkpointing_kwargs.use_reentrant,
     )
     set_seed(config.seed)  # the factors' initial values depend on the seed alone, not on what ran before
-    return add_lora(
-        model,
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        target_modules=resolve(model, checked.target_modules),
-        target_parameters=checked.target_parameters,
-        dropout=config.lora_dropout,
-        exclude_modules=config.lora_exclude_modules,
-        rank_pattern=config.lora_rank_pattern or {},
-        alpha_pattern=config.lora_alpha_pattern or {},
-        use_rslora=config.peft_use_rslora,
-        init_lora_weights=True if config.peft_init_lora_weights == "loftq" else config.peft_init_lora_weights,
-    )
+    return put_on(model, config, checked.target_modules, checked.target_parameters)
 
 
 def make_trainer(
@@ -180,7 +248,7 @@ def make_trainer(
     evaluate: Any,
 ) -> MoeTrainer:
     """The trainer with our callbacks and without the printing of its own."""
-    examples = len(checked.train.dataset)
+    examples = len(checked.train.rows)
     arguments = trainer_arguments(
         config, bf16=checked.bf16, use_cpu=not torch.cuda.is_available(), examples=examples
     )
@@ -189,25 +257,37 @@ def make_trainer(
         model=model,
         args=arguments,
         data_collator=collate,
-        train_dataset=checked.train.dataset,
+        train_dataset=checked.train.rows,
         processing_class=checked.tokenizer,
+        settings=checked.settings,
+        loraplus=None
+        if config.loraplus_lr_ratio is None
+        else (config.loraplus_lr_ratio, config.loraplus_lr_embedding),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Metrics(curve, lambda: trainer.tokens_seen))
     trainer.add_callback(FirstStepGradients())
-    trainer.add_callback(FiniteGradients())
-    trainer.add_callback(
-        RunFile(checked.settings, step_of(checked.checkpoint) if checked.checkpoint else None)
-    )
+    # From 65,536 the scaler of fp16 gets below 1 in so many halvings.
+    trainer.add_callback(FiniteGradients(trainer.name_examples, SKIPPED_IN_FP16 if config.fp16 else 0))
+    trainer.add_callback(Saved(step_of(checked.checkpoint) if checked.checkpoint else None))
     if checked.held_out is not None:
         every = interval(config, "eval", examples)
         trainer.add_callback(HeldOut(lambda: evaluate("during training"), curve, every, trainer.log))
+    if config.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStop(config.early_stopping_patience))
     trainer.add_callback(Progressing(console, curve))
     return trainer
 
 
-def train(trainer: MoeTrainer, checkpoint: str | None) -> None:
+def train(
+    trainer: MoeTrainer, checkpoint: str | None, advice: Callable[[], str] = lambda: EVERYTHING_ELSE
+) -> None:
     """Run the trainer; the progress bar is taken down whatever happens.
+
+    Args:
+        trainer: of `make_trainer`.
+        checkpoint: to resume from.
+        advice: what to change where memory runs out.
 
     Raises:
         TrainingError: a callback or the trainer stopped the run, or memory ran out; the message says what is
@@ -219,8 +299,7 @@ def train(trainer: MoeTrainer, checkpoint: str | None) -> None:
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"Out of GPU memory at step {trainer.state.global_step + 1} ({str(error).splitlines()[0]}). "
-            "Lower micro_batch_size (and raise gradient_accumulation_steps), lower sequence_len, or set "
-            f"gradient_checkpointing: true. {_what_is_left(trainer, checkpoint)}"
+            f"{advice()} {_what_is_left(trainer, checkpoint)}"
         ) from error
     except TrainingError as error:
         raise TrainingError(f"{error} {_what_is_left(trainer, checkpoint)}") from error
@@ -236,7 +315,7 @@ def _what_is_left(trainer: MoeTrainer, checkpoint: str | None) -> str:
     """
     step = trainer.state.global_step
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, RunFile):
+        if isinstance(callback, Saved):
             sound = [saved for saved in callback.steps if saved < step]
             if sound and checkpoint is not None and max(sound) == callback.steps[0]:
                 return f"Nothing new was saved; {checkpoint} is as it was."
@@ -270,8 +349,8 @@ def set_tracker_environment(config: TrainConfig) -> None:
 class _Clock:
     """Says what is going on and adds up how long it took."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, journal: Journal) -> None:
+        self.console, self.journal = console, journal
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -279,8 +358,10 @@ class _Clock:
         if announce:
             self.console.print(f"{what} ...", style="dim", soft_wrap=True, highlight=False)
         started = time.perf_counter()
+        outer, self.journal.doing = self.journal.doing, what
         try:
             yield
+            self.journal.doing = outer
         finally:
             key = key or what
             self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
@@ -300,7 +381,7 @@ def _facts(model: Any, config: TrainConfig, checked: Checked) -> dict[str, Any]:
             "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trainable}),
         },
         "data": {
-            "train": checked.train.to_dict(),
+            "train": {**checked.train.to_dict(), "bad_records": len(checked.bad)},
             "held_out": None if held_out is None else held_out.to_dict(),
         },
         "peak_memory_bytes": peak_memory(),

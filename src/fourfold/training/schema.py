@@ -12,181 +12,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from fourfold.training.adapter_keys import AdapterKeys
 from fourfold.training.contradictions import ContradictionError, contradictions
+from fourfold.training.dataset_keys import DatasetConfig
 from fourfold.training.key_types import (
-    Attention,
     BelowOne,
-    Count,
-    Names,
-    NamesOrPattern,
-    OneOrMore,
-    Optimizer,
     PathText,
-    Positive,
-    PositiveFloat,
-    Ranks,
-    Scheduler,
     Share,
-    Strategy,
-    Strict,
-    Text,
-    false_is_none,
     not_bool,
-    only,
-    refuse_yet,
 )
-
-# Who speaks, by the words for it in common files; `roles` replaces the table.
-Role = Literal["system", "user", "assistant", "tool"]
-ROLES: dict[Role, list[str]] = {
-    "system": ["system"],
-    "user": ["user", "human"],
-    "assistant": ["assistant", "gpt"],
-    "tool": ["tool"],
-}
-DATASET_TYPES = (
-    "chat_template",
-    "alpaca",
-    "alpaca_chat",
-    "completion",
-    "sharegpt",
-    "input_output",
-    "context_qa",
-    "pretrain",
-    "chat_template.default",
-    "chat_template.argilla",
-)
-TEMPLATES = ("tokenizer_default", "tokenizer_default_fallback_chatml", "chatml", "jinja")
-_SHARE = "a whole number of steps, or a fraction of the run"
+from fourfold.training.model_keys import ModelKeys
+from fourfold.training.run_keys import RunKeys
+from fourfold.training.templates import TEMPLATES
+from fourfold.training.tracker_keys import TrackerKeys
 
 
-class Turn(Strict):
-    """What a turn's fields are called in a file."""
-
-    role: Text = Field("role", description="the field that says who speaks")
-    content: Text = Field("content", description="the field with the text")
-
-
-class DatasetConfig(Strict):
-    """Conversations: a file, a folder of files, or a dataset on the hub.
-
-    A record may hold whatever else says something about it (an id, its source); fields that would change the
-    conversation (``tools`` and the like, see ``records.CHANGES_CONVERSATION``) are refused, and so is
-    anything in a turn but ``role``, ``content`` and ``weight`` (0: the answer is shown, not trained).
-    """
-
-    path: PathText = Field(
-        description="a local file (.jsonl, .json, .parquet), a folder, or a dataset's id on the hub"
-    )
-    type: Annotated[
-        Literal["chat_template"],
-        only(("chat_template",), "Write conversations, and type: chat_template.", DATASET_TYPES),
-    ] = Field("chat_template", description="`chat_template`")
-    name: Text | None = Field(None, description="the name of the hub dataset's configuration")
-    split: Text | None = Field(
-        None, description="a split, or a slice of one, such as train[:20%]; absent means train"
-    )
-    data_files: OneOrMore | None = Field(None, description="a file, or a list of files, within `path`")
-    ds_type: Literal["json", "parquet", "arrow"] | None = Field(
-        None, description="`json`, `parquet` or `arrow`, where a file's name does not say"
-    )
-    revision: Text | None = Field(None, description="a branch, tag or commit of a dataset on the hub")
-    field_messages: str = Field("messages", min_length=1, description="the name of the field with the turns")
-    message_property_mappings: Turn = Field(
-        default_factory=lambda: Turn.model_validate({}),
-        description="a mapping of role and content to the turns' own fields, such as {role: from}",
-    )
-    roles: dict[Role, OneOrMore] = Field(
-        default_factory=lambda: ROLES,
-        description="a mapping of system, user, assistant and tool to the words for them in the file",
-    )
-
-
-class SpecialTokens(Strict):
-    """Tokens with a meaning of their own; each must be in the model's vocabulary."""
-
-    bos_token: Text | None = Field(None, description="begins a text")
-    eos_token: Text | None = Field(None, description="ends a text or turn")
-    pad_token: Text | None = Field(None, description="fills batches")
-    unk_token: Text | None = Field(None, description="stands for what is unknown")
-    additional_special_tokens: Names | None = Field(None, description="further ones, a list")
-
-
-class Checkpointing(Strict):
-    """How activations are recomputed."""
-
-    use_reentrant: bool = Field(False, description="torch's older kind; false is recommended")
-
-
-class TrainConfig(Strict):
+class TrainConfig(TrackerKeys, RunKeys, AdapterKeys, ModelKeys):
     """A training run. Field names are the YAML keys; see ``load_config``."""
 
-    base_model: PathText = Field(description="a folder, or a model's id on the hub")
-    model_type: Annotated[
-        Literal["AutoModelForCausalLM"], only(("AutoModelForCausalLM",), "Drop it: it is read off the model.")
-    ] = Field("AutoModelForCausalLM", description="`AutoModelForCausalLM`: what config.json names")
-    tokenizer_type: Annotated[
-        Literal["AutoTokenizer"], only(("AutoTokenizer",), "Drop it: it is read off the model.")
-    ] = Field("AutoTokenizer", description="`AutoTokenizer`: what the tokenizer's files name")
-    special_tokens: SpecialTokens | None = Field(
-        None, description="a mapping such as {pad_token: ...}, of tokens that the vocabulary has"
-    )
-    attn_implementation: Annotated[
-        Attention | None,
-        refuse_yet(
-            lambda value: isinstance(value, str) and "/" in value,
-            "kernels from the hub",
-            "Take sdpa, or an installed flash_attention_2.",
-        ),
-    ] = Field(None, description="the name of an attention; absent means what transformers chooses")
-    flash_attention: bool = Field(False, description="true: as attn_implementation: flash_attention_2")
-    sdp_attention: bool = Field(False, description="true: as attn_implementation: sdpa")
-    flex_attention: bool = Field(False, description="true: as attn_implementation: flex_attention")
-    eager_attention: bool = Field(False, description="true: as attn_implementation: eager")
-    adapter: Literal["qlora", "lora"] = Field(description="`qlora` (with load_in_4bit) or `lora`")
-    load_in_4bit: bool = Field(False, description="true or false")
-    load_in_8bit: bool = Field(False, description="true or false")
-    quantize_moe_experts: bool | None = Field(
-        None, description="true or false; absent means true wherever load_in_4bit or load_in_8bit is"
-    )
-    bnb_config_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="a mapping of quantization settings"
-    )
-
-    lora_r: Positive = Field(8, description="a positive whole number")
-    lora_alpha: Positive = Field(16, description="a positive whole number")
-    lora_dropout: BelowOne = Field(
-        0.0, description="a fraction below 1, on lora_target_modules; experts take none"
-    )
-    lora_target_modules: NamesOrPattern | None = Field(
-        None,
-        description="a list of module names, or a regular expression of whole names; absent means the "
-        "attention projections, [] none",
-    )
-    lora_target_linear: bool = Field(
-        False, description="true: every Linear but the head, instead of lora_target_modules"
-    )
-    lora_target_parameters: OneOrMore | None = Field(
-        None, description="a list of parameter names; absent means the experts' projections, [] none"
-    )
-    lora_exclude_modules: NamesOrPattern | None = Field(
-        None, description="module names, or a regular expression: not to be wrapped though a target"
-    )
-    lora_rank_pattern: Ranks | None = Field(
-        None, description="a mapping of names (regular expressions) to ranks other than lora_r"
-    )
-    lora_alpha_pattern: Ranks | None = Field(
-        None, description="a mapping of names (regular expressions) to alphas other than lora_alpha"
-    )
-    peft_use_rslora: bool = Field(False, description="true: updates scaled by alpha / sqrt(r), not alpha / r")
-
-    peft_init_lora_weights: Literal[True, "gaussian", "loftq"] = Field(
-        True,
-        description="true or `gaussian` (begin with no change), or `loftq` (begin with what packing lost)",
-    )
-
     datasets: list[DatasetConfig] = Field(
-        min_length=1, description="a list of entries with `path` and `type`"
+        min_length=1, description="a list of entries with `path` and `type`, see below"
     )
     test_datasets: list[DatasetConfig] | None = Field(
         None, min_length=1, description="a list of entries as in datasets, held out for evaluation"
@@ -195,19 +40,24 @@ class TrainConfig(Strict):
         0.0,
         description="a fraction below 1 or a whole number of examples to hold out of datasets; 0 for none",
     )
-    chat_template: Annotated[
-        Literal["tokenizer_default", "tokenizer_default_fallback_chatml", "chatml", "jinja"],
-        only(
-            TEMPLATES,
-            "Write tokenizer_default for the model's own, or jinja with chat_template_jinja.",
-        ),
-    ] = Field(
+    chat_template: Literal[TEMPLATES] = Field(  # type: ignore[valid-type]
         "tokenizer_default",
-        description="`tokenizer_default` (the model's own), `tokenizer_default_fallback_chatml`, `chatml` or "
-        "`jinja` (chat_template_jinja)",
+        description="`tokenizer_default` (the model's own), `tokenizer_default_fallback_chatml`, `chatml`, "
+        "`jinja` (chat_template_jinja), or the name of the model's family, which means its own as well",
     )
     chat_template_jinja: PathText | None = Field(
         None, description="a Jinja template, or the path of a file with one; with chat_template: jinja"
+    )
+    train_on_inputs: bool = Field(
+        False, description="true: every turn, or the whole prompt, is trained and not answers alone"
+    )
+    max_bad_records: BelowOne = Field(
+        0.01,
+        description="the share of a dataset's records that may be empty or malformed: they are counted, "
+        "shown and left out; beyond it, and with 0 always, they are an error",
+    )
+    dataset_prepared_path: PathText | None = Field(
+        None, description="a folder that keeps tokenized data, by what they were made of"
     )
     sequence_len: Annotated[int, Field(ge=8), BeforeValidator(not_bool)] = Field(
         512, description="a whole number of tokens, at least 8; longer ones: see excess_length_strategy"
@@ -216,99 +66,14 @@ class TrainConfig(Strict):
         "drop",
         description="`drop`, `truncate` or `raise`: what becomes of examples longer than sequence_len",
     )
-
-    micro_batch_size: Positive = Field(1, description="a positive whole number of examples")
-    eval_batch_size: Positive | None = Field(
-        None, description="a positive whole number of held-out examples; absent means 4 micro batches"
-    )
-    gradient_accumulation_steps: Positive = Field(1, description="a positive whole number")
-    max_steps: Positive | None = Field(
-        None, description="a positive whole number; takes precedence over num_epochs"
-    )
-    num_epochs: PositiveFloat = Field(1.0, description="a positive number")
-    learning_rate: PositiveFloat = Field(2e-4, description="a positive number")
-    lr_scheduler: Scheduler = Field("cosine", description="the name of a schedule")
-    warmup_steps: Count | None = Field(
-        None, description="a whole number, less than the steps of the run; absent means 3 % of them"
-    )
-    warmup_ratio: BelowOne | None = Field(
-        None, description="a fraction of the run's steps, instead of warmup_steps"
-    )
-    optimizer: Optimizer = Field("adamw_torch_fused", description="the name of an optimizer")
-    weight_decay: Share = Field(0.0, description="a number; 0 for none")
-    max_grad_norm: Share = Field(1.0, description="gradients are scaled down to this norm; 0 leaves them")
-    adam_beta1: BelowOne | None = Field(None, description="a fraction below 1; absent means 0.9")
-    adam_beta2: BelowOne | None = Field(None, description="a fraction below 1; absent means 0.999")
-    adam_epsilon: PositiveFloat | None = Field(None, description="a positive number; absent means 1e-8")
-    bf16: bool | Literal["auto"] = Field(
-        "auto", description="true, false or auto (true where a GPU supports it)"
-    )
-    tf32: bool | Literal["auto"] = Field(
-        "auto", description="true or false for products of fp32 on a GPU; auto leaves torch's setting"
-    )
-    gradient_checkpointing: bool | Literal["offload", "offload_disk"] = Field(
-        False, description="true or false; `offload` recomputes as true does, and keeps inputs on the GPU"
-    )
-    gradient_checkpointing_kwargs: Checkpointing = Field(
-        default_factory=lambda: Checkpointing.model_validate({}),
-        description="a mapping: {use_reentrant: false}",
-    )
-
-    logging_steps: Positive = Field(
-        1, description="a positive whole number of steps, no more than the run has"
-    )
-    eval_steps: Share | None = Field(None, description=f"{_SHARE}; absent means each epoch, 0 never")
-    evals_per_epoch: Count | None = Field(
-        None, description="a whole number of evaluations in each epoch, instead of eval_steps"
-    )
-    eval_strategy: Strategy | None = Field(
-        None, description="`no`, `epoch` or `steps` (eval_steps); absent follows eval_steps"
-    )
-    save_steps: Share | None = Field(None, description=f"{_SHARE}; absent means each epoch, 0 never")
-    saves_per_epoch: Count | None = Field(
-        None, description="a whole number of checkpoints in each epoch, instead of save_steps"
-    )
-    save_strategy: Annotated[
-        Strategy | None, only(("no", "epoch", "steps"), "Set save_steps.", ("best",))
-    ] = Field(None, description="`no`, `epoch` or `steps` (save_steps); absent follows save_steps")
-    save_total_limit: Positive | None = Field(
-        None, description="a positive whole number of checkpoints to keep, the newest; absent keeps all"
-    )
-    output_dir: PathText = Field("./model-out", description="the folder for checkpoints and the adapter")
-    # numpy, which the trainer seeds as well, takes no more than 32 bits.
-    seed: Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(not_bool)] = Field(
-        42, description="a whole number below 2**32"
-    )
-    resume_from_checkpoint: bool | PathText = Field(
+    sample_packing: bool = Field(
         False,
-        description="true (the last checkpoint in output_dir), false, or a checkpoint's folder; the settings "
-        "that decide batches and adapters must be those it was written with",
+        description="true: rows of sequence_len tokens hold several examples, each as if it were alone; "
+        "a model in which they would see each other is refused",
     )
-    auto_resume_from_checkpoints: bool = Field(
-        False, description="true: from the last checkpoint in output_dir, or from the start if there is none"
+    eval_sample_packing: bool | None = Field(
+        None, description="true: held-out examples packed too; the same losses, by fewer batches"
     )
-
-    use_tensorboard: bool = Field(False, description="true: log to TensorBoard, in output_dir")
-    use_wandb: bool | None = Field(None, description="true: log to W&B; absent means where wandb_project is")
-    wandb_project: Text | None = Field(None, description="the name of a project")
-    wandb_entity: Text | None = Field(None, description="the name of a team or user")
-    wandb_name: Text | None = Field(None, description="the name of the run")
-    wandb_run_id: Text | None = Field(None, description="the id of a run, to go on with it")
-    wandb_mode: Literal["online", "offline", "disabled"] | None = Field(
-        None, description="`online`, `offline` or `disabled`"
-    )
-    wandb_watch: Annotated[
-        Literal["gradients", "all", "parameters"] | None, BeforeValidator(false_is_none)
-    ] = Field(None, description="`gradients`, `parameters` or `all`: histograms to record")
-    wandb_log_model: Annotated[Literal["checkpoint", "end"] | None, BeforeValidator(false_is_none)] = Field(
-        None, description="`checkpoint` or `end`: adapters to upload, and when"
-    )
-    use_mlflow: bool | None = Field(
-        None, description="true: log to MLflow; absent means where mlflow_tracking_uri or _experiment_name is"
-    )
-    mlflow_tracking_uri: Text | None = Field(None, description="where the tracking server is")
-    mlflow_experiment_name: Text | None = Field(None, description="the name of an experiment")
-    mlflow_run_name: Text | None = Field(None, description="the name of the run")
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> TrainConfig:
@@ -356,7 +121,10 @@ class TrainConfig(Strict):
             wandb = self.wandb_project is not None
         if mlflow is None:
             mlflow = self.mlflow_tracking_uri is not None or self.mlflow_experiment_name is not None
-        asked = {"tensorboard": self.use_tensorboard, "wandb": wandb, "mlflow": mlflow}
+        trackio = self.use_trackio
+        if trackio is None:
+            trackio = self.trackio_project_name is not None
+        asked = {"tensorboard": self.use_tensorboard, "wandb": wandb, "mlflow": mlflow, "trackio": trackio}
         return [name for name, wanted in asked.items() if wanted]
 
     @property

@@ -13,7 +13,6 @@ from rich.text import Text
 from fourfold.planning.units import format_bytes
 from fourfold.training.callbacks import Curve
 from fourfold.training.evaluate import AnswerLosses, Improvement
-from fourfold.training.strict_json import dumps
 
 
 @dataclass
@@ -37,6 +36,7 @@ class RunResult:
         bf16: whether it computed in bf16.
         sample: one prompt, the data's answer, the model's before and after.
         seconds: where the time went.
+        journal: figures along the run (``fourfold.training.journal.Journal.to_dict``).
     """
 
     config: dict[str, Any]
@@ -55,6 +55,7 @@ class RunResult:
     bf16: bool
     sample: dict[str, str]
     seconds: dict[str, float]
+    journal: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """What report.json holds."""
@@ -66,6 +67,7 @@ class RunResult:
                 "improvement": self.improvement.to_dict(),
             }
         return {
+            "status": "done",
             "adapter": self.adapter,
             "config": self.config,
             "model": self.packed,
@@ -82,12 +84,8 @@ class RunResult:
             "bf16": self.bf16,
             "sample": self.sample,
             "seconds": self.seconds,
+            **self.journal,
         }
-
-
-def write_report(result: RunResult, path: Path) -> None:
-    """Everything, as JSON."""
-    path.write_text(dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def write_loss_curve(result: RunResult, path: Path) -> None:
@@ -177,6 +175,7 @@ def _facts(result: RunResult) -> list[tuple[str, str]]:
         ("in the data", result.sample["reference"]),
         ("adapter", result.adapter),
         ("loss curve", str(Path(result.adapter) / "loss.png")),
+        ("report", str(Path(result.adapter) / "report.html")),
         ("all of this", str(Path(result.adapter) / "report.json")),
     ]
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fourfold.errors import ConfigurationError, NoExpertsError
+from fourfold.planning.plan import attention_projections
 from fourfold.training.schema import TrainConfig
 
 
@@ -17,8 +18,8 @@ def find_targets(config: TrainConfig, skeleton: Any) -> tuple[list[str] | str, l
     from fourfold.adapters.peft_lora import check_targets
     from fourfold.experts import find_experts
 
-    parameters = config.lora_target_parameters
-    if parameters is None:
+    parameters = config.lora_target_parameters or []
+    if parameters == ["all"]:
         try:
             parameters = list(fourfold.expert_targets(skeleton))
         except NoExpertsError:
@@ -26,40 +27,23 @@ def find_targets(config: TrainConfig, skeleton: Any) -> tuple[list[str] | str, l
             if untrainable is not None:
                 raise ConfigurationError(
                     f"lora_target_parameters: LoRA on experts of the kind of {untrainable.name} "
-                    f"({type(untrainable.module).__name__}) is not supported. Set lora_target_parameters: [] "
-                    "to train lora_target_modules alone."
+                    f"({type(untrainable.module).__name__}) is not supported. Drop lora_target_parameters to "
+                    "train lora_target_modules alone."
                 ) from None
-            if config.peft_init_lora_weights == "loftq":
-                raise ConfigurationError(
-                    f"peft_init_lora_weights: loftq is of experts' adapters; {type(skeleton).__name__} is "
-                    "dense. Drop that key."
-                ) from None
-            parameters = []  # a dense model: QLoRA of its Linears
+            raise ConfigurationError(
+                f"lora_target_parameters: all is of experts, and {type(skeleton).__name__} is dense. Drop "
+                "that key to train lora_target_modules alone."
+            ) from None
     modules = config.target_modules
     if modules is None:
         modules = attention_projections(skeleton)
-        if not modules and not parameters:
+        if not modules and not parameters:  # (with experts alone, a model without attention is no mistake)
             raise ConfigurationError(
                 f"lora_target_modules: no attention projection was found in {type(skeleton).__name__}. Name "
                 "the modules."
             )
     check_targets(skeleton, modules, parameters)
     return modules, parameters
-
-
-def attention_projections(model: torch.nn.Module) -> list[str]:
-    """Names of the Linears directly inside attention modules: q/k/v/o_proj in most models, MLA's or fused
-    ones in others.
-
-    Directly: what lies deeper (a sparse-attention indexer) may lie beside the path of the gradient.
-    """
-    found: dict[str, None] = {}
-    for name, module in model.named_modules():
-        parent, _, leaf = name.rpartition(".")
-        inside = parent.rpartition(".")[2].lower()
-        if isinstance(module, torch.nn.Linear) and ("attn" in inside or "attention" in inside):
-            found.setdefault(leaf)
-    return list(found)
 
 
 def check_patterns(

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.errors import ConfigurationError
-from fourfold.training.schema import SpecialTokens, TrainConfig
+from fourfold.training.dataset_keys import DatasetConfig
+from fourfold.training.model_keys import SpecialTokens
+from fourfold.training.schema import TrainConfig
+from fourfold.training.templates import FAMILIES, is_of_family
 
 # Turns between marks that many models know; written where a tokenizer brings no template of its own.
 CHATML = (
@@ -15,12 +18,12 @@ CHATML = (
 )
 
 
-def load_tokenizer(name: str, special: SpecialTokens | None = None) -> Any:
+def load_tokenizer(name: str, special: SpecialTokens | None = None, trust_remote_code: bool = False) -> Any:
     """The base model's tokenizer, with a padding token; ``special`` names other tokens of its vocabulary."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # by the tokenizer's class: a damaged file raises what its reader raises
         reason = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
         raise ConfigurationError(
@@ -52,26 +55,49 @@ def load_tokenizer(name: str, special: SpecialTokens | None = None) -> Any:
     return tokenizer
 
 
-def choose_template(config: TrainConfig, tokenizer: Any) -> str | None:
-    """The chat template that ``chat_template`` means for this tokenizer.
+def _check_family(config: TrainConfig, name: str, own: str | None) -> None:
+    """A family's name is taken for the tokenizer's own template, where it has one and is of that family."""
+    from fourfold.loading.skeleton import read_config
+
+    kind = read_config(config.base_model, trust_remote_code=config.trust_remote_code).model_type
+    remedy = "Write tokenizer_default for the model's own, or jinja with chat_template_jinja."
+    if not is_of_family(name, kind):
+        raise ConfigurationError(
+            f"chat_template: {name} is the template of another family than "
+            f"{config.base_model} ({kind}), and not here. {remedy}"
+        )
+    if not own:
+        raise ConfigurationError(
+            f"chat_template: {name} is the family of {config.base_model}, and its tokenizer "
+            "brings no template. Take its chat variant, or write jinja with chat_template_jinja."
+        )
+
+
+def choose_template(config: TrainConfig, tokenizer: Any, entry: DatasetConfig | None = None) -> str | None:
+    """The chat template that ``chat_template`` means for this tokenizer: the run's, or that of one dataset.
 
     Raises:
-        ConfigurationError: it is written with tokens that the vocabulary lacks.
+        ConfigurationError: it is another family's, or written with tokens that the vocabulary lacks.
     """
     own: str | None = tokenizer.chat_template
-    if config.chat_template == "jinja":
-        given = str(config.chat_template_jinja)
+    asked = config if entry is None else entry
+    name = str(asked.chat_template)
+    if name == "jinja":
+        given = str(asked.chat_template_jinja)
         path = Path(given)
         is_file = "{" not in given and path.is_file()
         if not is_file and "{" not in given:
             raise ConfigurationError(f"chat_template_jinja: there is no file {given}. Name one.")
         return path.read_text(encoding="utf-8") if is_file else given
-    if config.chat_template == "tokenizer_default" or (own and config.chat_template != "chatml"):
+    if name in FAMILIES:
+        _check_family(config, name, own)
+        return own
+    if name == "tokenizer_default" or (own and name != "chatml"):
         return own
     missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_vocab()]
     if missing:
         raise ConfigurationError(
-            f"chat_template: chatml is written with {missing[0]}, which {config.base_model} has no token "
-            "for. Use tokenizer_default, or jinja with chat_template_jinja."
+            f"chat_template: chatml is written with {missing[0]}, which {config.base_model} has no "
+            "token for. Use tokenizer_default, or jinja with chat_template_jinja."
         )
     return CHATML

@@ -1,87 +1,86 @@
-"""TRL's ``SFTTrainer`` with the four things a run of Fourfold needs of it, each in one small place.
+"""TRL's ``SFTTrainer`` with the things a run of Fourfold needs of it, each in one small place.
 
 Adapters keep their dtype; the order of examples is a function of seed and epoch, so that a resumed run sees
-the same batches; a loss that is not finite stops the run; tokens are counted.
+the same batches; a loss that is not finite stops the run and names the examples; tokens are counted; a
+checkpoint counts only once it is whole. The loss is TRL's own, which multiplies with the head in chunks of
+tokens: no tensor of [tokens, vocabulary] is ever held.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from fourfold.adapters.peft_lora import loraplus_optimizer
 from fourfold.errors import TrainingError
+from fourfold.training import processes
+from fourfold.training.encode import IGNORED
+from fourfold.training.packing import lies_within
+from fourfold.training.resume import RUN_FILE, Settings, commit, first_line, keep_newest
+from fourfold.training.sampler import LengthGroupedSampler
+from fourfold.training.schedules import schedule_arguments
 from fourfold.training.schema import TrainConfig
 
+SHOWN_EXAMPLES, SHOWN_TOKENS, SHOWN_TEXT = 8, 24, 40
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
-
-
-class LengthGroupedSampler(Sampler[int]):
-    """Shuffled indices with examples of similar length side by side; padding costs time.
-
-    Like transformers' sampler of that name (shuffle, cut into runs of 50 batches, sort within each by length,
-    longest batch first), but from its own generator seeded with seed and epoch: transformers' draws from
-    torch's global one, whose state a resumed run does not share, so that it would see other batches than the
-    run it continues.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths = list(lengths)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer at the start of each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
-        run = self.batch_size * 50
-        runs = [
-            sorted(order[i : i + run], key=lambda index: -self.lengths[index])
-            for i in range(0, len(order), run)
-        ]
-        indices = [index for part in runs for index in part]
-        batches = [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
-        # Sorted batches would train from long to short: shuffle them, but begin with the longest, so that a
-        # run that will exhaust memory does so at once. A smaller last batch stays last.
-        rest = batches.pop() if len(batches[-1]) < self.batch_size else []
-        longest = max(batches, key=lambda batch: self.lengths[batch[0]], default=[])
-        others = [batch for batch in batches if batch is not longest]
-        shuffled = [others[i] for i in torch.randperm(len(others), generator=generator).tolist()]
-        return iter([index for batch in (longest, *shuffled, rest) for index in batch])
 
 
 class MoeTrainer(SFTTrainer):
     """``SFTTrainer`` on pretokenized data with grouped lengths, finite losses and counted tokens.
 
+    Args:
+        model: with its adapters.
+        settings: what a run that resumes this one has to agree with; written into each checkpoint.
+        loraplus: LoRA+'s ratio, and its rate for embeddings, if any.
+        kwargs: of ``SFTTrainer``.
+
     Attributes:
         tokens_seen: tokens of training batches so far in this process, padding not counted.
     """
 
-    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings | None = None,
+        loraplus: tuple[float, float | None] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.tokens_seen = 0
+        self.run_settings, self.loraplus = settings or {}, loraplus
+        self.step_inputs: tuple[int, list[dict[str, Any]]] = (-1, [])
+        self.examples = len(kwargs["train_dataset"]) if kwargs.get("train_dataset") is not None else 0
+        if processes.count() > 1:
+            kwargs["train_dataset"] = with_filler(kwargs["train_dataset"])
         with keep_adapter_dtype(model):
             super().__init__(model=model, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(ids) for ids in dataset["input_ids"]]
-        batch = self._train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(lengths, batch, self.args.seed)
+        lengths = [len(ids) for ids in dataset["input_ids"]][: self.examples]
+        batch = self._train_batch_size * self.args.gradient_accumulation_steps * processes.count()
+        filler = self.examples if len(dataset) > self.examples else None
+        return LengthGroupedSampler(lengths, batch, self.args.seed, filler)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer asked for; with LoRA+, by PEFT's own grouping of the factors."""
+        if self.loraplus is not None and getattr(self, "optimizer", None) is None:
+            cls, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = loraplus_optimizer(
+                self.model, cls, arguments, *self.loraplus, weight_decay=self.args.weight_decay
+            )
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        return optimizer
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -89,24 +88,102 @@ class MoeTrainer(SFTTrainer):
         """One micro-batch forward and backward.
 
         Raises:
-            TrainingError: the loss is NaN or infinite.
+            TrainingError: the loss is NaN or infinite; names the step and the examples.
         """
-        self.tokens_seen += int(inputs["attention_mask"].sum())
+        # (without a mask nothing is padding: packed rows lie end to end)
+        mask = inputs.get("attention_mask")
+        self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        step = self.state.global_step
+        if self.step_inputs[0] != step:
+            self.step_inputs = (step, [])
+        self.step_inputs[1].append({key: inputs[key] for key in ("input_ids", "labels") if key in inputs})
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(float(loss)):
             blame = "the last update has ruined the adapters, or a row is damaged"
-            if self.state.global_step == 0:
+            if step == 0:
                 blame = "a row or a weight of the base model is damaged"
+            examples = self.name_examples(self.step_inputs[1][-1:])
             raise TrainingError(
-                f"The loss at step {self.state.global_step + 1} is {float(loss)}: {blame}. Lower "
+                f"The loss at step {step + 1} is {float(loss)}{examples}: {blame}. Lower "
                 "learning_rate, or look for damaged rows in the data."
             )
         return loss
 
+    def name_examples(self, batches: list[dict[str, Any]] | None = None) -> str:
+        """Which training examples were in some batches (those of this step), for a message."""
+        batches = self.step_inputs[1] if batches is None else batches
+        return describe_examples(batches, self.train_dataset, self.examples, self.processing_class)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint that counts only once all of it is there; then older ones are deleted.
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
+        output = Path(str(self.args.output_dir))
+        folder = output / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            if processes.is_first():
+                (folder / RUN_FILE).unlink(missing_ok=True)  # of a run that got as far before
+            processes.wait()
+            super()._save_checkpoint(model, trial)
+            processes.wait()
+            if processes.is_first():
+                commit(folder, self.run_settings)
+                keep_newest(output, limit)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise TrainingError(
+                f"output_dir: the checkpoint {folder} cannot be written ({first_line(error)}). Make room "
+                "there, or name another output_dir."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+
+
+def with_filler(dataset: Any) -> Any:
+    """The dataset and one more row: its shortest, without labels, which adds nothing to a loss."""
+    from datasets import Dataset, concatenate_datasets
+
+    shortest = min(range(len(dataset)), key=lambda index: len(dataset[index]["input_ids"]))
+    row = dict(dataset[shortest])
+    row["labels"] = [IGNORED] * len(row["labels"])
+    return concatenate_datasets([dataset, Dataset.from_list([row], features=dataset.features)])
+
+
+def describe_examples(batches: list[dict[str, Any]], dataset: Any, count: int, tokenizer: Any) -> str:
+    """The rows of the training data that some batches hold, with their beginnings; found by their tokens."""
+    wanted = []
+    for batch in batches:
+        for ids_T, labels_T in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            trained = tuple(label for label in labels_T if label != IGNORED)
+            if trained:
+                wanted.append((trained, ids_T))
+    found: dict[int, str] = {}
+    for index in range(count):
+        row = dataset[index]
+        ids = list(row["input_ids"])
+        for trained, ids_T in wanted:
+            same = ids == ids_T[: len(ids)] and trained == tuple(x for x in row["labels"] if x != IGNORED)
+            if same or ("seq_lengths" in row and lies_within(ids, ids_T)):
+                text = " ".join(str(tokenizer.decode(ids[:SHOWN_TOKENS])).split())
+                found[index] = text if len(text) <= SHOWN_TEXT else text[:SHOWN_TEXT] + "..."
+    if not found:
+        return ""
+    shown = [f'{index + 1} ("{text}")' for index, text in list(found.items())[:SHOWN_EXAMPLES]]
+    more = f" and {len(found) - SHOWN_EXAMPLES} more" if len(found) > SHOWN_EXAMPLES else ""
+    what = "packed row" if "seq_lengths" in dataset[0] else "training example"
+    return f" on {what}{'s' if len(found) > 1 else ''} {', '.join(shown)}{more}"
+
 
 def run_name(config: TrainConfig) -> str | None:
     """Of the tracker in use (transformers has one name for all)."""
-    return config.wandb_name if "wandb" in config.trackers else config.mlflow_run_name
+    names = {
+        "wandb": config.wandb_name,
+        "mlflow": config.mlflow_run_name,
+        "trackio": config.trackio_run_name,
+    }
+    return next((names[tracker] for tracker in names if tracker in config.trackers), None)
 
 
 @contextmanager
@@ -142,7 +219,7 @@ def interval(config: TrainConfig, kind: str, examples: int) -> float | None:
 
 def steps_per_epoch(config: TrainConfig, examples: int) -> int:
     """Optimizer steps in an epoch of so many examples; the last batch may be smaller."""
-    batches = math.ceil(examples / config.micro_batch_size)
+    batches = math.ceil(examples / (config.micro_batch_size * processes.count()))
     return math.ceil(batches / config.gradient_accumulation_steps)
 
 
@@ -171,7 +248,7 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool, example
         max_steps=config.max_steps or -1,
         num_train_epochs=config.num_epochs,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler,
+        **schedule_arguments(config),
         # A value below 1 is a share of all steps. `constant` has no warm-up.
         warmup_steps=_warmup(config),
         optim=config.optimizer,
@@ -180,6 +257,11 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool, example
         **{key: getattr(config, key) for key in ADAM if getattr(config, key) is not None},
         save_total_limit=config.save_total_limit,
         bf16=bf16,
+        fp16=config.fp16,
+        **_compilation(config, use_cpu),
+        neftune_noise_alpha=config.neftune_noise_alpha,
+        # Each adapter takes part in each step (FirstStepGradients looks at it), so that DDP need not search.
+        ddp_find_unused_parameters=False,
         use_cpu=use_cpu,
         logging_strategy="steps",
         logging_steps=config.logging_steps,
@@ -187,15 +269,15 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool, example
         eval_strategy="no",
         seed=config.seed,
         report_to=config.trackers or "none",
+        **({"project": config.trackio_project_name} if config.trackio_project_name else {}),
+        **_upload(config),
         run_name=run_name(config),
         disable_tqdm=True,
         dataloader_num_workers=0,
         dataloader_pin_memory=not use_cpu,
         max_length=None,  # truncated, and counted, in data.py
         shuffle_dataset=False,
-        # The routers are frozen: a load-balancing term could only bend the hidden states, and the loss shown
-        # would no longer be the loss on answers.
-        router_aux_loss_coef=0.0,
+        router_aux_loss_coef=config.router_aux_loss_coef or 0.0,  # (None would mean the model's own)
         **{
             checkpointing: bool(config.gradient_checkpointing),
             f"{checkpointing}_kwargs": (
@@ -210,6 +292,28 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool, example
     # packed weights at each step, and TRL refuses it.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
+
+
+def _compilation(config: TrainConfig, use_cpu: bool) -> dict[str, Any]:
+    wanted = not use_cpu if config.torch_compile == "auto" else config.torch_compile
+    if not wanted:
+        return {}
+    return {
+        "torch_compile": True,
+        "torch_compile_backend": config.torch_compile_backend,
+        "torch_compile_mode": config.torch_compile_mode,
+    }
+
+
+def _upload(config: TrainConfig) -> dict[str, Any]:
+    if config.hub_model_id is None:
+        return {}
+    return {
+        "push_to_hub": True,
+        "hub_model_id": config.hub_model_id,
+        "hub_strategy": config.hub_strategy or "every_save",
+        "hub_private_repo": True,
+    }
 
 
 def _warmup(config: TrainConfig) -> float:

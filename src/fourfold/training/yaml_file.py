@@ -27,6 +27,7 @@ class Problem:
         remedy: how to mend it.
         where: "line 3" or "command line: key=value".
         not_yet: the key means something, and Fourfold does not have it yet.
+        path: the keys that lead to it, where ``key`` alone does not tell (one with a dot in it).
     """
 
     key: str
@@ -34,6 +35,7 @@ class Problem:
     remedy: str
     where: str = ""
     not_yet: bool = False
+    path: KeyPath = ()
 
     def __str__(self) -> str:
         place = f"{self.where}, " if self.where else ""
@@ -67,6 +69,18 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def dotted(path: Iterable[Hashable]) -> str:
     """``("datasets", 0, "path")`` as ``datasets.0.path``."""
     return ".".join(str(part) for part in path)
+
+
+# Mappings whose keys are names of modules, with dots of their own.
+OF_NAMES = ("lora_rank_pattern", "lora_alpha_pattern")
+
+
+def split_key(key: str) -> KeyPath:
+    """``datasets.0.path`` as ``("datasets", 0, "path")``; what follows a mapping of names is one key."""
+    first, dot, rest = key.partition(".")
+    if dot and first in OF_NAMES:
+        return first, rest
+    return tuple(int(part) if part.isdecimal() and part.isascii() else part for part in key.split("."))
 
 
 def read_yaml(path: str | Path) -> YamlFile:
@@ -133,7 +147,7 @@ def apply_overrides(parsed: YamlFile, overrides: Iterable[str]) -> dict[KeyPath,
             raise ConfigurationError(
                 f"command line: the value of `{override}` is not valid YAML ({error})."
             ) from None
-        path = tuple(int(part) if part.isdecimal() and part.isascii() else part for part in key.split("."))
+        path = split_key(key)
         _set(parsed.values, path, value, override)
         touched[path] = short(override)
     return touched

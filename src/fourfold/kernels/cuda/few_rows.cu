@@ -130,8 +130,9 @@ __device__ __forceinline__ void decode(u32 &low, u32 &high, const uint4 &bytes, 
 extern "C" __global__ void __launch_bounds__(THREADS)
 few_rows(const u16 *__restrict__ x, const uint4 *__restrict__ data, const u8 *__restrict__ absmax,
          const float *__restrict__ group_scales, const float *__restrict__ part_offsets, const float *__restrict__ map,
-         const float *__restrict__ codes, const int *__restrict__ offsets, const u16 *__restrict__ factor, u16 *__restrict__ out,
-         int E, int N, int K, int R, int stride, int row_bytes, int block_shift, int stored, int part_rows, int groups, int double_quant) {
+         const float *__restrict__ codes, const int *__restrict__ offsets, const u16 *__restrict__ factor, const u16 *__restrict__ low,
+         u16 *__restrict__ out, int E, int N, int K, int R, int stride, int row_bytes, int block_shift, int stored, int part_rows, int groups, int double_quant,
+         int low_stride) {
   __shared__ float sums[WARPS][TILES_N * 8][TILE_M];
 #if WEIGHTS == 4
   __shared__ float2 tables[256 * COPIES];
@@ -222,7 +223,7 @@ few_rows(const u16 *__restrict__ x, const uint4 *__restrict__ data, const u8 *__
           }
         }
       }
-      for (int r0 = warp * 16; r0 < R; r0 += WARPS * 16) {  // the low-rank columns, behind the rows
+      for (int r0 = warp * 16; r0 < R; r0 += WARPS * 16) {  // the low-rank columns, behind the rows or a matrix of their own
         u32 a[2][4];
         const int r = r0 + t * 2;
 #pragma unroll
@@ -235,7 +236,7 @@ few_rows(const u16 *__restrict__ x, const uint4 *__restrict__ data, const u8 *__
         for (int n = 0; n < TILES_N; n++) {
           if (n < tiles) {
             const int row = n0 + n * 8 + g;
-            const u16 *at = x + (u64)row * stride + K + r;
+            const u16 *at = low + (u64)row * low_stride + r;
             const u32 b0 = row < end && r < R ? *(const u32 *)at : 0, b1 = row < end && r + 8 < R ? *(const u32 *)(at + 8) : 0;
 #pragma unroll
             for (int i = 0; i < 2; i++) multiply(sum[i][n], a[i][0], a[i][1], a[i][2], a[i][3], b0, b1);

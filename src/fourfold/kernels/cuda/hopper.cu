@@ -415,8 +415,9 @@ __device__ __forceinline__ void consume(u32 shared, const Problem &p, const Tile
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) grouped_product(
-    const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w, const int *offsets,
-    const float *scales, const float *codes, const u16 *factor, u16 *out, int E, int M, int C, int R, int stride) {
+    const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w,
+    const __grid_constant__ TensorMap map_low, const int *offsets, const float *scales, const float *codes,
+    const u16 *factor, u16 *out, int E, int M, int C, int R, int stride, int low_at) {
   extern __shared__ __align__(1024) char memory[];
   const u32 shared = (u32)__cvta_generic_to_shared(memory);
   const u32 full = shared + AT_BARRIERS, empty = full + STAGES * 8;
@@ -485,8 +486,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
           const u32 w_bytes = W_BYTES;
 #endif
           barrier_expect(ready, boxes * BOX_BYTES + (weights ? w_bytes + scale_bytes : 0));
+          // Low-rank columns lie behind the rows (from column C on), or are a matrix of their own (from 0 on).
+          const TensorMap *from = step < steps ? &map_x : &map_low;
+          const int column = step * STEP - (step < steps ? 0 : C - low_at);
           for (int box = rank; box < boxes; box += CLUSTER)
-            copy_rows(shared + AT_X + stage * X_BYTES + box * BOX_BYTES, &map_x, step * STEP, t.first + box * BOX_S, ready);
+            copy_rows(shared + AT_X + stage * X_BYTES + box * BOX_BYTES, from, column, t.first + box * BOX_S, ready);
           if (!weights) continue;
 #if WEIGHTS == 16
 #if WIDE

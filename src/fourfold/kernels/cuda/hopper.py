@@ -99,7 +99,7 @@ def _launcher(variant: _Variant, device: int) -> compiled.Launcher:
     found: compiled.Launcher | None = compiled.launchers().get((_PRODUCT, variant, device))
     if found is None:
         kernel = compiled.function(_cubin(variant), _PRODUCT, shared_bytes(variant.bits), device)
-        found = compiled.Launcher(kernel, device, maps=2, pointers=5, ints=5)
+        found = compiled.Launcher(kernel, device, maps=3, pointers=5, ints=6)
         compiled.launchers()[_PRODUCT, variant, device] = found
     return found
 
@@ -194,6 +194,11 @@ def _weights_map(stack: PackedStack | PlainStack, transposed: bool) -> tuple[Any
     return _tensor_map(_UINT16, stack.data.data_ptr(), sizes, strides, box), 16, wide
 
 
+def _rows_map(rows_SC: torch.Tensor) -> ctypes.Array[ctypes.c_char]:
+    S, columns = rows_SC.shape
+    return _tensor_map(_UINT16, rows_SC.data_ptr(), (columns, S), (rows_SC.stride(0) * 2,), (STEP, 64))
+
+
 def hopper_product(
     x_Sc: torch.Tensor,
     stack: PackedStack | PlainStack,
@@ -201,6 +206,7 @@ def hopper_product(
     factor: torch.Tensor | None = None,
     *,
     transposed: bool,
+    low_SR: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`kernels.linear.product` of rows in bf16 or fp16; see `refusal` for what it takes.
 
@@ -211,6 +217,7 @@ def hopper_product(
         offsets_E: ends of the experts' rows, int32.
         factor: contiguous B ``[E, N, R]``; transposed, A ``[E, R, K]``. R even.
         transposed: multiply by W instead of its transpose.
+        low_SR: the low-rank columns, where they do not lie behind the rows.
 
     Returns:
         ``[S, N]``, or transposed ``[S, K]``.
@@ -220,7 +227,7 @@ def hopper_product(
     """
     if offsets_E.dtype != torch.int32:
         raise ValueError(f"offsets have to be int32, not {offsets_E.dtype}")
-    others = {t.device for t in (stack.data, offsets_E, factor) if t is not None} - {x_Sc.device}
+    others = {t.device for t in (stack.data, offsets_E, factor, low_SR) if t is not None} - {x_Sc.device}
     if others:
         raise ValueError(f"rows are on {x_Sc.device}, weights or offsets on {', '.join(map(str, others))}")
     x_Sc = compiled.readable(x_Sc)
@@ -229,7 +236,7 @@ def hopper_product(
     shape, device, S = stack.shape, x_Sc.device, x_Sc.shape[0]
     C, M = (shape.rows, shape.columns) if transposed else (shape.columns, shape.rows)
     R = 0 if factor is None else factor.shape[1 if transposed else 2]
-    assert x_Sc.shape[1] == C + R
+    assert x_Sc.shape[1] == (C if low_SR is not None else C + R)
     assert R % 2 == 0
     out_SM = torch.empty(S, M, dtype=x_Sc.dtype, device=device)
     if S == 0:
@@ -244,15 +251,19 @@ def hopper_product(
             if bits == 4:
                 scales = scales_by_block(stack, offsets_E, stream)
                 codes = four_bit_codes(stack.fmt.quant_type, device)
-        map_x = _tensor_map(_UINT16, x_Sc.data_ptr(), (C + R, S), (x_Sc.stride(0) * 2,), (STEP, 64))
+        map_x = map_low = _rows_map(x_Sc)
+        if low_SR is not None:
+            assert low_SR.shape == (S, R)
+            low_SR = compiled.readable(low_SR)
+            map_low = _rows_map(low_SR)
         used = (offsets_E, scales, codes, codes if factor is None else factor, out_SM)
         _launcher(_Variant(transposed, x_Sc.dtype, bits, wide), index)(
             (_blocks(index), 1, 1),
             THREADS,
             shared_bytes(bits),
             stream,
-            (map_x, map_w),
+            (map_x, map_w, map_low),
             [t.data_ptr() for t in used],
-            (shape.experts, M, C, R, M),
+            (shape.experts, M, C, R, M, C if low_SR is None else 0),
         )
     return out_SM

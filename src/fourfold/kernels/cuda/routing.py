@@ -67,8 +67,10 @@ def route(
     assert top_k_index_Tk.is_contiguous()
     order_S = torch.empty(S, dtype=torch.int64, device=device)
     position_Tk = torch.empty_like(top_k_index_Tk)
-    numbers = torch.empty(S + E, dtype=torch.int32, device=device)
-    expert_S, offsets_E = numbers[:S], numbers[S:]
+    expert_S = torch.empty(
+        S, dtype=torch.int32, device=device
+    )  # (views of one would be no operator's results)
+    offsets_E = torch.empty(E, dtype=torch.int32, device=device)
     outputs = (order_S, position_Tk, expert_S, offsets_E)
     with torch.cuda.device_of(top_k_index_Tk):
         index = top_k_index_Tk.get_device()
@@ -84,10 +86,14 @@ def route(
     return outputs
 
 
-def can_sum(rows_SH: torch.Tensor, weights_Tk: torch.Tensor | None, dtype: torch.dtype) -> bool:
+def can_sum(
+    rows_SH: torch.Tensor, position_Tk: torch.Tensor, weights_Tk: torch.Tensor | None, dtype: torch.dtype
+) -> bool:
     """Whether `sum_rows` takes these: rows of 16 bits in whole 16 bytes, numbers of a kind it knows."""
     return (
-        rows_SH.dtype in (torch.bfloat16, torch.float16)
+        position_Tk.dtype == torch.int64
+        and position_Tk.is_contiguous()
+        and rows_SH.dtype in (torch.bfloat16, torch.float16)
         and rows_SH.shape[1] % 8 == 0
         and rows_SH.is_contiguous()
         and rows_SH.data_ptr() % 16 == 0
@@ -104,8 +110,9 @@ def sum_rows(
     T, k = position_Tk.shape
     H = rows_SH.shape[1]
     out_TH = torch.empty(T, H, dtype=dtype, device=rows_SH.device)
+    if out_TH.numel() == 0:
+        return out_TH
     blocks = -(-(H // 8) // THREADS)
-    assert position_Tk.is_contiguous()
     if weights_Tk is not None:
         weights_Tk = weights_Tk.contiguous()
     with torch.cuda.device_of(rows_SH):

@@ -112,6 +112,8 @@ def _launch(
     if factor is not None:
         rank = factor.shape[1 if rank_first else 2]
     low_SR = None if factor is None else wide_Ss.new_empty(rows, rank)
+    if rows == 0:
+        return low_SR
     pointers = (
         source,
         grad_SI,

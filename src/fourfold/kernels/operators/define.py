@@ -10,6 +10,7 @@ import torch
 
 from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.formats.plain import PlainStack
+from fourfold.formats.remote import RemoteStack
 
 Stack: TypeAlias = PackedStack | PlainStack
 
@@ -59,8 +60,9 @@ def define(
     return getattr(torch.ops.fourfold, name).default
 
 
-def stack_arguments(stack: Stack) -> tuple[Any, ...]:
+def stack_arguments(stack: Stack | RemoteStack) -> tuple[Any, ...]:
     """A stack as operators take it: data, absmax, its scale and offset, format, ``[E, N, K, P]``."""
+    assert not isinstance(stack, RemoteStack), "modules with experts elsewhere run outside of the compiler"
     shape = [stack.shape.experts, stack.shape.rows, stack.shape.columns, stack.shape.parts]
     if isinstance(stack, PlainStack):
         return stack.data, None, None, None, PLAIN, shape

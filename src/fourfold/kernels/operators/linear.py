@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fourfold.formats.remote import RemoteStack
 from fourfold.kernels.linear import How, _PackedLinear
 from fourfold.kernels.operators.define import (
     STACK,
@@ -161,7 +162,7 @@ def packed_linear(
     x_SK: torch.Tensor,
     a_ERK: torch.Tensor | None,
     b_ENR: torch.Tensor | None,
-    stack: Stack,
+    stack: Stack | RemoteStack,
     offsets_E: torch.Tensor,
     how: How,
 ) -> torch.Tensor:

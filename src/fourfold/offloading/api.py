@@ -1,0 +1,308 @@
+"""`fourfold.offload` and `fourfold.onload`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fourfold.errors import ConfigurationError, NoExpertsError
+from fourfold.experts import PackedExperts, find_experts
+from fourfold.offloading.budget import (
+    AUTO_RESERVE,
+    GIB,
+    automatic,
+    choose_streamed,
+    fitting_buffers,
+    free_bytes,
+    parse_bytes,
+)
+from fourfold.offloading.host import HostMemory, check_room
+from fourfold.offloading.streamer import HostExperts, Streamer, Unit
+
+BUFFERS = 2
+
+
+@dataclass(frozen=True)
+class OffloadReport:
+    """Where the packed experts of a model lie.
+
+    Attributes:
+        resident: names of modules that stay on their device.
+        streamed: names of modules in host memory.
+        resident_bytes: of the former's packed tensors.
+        host_bytes: of the latter's.
+        buffer_bytes: on the devices, for those that are computed and come next.
+        buffers: on each device.
+        devices: where is computed.
+        unpinned: why host memory is pageable; None where it is pinned.
+        streamers: of each device with streamed modules.
+    """
+
+    resident: list[str]
+    streamed: list[str]
+    resident_bytes: int
+    host_bytes: int
+    buffer_bytes: int
+    buffers: int
+    devices: list[str]
+    unpinned: str | None
+    streamers: list[Streamer] = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def pinned(self) -> bool:
+        return self.unpinned is None
+
+    def counts(self) -> dict[str, int]:
+        """Since `offload`: uses that found their module in a buffer and that did not, copies, their bytes."""
+        total = {"hits": 0, "misses": 0, "fills": 0, "bytes": 0}
+        for streamer in self.streamers:
+            for name, value in asdict(streamer.counts).items():
+                total[name] += value
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("resident_bytes", "host_bytes", "buffer_bytes", "buffers", "devices", "pinned", "unpinned")
+        counted = {"resident_modules": len(self.resident), "streamed_modules": len(self.streamed)}
+        return counted | {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        kind = "pinned" if self.pinned else f"pageable ({self.unpinned}): copies hold up the host"
+        return (
+            f"experts of {len(self.resident)} modules on {', '.join(self.devices)}: "
+            f"{self.resident_bytes / GIB:.2f} GiB\n"
+            f"experts of {len(self.streamed)} modules in host memory: {self.host_bytes / GIB:.2f} GiB, "
+            f"{kind}; {self.buffers} buffers of {self.buffer_bytes / GIB:.2f} GiB together"
+        )
+
+
+def offload(
+    model: nn.Module,
+    budget: int | str | None = None,
+    *,
+    buffers: int = BUFFERS,
+    pin: bool | None = None,
+    reserve: int | None = None,
+) -> OffloadReport:
+    """Send packed experts to host memory; each module's are copied to the device while it is computed.
+
+    They stay parameters of their modules: what saves, reports or dequantizes the model finds them. The next
+    module's are copied while one computes, in the order in which passes use them. Results are those of the
+    model before, to the bit. Called again, it begins anew with other arguments.
+
+    Args:
+        model: with packed experts, with adapters or without; on the device(s) where it computes.
+        budget: device memory that packed experts may take, buffers included, on each device: bytes, or
+            ``"8GiB"``; as many modules as fit stay there, spread evenly. ``"auto"`` is what is free, less
+            ``reserve``. None keeps the buffers alone.
+        buffers: modules' experts on the device at a time, besides those that stay; 2 copies one ahead.
+        pin: True refuses host memory that cannot be pinned, False asks for none; None takes what there is,
+            and the report says which.
+        reserve: what ``"auto"`` leaves for everything else, in bytes; None is 4 GiB.
+
+    Returns:
+        What lies where.
+
+    Raises:
+        NoExpertsError: no module has packed experts.
+        ConfigurationError: a budget that is no number or below what one module needs, too little host memory,
+            or experts that are spread over processes.
+    """
+    if not isinstance(buffers, int) or buffers < 1:
+        raise ConfigurationError(f"buffers={buffers!r}; one holds what computes, two copy the next meanwhile")
+    if reserve is not None and budget != "auto":
+        raise ConfigurationError(f"reserve={reserve} belongs to budget='auto', and budget is {budget!r}")
+    if budget is not None and budget != "auto":
+        budget = parse_bytes(budget)
+    groups = _groups(model)
+    return _carry_out(_plan(groups, budget, buffers, AUTO_RESERVE if reserve is None else reserve), pin)
+
+
+def receive_in_host_memory(modules: Sequence[Any], memory: HostMemory) -> None:
+    """While a model is loaded: packed tensors go to host memory as they arrive.
+
+    Args:
+        modules: packed ones, their tensors on the meta device.
+        memory: where they go.
+
+    Raises:
+        ConfigurationError: the host has no room for them.
+    """
+    shapes = [(m, p.shape) for m in modules for p in m.fourfold_layout.projections]
+    check_room(sum(shape.nbytes(m.fourfold_format) for m, shape in shapes), "the packed experts of the model")
+    for module in modules:
+        module.fourfold_arrives = memory.take
+
+
+def stay_in_host_memory(
+    model: nn.Module, memory: HostMemory, device_of: Callable[[str], torch.device]
+) -> OffloadReport:
+    """After loading: what arrived in host memory stays there, as after `offload`.
+
+    Args:
+        model: loaded.
+        memory: where packed tensors went.
+        device_of: where the module of a name computes.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedExperts):
+            module.__dict__.pop("fourfold_arrives", None)
+    groups = _groups(model, device_of)
+    return _carry_out(_plan(groups, None, BUFFERS, 0), None, memory)
+
+
+_Groups = dict[torch.device, list[list[PackedExperts]]]
+_Plan = list[tuple[torch.device, list[list[PackedExperts]], list[bool], int]]
+
+
+def _plan(groups: _Groups, budget: int | str | None, buffers: int, reserve: int) -> _Plan:
+    """For each device its units, which of them are brought, and the number of buffers."""
+    plans: _Plan = []
+    for device, group in groups.items():
+        sizes = [Unit(modules).nbytes for modules in group]
+        limit: Any = budget
+        if budget == "auto":
+            held = sum(t.nbytes for unit in group for m in unit for t in _packed(m) if t.device == device)
+            limit = automatic(device, held + _buffer_bytes(group), reserve)
+        streamed = choose_streamed(sizes, limit, buffers)
+        plans.append((device, group, streamed, fitting_buffers(sizes, streamed, limit, buffers)))
+    return plans
+
+
+def _buffer_bytes(group: Sequence[Sequence[PackedExperts]]) -> int:
+    """Of buffers that are allocated for these modules."""
+    hosts = [m.fourfold_host for unit in group for m in unit]
+    streamers = {id(h.streamer): h.streamer for h in hosts if isinstance(h, HostExperts)}
+    return sum(s.allocated_bytes for s in streamers.values())
+
+
+def _carry_out(plans: _Plan, pin: bool | None, memory: HostMemory | None = None) -> OffloadReport:
+    resident: list[tuple[PackedExperts, torch.device]] = []
+    streamed: list[PackedExperts] = []
+    units: list[tuple[torch.device, list[list[PackedExperts]], int]] = []
+    for device, group, chosen, buffers in plans:
+        resident += [(m, device) for unit, away in zip(group, chosen, strict=True) if not away for m in unit]
+        away_units = [unit for unit, away in zip(group, chosen, strict=True) if away]
+        streamed += [m for unit in away_units for m in unit]
+        if away_units:
+            units.append((device, away_units, buffers))
+    moving = {t.data_ptr(): t.nbytes for m in streamed for t in _packed(m) if t.device.type != "cpu"}
+    check_room(sum(moving.values()), "the packed experts that are to leave the device")
+    memory = memory or HostMemory(pin)
+    # Copies first, all of them: what fails here leaves the model as it was.
+    copies = {id(t): (t, memory.take(t.data)) for m in streamed for t in _packed(m)}
+    for tensor, copied in copies.values():
+        tensor.data = copied
+    del copies
+    for module in streamed:
+        _release(module)
+    streamers = [attach(unit, device, buffers) for device, unit, buffers in units]
+    for module, device in resident:
+        _release(module)
+        for tensor in _packed(module):
+            tensor.data = tensor.data.to(device)
+    return OffloadReport(
+        resident=[m.fourfold_name for m, _ in resident],
+        streamed=[m.fourfold_name for m in streamed],
+        resident_bytes=_bytes([m for m, _ in resident]),
+        host_bytes=_bytes(streamed),
+        buffer_bytes=sum(s.buffer_bytes for s in streamers),
+        buffers=max((s.buffers for s in streamers), default=0),
+        devices=list(dict.fromkeys(str(device) for device, *_ in plans)),
+        unpinned=memory.unpinned if streamed else None,
+        streamers=streamers,
+    )
+
+
+def attach(
+    units: Sequence[Sequence[PackedExperts]], device: torch.device, buffers: int, engine: Any = None
+) -> Streamer:
+    """Have modules whose packed tensors lie in host memory computed on ``device``."""
+    streamer = Streamer([Unit(modules) for modules in units], device, buffers, engine)
+    for unit, modules in enumerate(units):
+        for number, module in enumerate(modules):
+            module.fourfold_host = HostExperts(streamer, unit, number)
+    return streamer
+
+
+def onload(model: nn.Module) -> None:
+    """Bring packed experts back from host memory to the devices where they are computed; undoes `offload`.
+
+    A model whose experts were not offloaded stays as it is.
+
+    Raises:
+        NoExpertsError: no module has packed experts.
+        ConfigurationError: a device has no room for them, with the figures.
+    """
+    groups = _groups(model)
+    for device, group in groups.items():
+        modules = [m for unit in group for m in unit if m.fourfold_host is not None]
+        if device.type == "cuda":
+            needed, free = _bytes(modules), free_bytes(device) + _buffer_bytes(group)
+            if needed > free:
+                raise ConfigurationError(
+                    f"the packed experts in host memory take {needed / GIB:.2f} GiB, and {device} has room "
+                    f"for {free / GIB:.2f} GiB; give fourfold.offload a budget to bring some of them back"
+                )
+        for module in modules:
+            _release(module)
+        for module in modules:
+            for tensor in _packed(module):
+                tensor.data = tensor.data.to(device)
+
+
+def _release(module: PackedExperts) -> None:
+    """The module computes with its tensors where they lie."""
+    host = module.__dict__.pop("fourfold_host", None)
+    if isinstance(host, HostExperts):
+        host.streamer.close()
+
+
+def _groups(model: nn.Module, device_of: Callable[[str], torch.device] | None = None) -> _Groups:
+    """Packed modules by the device that computes with them; those that one forward reads stand together."""
+    groups: dict[torch.device, dict[str, list[PackedExperts]]] = {}
+    for found in find_experts(model):
+        module = found.module
+        if isinstance(module, PackedExperts):
+            _refuse_spread(module)
+            device = module.computing_device if device_of is None else _numbered(device_of(found.name))
+            by_reader = groups.setdefault(device, {})
+            by_reader.setdefault(found.reader, []).append(module)
+    if not groups:
+        raise NoExpertsError(
+            f"{type(model).__name__} has no packed experts to move: load it with MoeBitsAndBytesConfig (or "
+            "pack its modules) first"
+        )
+    return {device: list(units.values()) for device, units in groups.items()}
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """As tensors say it: ``cuda:0`` for ``cuda``."""
+    return torch.empty(0, device=device).device
+
+
+def _refuse_spread(module: PackedExperts) -> None:
+    for tensor in _packed(module):
+        if type(tensor.data) is not torch.Tensor and hasattr(tensor.data, "placements"):
+            raise ConfigurationError(
+                f"{module.fourfold_name}: its packed experts are spread over processes (FSDP or tensor "
+                "parallelism), each of which holds a part; sending whole modules to host memory does not go "
+                "together with that. Use one of the two"
+            )
+        if tensor.is_meta:
+            raise ConfigurationError(
+                f"{module.fourfold_name}: its packed experts have no memory (meta device)"
+            )
+
+
+def _packed(module: PackedExperts) -> list[nn.Parameter]:
+    parameters = [module._parameters[name] for name in module.packed_names()]
+    return [p for p in parameters if p is not None]
+
+
+def _bytes(modules: Sequence[PackedExperts]) -> int:
+    """Of different tensors (an encoder may share its experts with a decoder)."""
+    return sum({t.data_ptr(): t.nbytes for m in modules for t in _packed(m)}.values())

@@ -1,0 +1,94 @@
+"""How much device memory experts may take, and which modules stay there for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+from fourfold.errors import ConfigurationError
+
+GIB = 2**30
+# What ``budget="auto"`` leaves for activations, gradients and the optimizer, where the caller does not say.
+AUTO_RESERVE = 4 * GIB
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_bytes(value: int | str) -> int:
+    """A number of bytes: ``8 * 2**30``, ``"8GiB"``, ``"8 GB"``.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    found = _WRITTEN.fullmatch(value) if isinstance(value, str) else None
+    if found is None or found[2].lower() not in _UNITS:
+        raise ConfigurationError(
+            f"budget={value!r} is no number of bytes; write one such as 8589934592, '8GiB' or '8 GB', "
+            "'auto', or None"
+        )
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def free_bytes(device: torch.device) -> int:
+    """Device memory that can still be had: free, or kept by torch and not in use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def automatic(device: torch.device, held: int, reserve: int) -> int:
+    """The budget ``"auto"``: what experts hold now and what is free, less ``reserve``.
+
+    Raises:
+        ConfigurationError: the device does not say how much memory it has.
+    """
+    if device.type != "cuda":
+        raise ConfigurationError(
+            f"budget='auto' asks {device} for its free memory, which only CUDA devices tell; give the budget "
+            "in bytes, or None"
+        )
+    return max(0, held + free_bytes(device) - reserve)
+
+
+def choose_streamed(sizes: Sequence[int], budget: int | None, buffers: int) -> list[bool]:
+    """Which modules are brought from host memory; the others stay on the device.
+
+    Those are spread evenly: while one that stays is computed, the next one that does not is copied.
+
+    Args:
+        sizes: bytes of each module, in order.
+        budget: bytes that modules and buffers may take on the device together; None is the least.
+        buffers: of the size of the largest module that is brought.
+
+    Raises:
+        ConfigurationError: not even one buffer fits; with both figures.
+    """
+    count = len(sizes)
+    if budget is None:
+        return [True] * count
+    largest = max(sizes)
+    if budget < largest:
+        raise ConfigurationError(
+            f"budget of {budget / GIB:.3f} GiB for experts on the device: one module's take "
+            f"{largest / GIB:.3f} GiB, and at least one is computed there at a time "
+            f"({buffers * largest / GIB:.3f} GiB for {buffers}, so that the next is copied meanwhile)"
+        )
+    for streamed in range(count + 1):
+        chosen = [(i + 1) * streamed // count > i * streamed // count for i in range(count)]
+        away = [size for size, is_away in zip(sizes, chosen, strict=True) if is_away]
+        resident = sum(sizes) - sum(away)
+        if resident + min(buffers, len(away)) * max(away, default=0) <= budget:
+            return chosen
+    return [True] * count  # (fewer buffers then: see `fitting_buffers`)
+
+
+def fitting_buffers(sizes: Sequence[int], streamed: Sequence[bool], budget: int | None, buffers: int) -> int:
+    """Number of buffers that the budget has room for beside what stays; at least one."""
+    away = [size for size, is_away in zip(sizes, streamed, strict=True) if is_away]
+    if not away or budget is None:
+        return min(buffers, max(1, len(away)))
+    resident = sum(sizes) - sum(away)
+    return max(1, min(buffers, len(away), (budget - resident) // max(away)))

@@ -1,0 +1,178 @@
+"""Which module lies in which buffer, and when a buffer may be filled again.
+
+Bookkeeping alone. Copies and events are the engine's, so the same decisions are tested without a GPU.
+
+A buffer is filled by the engine after everything that was computed with its last content, and is computed
+with after it is filled; both are orders among the device's streams, and nothing waits on the host. It is
+filled ahead of use as soon as the module in it has been used and is not among those that come next.
+
+Uses nest, and may end by an exception: a buffer in use is never chosen, and one not in use always may be.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fourfold.errors import ConfigurationError
+from fourfold.offloading.order import Order
+
+
+class Engine(Protocol):
+    """What orders copies and computing on a device. Events are its own, and opaque."""
+
+    def fill(self, copies: Any, after: list[Any]) -> Any:
+        """Begin copies after all of ``after``; returns the event of their end."""
+
+    def wait(self, event: Any) -> None:
+        """Let what is computed from now on wait for ``event``."""
+
+    def mark(self) -> Any:
+        """The event of the end of what has been computed so far."""
+
+
+@dataclass
+class Slot:
+    """A buffer.
+
+    Attributes:
+        number: which one.
+        content: the module whose weights it holds, or is being filled with.
+        filled: event of the end of filling.
+        used: events of the ends of its uses since.
+        users: uses that have not ended.
+    """
+
+    number: int
+    content: int | None = None
+    filled: Any = None
+    used: list[Any] = field(default_factory=list)
+    users: int = 0
+
+
+@dataclass
+class Counts:
+    """What the buffers did: uses that found their module there, uses that did not, fillings, bytes."""
+
+    hits: int = 0
+    misses: int = 0
+    fills: int = 0
+    bytes: int = 0
+
+
+class Schedule:
+    """Buffers and the modules in them.
+
+    Args:
+        sizes: bytes of each module.
+        slots: number of buffers.
+        engine: orders copies and computing.
+        copies: what the engine needs to copy a module (first argument) to a buffer (second).
+    """
+
+    def __init__(
+        self, sizes: list[int], slots: int, engine: Engine, copies: Callable[[int, int], Any]
+    ) -> None:
+        self.order = Order(len(sizes))
+        self.counts = Counts()
+        # (a buffer may lie in memory that was something else's a moment ago)
+        begun = engine.mark()
+        self.slots = [Slot(number, used=[begun]) for number in range(slots)]
+        self._sizes, self._engine, self._copies = sizes, engine, copies
+        self._lock = threading.RLock()
+
+    def begin(self, module: int) -> int:
+        """Number of the buffer that holds the module, for what is computed from now on.
+
+        Raises:
+            ConfigurationError: all buffers are in use.
+        """
+        with self._lock:
+            slot = next((s for s in self.slots if s.content == module), None)
+            if slot is None or not slot.users:
+                self.order.note(module)
+            if slot is None:
+                self.counts.misses += 1
+                slot = self._fill(module, self._free([]))
+            elif not slot.users:
+                self.counts.hits += 1
+            self._engine.wait(slot.filled)
+            slot.users += 1
+            try:
+                self._fill_ahead()
+            except BaseException:
+                slot.users -= 1
+                raise
+            return slot.number
+
+    def end(self, number: int) -> None:
+        """A use of buffer ``number`` has ended, by an exception or not."""
+        with self._lock:
+            slot = self.slots[number]
+            slot.used.append(self._engine.mark())
+            slot.users -= 1
+            if not slot.users:
+                self._fill_ahead()
+
+    def forget(self, number: int) -> None:
+        """What buffer ``number`` holds is not a whole module."""
+        self.slots[number].content = None
+
+    def begin_alone(self, module: int, copies: Any, nbytes: int) -> int:
+        """As `begin`, for a use that brings less than the module: the buffer is filled with ``copies``,
+        nothing is filled ahead, and nothing is learned of the order.
+        """
+        with self._lock:
+            slot = self._free([])
+            slot.content, after, slot.used = None, slot.used, []
+            slot.filled = self._engine.fill(copies(slot.number), after)
+            self.counts.fills += 1
+            self.counts.bytes += nbytes
+            self._engine.wait(slot.filled)
+            slot.users += 1
+            return slot.number
+
+    def end_alone(self, number: int) -> None:
+        with self._lock:
+            slot = self.slots[number]
+            slot.used.append(self._engine.mark())
+            slot.users -= 1
+
+    def _free(self, keep: list[int]) -> Slot:
+        """A buffer that is not in use: an empty one, or the one whose module is needed last."""
+        upcoming = self.order.upcoming(len(self.slots))
+        free = [s for s in self.slots if not s.users and s.content not in keep]
+
+        def worth(slot: Slot) -> int:
+            if slot.content is None:
+                return -2
+            return -1 if slot.content not in upcoming else len(upcoming) - upcoming.index(slot.content)
+
+        if not free:
+            raise ConfigurationError(
+                f"all {len(self.slots)} buffers for offloaded experts are in use: more threads compute with "
+                "the model at once than it was given buffers; pass fourfold.offload a larger `buffers`"
+            )
+        return min(free, key=worth)
+
+    def _fill(self, module: int, slot: Slot) -> Slot:
+        # (empty until the copy was begun: if that raises, nobody takes what is there for a module)
+        slot.content, after = None, slot.used
+        slot.filled = self._engine.fill(self._copies(module, slot.number), after)
+        slot.content, slot.used = module, []
+        self.counts.fills += 1
+        self.counts.bytes += self._sizes[module]
+        return slot
+
+    def _fill_ahead(self) -> None:
+        upcoming = self.order.upcoming(len(self.slots))
+        held = {s.content for s in self.slots}
+        for module in upcoming:
+            if module in held:
+                continue
+            free = [s for s in self.slots if not s.users and s.content not in upcoming]
+            if not free:
+                return
+            self._fill(module, min(free, key=lambda s: s.content is not None))

@@ -1,0 +1,237 @@
+"""The packed tensors of modules in host memory, and as views of a buffer where they are computed with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fourfold.errors import ConfigurationError
+from fourfold.experts import PackedExperts, Projection
+from fourfold.formats import PackedStack
+from fourfold.formats.remote import RemoteStack
+from fourfold.offloading.engine import engine_for
+from fourfold.offloading.schedule import Counts, Engine, Schedule
+
+# torch's own allocations begin at multiples of it; kernels want 16.
+ALIGNMENT = 512
+
+_Key = tuple[int, str]  # number of the module in its unit, name of the projection
+
+
+@dataclass
+class _Tensor:
+    """A packed tensor of a unit: whose it is, and where it lies in a buffer."""
+
+    key: _Key
+    suffix: str
+    module: PackedExperts
+    leaf: str
+    offset: int
+
+    @property
+    def host(self) -> torch.Tensor:
+        parameter = self.module._parameters[self.leaf]
+        assert parameter is not None
+        return parameter.data
+
+
+class Unit:
+    """Modules that are brought together: one, or those that one forward reads.
+
+    Args:
+        modules: packed, their tensors in host memory.
+    """
+
+    def __init__(self, modules: Sequence[PackedExperts]) -> None:
+        self.modules = list(modules)
+        self.tensors: list[_Tensor] = []
+        self.nbytes = 0
+        for number, module in enumerate(modules):
+            for projection in module.fourfold_layout.projections:
+                for suffix in projection.shape.tensors(module.fourfold_format):
+                    leaf = projection.name + suffix
+                    made = _Tensor((number, projection.name), suffix, module, leaf, self.nbytes)
+                    self.tensors.append(made)
+                    self.nbytes += -(-made.host.nbytes // ALIGNMENT) * ALIGNMENT
+
+    def views(self, buffer: torch.Tensor) -> dict[_Key, PackedStack]:
+        """The stacks of the unit as views of a buffer (bytes, at least `nbytes`)."""
+        by_key: dict[_Key, dict[str, torch.Tensor]] = {}
+        for tensor in self.tensors:
+            host = tensor.host
+            piece = buffer[tensor.offset : tensor.offset + host.nbytes]
+            by_key.setdefault(tensor.key, {})[tensor.suffix] = piece.view(host.dtype).view(host.shape)
+        stacks = {}
+        for (number, name), tensors in by_key.items():
+            module = self.modules[number]
+            projection = module.fourfold_layout.projection(name)
+            assert projection is not None
+            stacks[number, name] = PackedStack.from_tensors(module.fourfold_format, projection.shape, tensors)
+        return stacks
+
+
+class Streamer:
+    """Brings the units of one device.
+
+    Args:
+        units: in the order in which the model holds them.
+        device: where they are computed with.
+        buffers: how many units lie there at a time.
+        engine: copies and events; None is that of the device.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        device: torch.device,
+        buffers: int = 2,
+        engine: Engine | None = None,
+    ) -> None:
+        self.units, self.device = list(units), device
+        self.buffers = min(buffers, len(self.units))
+        self._given_engine = engine
+        self._engine: Engine | None = None
+        self._schedule: Schedule | None = None
+        self._memory: list[torch.Tensor] = []
+        self._views: dict[tuple[int, int], dict[_Key, PackedStack]] = {}
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of all buffers together."""
+        return self.buffers * max(unit.nbytes for unit in self.units)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Of the buffers that there are."""
+        return sum(memory.nbytes for memory in self._memory)
+
+    @property
+    def counts(self) -> Counts:
+        return Counts() if self._schedule is None else self._schedule.counts
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = self._given_engine or engine_for(self.device)
+        return self._engine
+
+    def schedule(self) -> Schedule:
+        """Buffers are allocated when they are first needed: a model may be moved before that."""
+        if self._schedule is None:
+            size = max(unit.nbytes for unit in self.units)
+            with torch.inference_mode(False):  # (what is made there cannot be written to elsewhere)
+                self._memory = [
+                    torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.buffers)
+                ]
+            sizes = [unit.nbytes for unit in self.units]
+            self._schedule = Schedule(sizes, self.buffers, self.engine, self._copies)
+        return self._schedule
+
+    def move(self, device: torch.device) -> None:
+        """Compute on another device from now on."""
+        if device != self.device:
+            self.close()
+            self.device = device
+
+    def close(self) -> None:
+        """Let go of the buffers, in their turn among what was computed and copied."""
+        schedule, self._schedule = self._schedule, None
+        if schedule is not None:
+            for slot in schedule.slots:  # (memory goes back to the stream that computes)
+                if slot.filled is not None:
+                    self.engine.wait(slot.filled)
+        self._engine, self._memory, self._views = None, [], {}
+
+    @contextlib.contextmanager
+    def use(self, unit: int) -> Iterator[dict[_Key, PackedStack]]:
+        """The stacks of a unit on the device, inside the context alone."""
+        schedule = self.schedule()
+        slot = schedule.begin(unit)
+        try:
+            yield self._views_of(unit, slot)
+        finally:
+            schedule.end(slot)
+
+    def _views_of(self, unit: int, slot: int) -> dict[_Key, PackedStack]:
+        if (unit, slot) not in self._views:
+            with torch.inference_mode(False):
+                self._views[unit, slot] = self.units[unit].views(self._memory[slot])
+        return self._views[unit, slot]
+
+    def _copies(self, unit: int, slot: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        views = self._views_of(unit, slot)
+        pairs = []
+        for tensor in self.units[unit].tensors:
+            stack = views[tensor.key]
+            place = getattr(stack, tensor.suffix.removeprefix("_") or "data")
+            pairs.append((place, tensor.host))
+        return pairs
+
+
+class _Streamed(RemoteStack):
+    """One projection of one module of a streamer."""
+
+    def __init__(self, streamer: Streamer, unit: int, key: _Key, stack: PackedStack) -> None:
+        self.fmt, self.shape = stack.fmt, stack.shape
+        self._streamer, self._unit, self._key = streamer, unit, key
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[PackedStack]:
+        with self._streamer.use(self._unit) as stacks:
+            yield stacks[self._key]
+
+
+class HostExperts:
+    """What a module with experts in host memory asks (`PackedExperts.fourfold_host`).
+
+    Args:
+        streamer: brings them.
+        unit: number of the module's unit there.
+        number: of the module in the unit.
+    """
+
+    def __init__(self, streamer: Streamer, unit: int, number: int) -> None:
+        self.streamer, self._unit = streamer, unit
+        module = streamer.units[unit].modules[number]
+        self._name = module.fourfold_name
+        self._stacks = {
+            p.name: _Streamed(streamer, unit, (number, p.name), module.stack(p))
+            for p in module.fourfold_layout.projections
+        }
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()  # (a copy of a module has no share in the buffers of the first)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the experts are computed with."""
+        return self.streamer.device
+
+    def move(self, device: torch.device) -> None:
+        self.streamer.move(device)
+
+    def stack(self, projection: Projection) -> RemoteStack:
+        return self._stacks[projection.name]
+
+    def hold(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Keep the module's experts where they are computed with while a forward runs.
+
+        Raises:
+            ConfigurationError: the forward runs elsewhere.
+        """
+        if device != self.device:
+            raise ConfigurationError(
+                f"{self._name}: its experts are brought from host memory to {self.device}, and the hidden "
+                f"states are on {device}. Move the whole model (`model.to`), or call fourfold.onload and "
+                "fourfold.offload again where it computes"
+            )
+        return self.streamer.use(self._unit)
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,213 @@
+"""Which module is fetched when, into which buffer: bookkeeping, without tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from fourfold.errors import ConfigurationError
+from fourfold.offloading.order import Order
+from fourfold.offloading.schedule import Schedule
+
+LAYERS = 6
+
+
+@dataclass
+class Device:
+    """Notes what it is told, in the order in which it is told. An event is its place in that order."""
+
+    said: list[tuple] = field(default_factory=list)
+    fails: bool = False
+
+    def _say(self, *words: object) -> int:
+        self.said.append(words)
+        return len(self.said) - 1
+
+    def fill(self, copies: tuple[int, int], after: list[int]) -> int:
+        if self.fails:
+            raise RuntimeError("the copy failed")
+        return self._say("fill", *copies, tuple(after))
+
+    def wait(self, event: int) -> None:
+        self._say("wait", event)
+
+    def mark(self) -> int:
+        return self._say("mark")
+
+
+def made(buffers: int = 2, layers: int = LAYERS) -> tuple[Schedule, Device]:
+    device = Device()
+    return Schedule([10 + i for i in range(layers)], buffers, device, lambda *copy: copy), device
+
+
+def use(schedule: Schedule, module: int) -> None:
+    slot = schedule.begin(module)
+    assert schedule.slots[slot].content == module
+    schedule.end(slot)
+    assert all(not s.users for s in schedule.slots)
+
+
+def training(layers: int = LAYERS, uses: int = 1, recomputed: bool = True) -> Iterator[int]:
+    """Modules in the order of a step: forward, then for each recomputed forward and backward."""
+    yield from range(layers)
+    for module in reversed(range(layers)):
+        yield from [module] * (uses + recomputed)
+
+
+def counted(schedule: Schedule, modules: Iterator[int] | range) -> tuple[int, int]:
+    """Misses and fillings of a pass."""
+    before = (schedule.counts.misses, schedule.counts.fills)
+    for module in modules:
+        use(schedule, module)
+    return schedule.counts.misses - before[0], schedule.counts.fills - before[1]
+
+
+@pytest.mark.parametrize("recomputed", [True, False])
+@pytest.mark.parametrize("uses", [1, 2])  # products differentiated at once, or one by one
+@pytest.mark.parametrize("buffers", [2, 3, 4])
+def test_after_one_step_every_use_finds_its_module_and_nothing_is_copied_twice(
+    buffers: int, uses: int, recomputed: bool
+) -> None:
+    schedule, _ = made(buffers)
+    counted(schedule, training(uses=uses, recomputed=recomputed))
+    for _ in range(3):
+        misses, fills = counted(schedule, training(uses=uses, recomputed=recomputed))
+        assert misses == 0
+        assert fills == 2 * (LAYERS - buffers)  # (those at either turn are still there)
+
+
+def test_the_first_pass_misses_its_first_module_alone() -> None:
+    schedule, _ = made()
+    assert counted(schedule, range(LAYERS)) == (1, LAYERS)
+
+
+def test_passes_that_only_go_upwards() -> None:
+    schedule, _ = made()
+    counted(schedule, range(LAYERS))
+    counted(schedule, range(LAYERS))
+    for _ in range(3):
+        assert counted(schedule, range(LAYERS)) == (0, LAYERS)
+
+
+def test_evaluation_between_steps_costs_no_more_than_the_change() -> None:
+    schedule, _ = made()
+    for _ in range(2):
+        counted(schedule, training())
+    for _ in range(3):
+        assert counted(schedule, range(LAYERS))[0] <= 1
+        assert counted(schedule, range(LAYERS))[0] <= 1
+        assert counted(schedule, training())[0] <= 1
+        assert counted(schedule, training()) == (0, 2 * (LAYERS - 2))
+
+
+def test_one_buffer_serves_and_is_never_filled_ahead_of_a_use() -> None:
+    schedule, device = made(1)
+    for _ in range(3):
+        counted(schedule, training())
+    assert schedule.counts.misses + schedule.counts.hits == 3 * 3 * LAYERS
+    fills = [s for s in device.said if s[0] == "fill"]
+    assert len(fills) <= 3 * (2 * LAYERS)
+
+
+def test_the_next_copy_begins_as_soon_as_a_buffer_is_done_with() -> None:
+    """Before the next module is asked for: so a copy has the time of all that is computed in between."""
+    schedule, device = made()
+    for _ in range(2):
+        counted(schedule, training())
+    use(schedule, 0)
+    use(schedule, 1)
+    assert device.said[-1][:2] == ("fill", 3)
+    assert {s.content for s in schedule.slots} == {2, 3}
+
+
+def test_a_buffer_is_filled_after_all_its_uses_and_used_after_it_is_filled() -> None:
+    schedule, device = made()
+    for _ in range(2):
+        counted(schedule, training())
+    filled_at: dict[int, int] = {}  # buffer -> event of its last filling
+    marks: dict[int, set[int]] = {0: set(), 1: set()}  # buffer -> events of uses since
+    for module in training():
+        begun = len(device.said)
+        slot = schedule.begin(module)
+        ended = len(device.said)
+        schedule.end(slot)
+        for place, words in enumerate(device.said[begun:], begun):
+            if words[0] == "fill":
+                buffer, after = words[2], set(words[3])
+                assert after >= marks[buffer]
+                marks[buffer], filled_at[buffer] = set(), place
+            if words[0] == "mark":
+                marks[slot].add(place)
+        waits = [words[1] for words in device.said[begun:ended] if words[0] == "wait"]
+        assert schedule.slots[slot].content != module or waits
+        if slot in filled_at and schedule.slots[slot].content == module:
+            assert waits == [filled_at[slot]]
+
+
+def test_nested_uses_count_once_and_keep_the_buffer() -> None:
+    schedule, _ = made()
+    outer = schedule.begin(0)
+    inner = schedule.begin(0)
+    assert outer == inner
+    schedule.end(inner)
+    other = schedule.begin(1)
+    assert other != outer
+    assert schedule.slots[outer].content == 0
+    schedule.end(other)
+    schedule.end(outer)
+    assert schedule.counts.hits + schedule.counts.misses == 2
+
+
+def test_more_uses_at_once_than_buffers_is_an_error_that_leaves_them_usable() -> None:
+    schedule, _ = made()
+    held = [schedule.begin(0), schedule.begin(1)]
+    with pytest.raises(ConfigurationError, match=r"all 2 buffers .* larger `buffers`"):
+        schedule.begin(2)
+    for slot in held:
+        schedule.end(slot)
+    use(schedule, 2)
+
+
+@pytest.mark.parametrize("at", range(2 * LAYERS))
+def test_a_copy_that_fails_leaves_nothing_behind(at: int) -> None:
+    schedule, device = made()
+    counted(schedule, training())
+    modules = list(training())
+    device.fails = True
+    for module in modules[at : at + 3]:
+        try:
+            schedule.end(schedule.begin(module))
+        except RuntimeError:
+            pass
+    device.fails = False
+    assert all(not s.users for s in schedule.slots)
+    for _ in range(2):
+        counted(schedule, training())  # (`use` checks that the module is there)
+    assert counted(schedule, training())[0] == 0
+
+
+def test_a_step_broken_off_costs_a_miss_at_most() -> None:
+    schedule, _ = made()
+    for _ in range(2):
+        counted(schedule, training())
+    for at in range(1, 3 * LAYERS):
+        for module in list(training())[:at]:
+            use(schedule, module)
+        assert counted(schedule, training())[0] <= 2
+        assert counted(schedule, training())[0] <= 1
+        assert counted(schedule, training())[0] == 0
+
+
+def test_order_is_learned_whatever_it_is() -> None:
+    order, sequence = Order(5), [3, 0, 4, 4, 1, 2]
+    for module in sequence * 2:
+        order.note(module)
+    order.note(3)
+    assert order.upcoming(4) == [0, 4, 1, 2]
+    order.note(0)
+    order.note(4)
+    assert order.upcoming(2) == [4, 1]  # (used twice there)
+    order.note(4)
+    assert order.upcoming(2) == [1, 2]

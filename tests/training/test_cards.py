@@ -1,0 +1,76 @@
+"""Keys of models sharded over several cards: accepted, looked at, and refused by name when a run starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config_text import SOUND
+from fourfold.cli import main
+from fourfold.errors import ConfigurationError
+from fourfold.training.cards import CARDS
+from fourfold.training.read_config import examine, load_config
+
+
+def look(tmp_path: Path, text: str) -> Any:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return examine(path)
+
+
+@pytest.mark.parametrize("key", sorted(CARDS))
+def test_accepted_by_validate_and_refused_by_train(
+    tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"fsdp": "[full_shard]", "fsdp_config": "{reshard_after_forward: true}", "fsdp_version": "2"}
+    text = SOUND + f"{key}: {values.get(key, 'some_text')}\n"
+    examined = look(tmp_path, text)
+    assert examined.sound, examined.complaint()
+    path = str(tmp_path / "config.yaml")
+    assert main(["validate", path]) == 0
+    assert f"  line 7, {key}: not yet: a model sharded over several cards. Drop" in capsys.readouterr().out
+    assert main(["train", path]) == 2
+    assert f"line 7, {key}: not yet: a model sharded" in capsys.readouterr().err
+    with pytest.raises(ConfigurationError, match=key):
+        load_config(path)
+
+
+def test_nulls_ask_for_nothing(tmp_path: Path) -> None:
+    examined = look(tmp_path, SOUND + "fsdp: []\nfsdp_config:\nfsdp_version: null\ndeepspeed:\n")
+    assert examined.sound
+    assert examined.at_start == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "said"),
+    [
+        ("deepspeed: z.json\nfsdp_config: {fsdp_version: 2}", "deepspeed", "given beside FSDP. Keep one"),
+        ("fsdp_config: {offload_parms: true}", "fsdp_config.offload_parms", "unknown setting. Did you mean"),
+        ("fsdp_config: {1: 2}", "fsdp_config.1", "unknown setting"),
+        ("fsdp_config: [a]", "fsdp_config", "a list is none of its values. Give a mapping"),
+        ("fsdp_version: true", "fsdp_version", "a bool is none of its values"),
+        ("fsdp_version: 1", "fsdp_version", "1, which flattens parameters of one type; packed ones"),
+        (
+            "fsdp_config: {fsdp_version: 2}\noptimizer: paged_adamw_8bit",
+            "optimizer",
+            "paged_adamw_8bit keeps its state in a form that FSDP cannot shard. Write adamw_torch_8bit",
+        ),
+        (
+            "fsdp_config: {activation_checkpointing: true}\ngradient_checkpointing: true",
+            "gradient_checkpointing",
+            "true, and activation_checkpointing in fsdp_config recomputes the same",
+        ),
+    ],
+)
+def test_what_is_wrong_in_them(tmp_path: Path, lines: str, key: str, said: str) -> None:
+    text = SOUND + lines + "\n"
+    [problem] = look(tmp_path, text).problems
+    assert (problem.key, problem.not_yet) == (key, False)
+    assert f"{problem.what}. {problem.remedy}".startswith(said)
+    assert text.splitlines()[int(problem.where.removeprefix("line ")) - 1].startswith(key.split(".")[0])
+
+
+def test_eight_bit_without_cards_is_no_matter(tmp_path: Path) -> None:
+    assert look(tmp_path, SOUND + "optimizer: paged_adamw_8bit\n").sound

@@ -1,0 +1,111 @@
+"""Two processes on one machine, as ``torchrun`` starts them: the numbers of one with twice the batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from safetensors.torch import load_file
+
+from fourfold.training import processes
+from fourfold.training.run import run
+from fourfold.training.sampler import LengthGroupedSampler
+from fourfold.training.schema import TrainConfig
+from fourfold.training.trainer import with_filler
+from tiny_chat import Settings, conversation, quiet, write_jsonl
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=240, env=environment, check=False
+    )
+
+
+def test_two_processes_are_one_with_twice_the_batch(
+    settings: Settings, write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    """Of 44 examples, so that each epoch ends with a batch of 4, which is one process's alone."""
+    examples = write_jsonl(tmp_path / "train.jsonl", [conversation(index) for index in range(44)])
+    changes = {"datasets": [{"path": str(examples)}], "save_steps": 6, "save_total_limit": 1}
+    expected = run(TrainConfig(**settings(**changes, output_dir=str(tmp_path / "alone"))), quiet())
+    config = write_config(settings(**changes, micro_batch_size=4))
+    done = torchrun("-m", "fourfold", "train", str(config), "--json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)  # of the first process alone: two would be no JSON
+    losses, others = dict(result["loss_curve"]["train"]), dict(expected.curve.train)
+    assert {int(step) for step in losses} == set(others)
+    assert losses == pytest.approx(others, rel=2e-4)  # sums of floats in another order, over 12 steps
+    assert expected.before is not None
+    assert result["held_out_loss"]["before"]["per_answer"] == pytest.approx(
+        expected.before.per_answer, rel=1e-5
+    )
+    assert done.stderr.count("loading and packing the model") == 1  # the other prints nothing
+    out = tmp_path / "out"
+    assert [folder.name for folder in out.glob("checkpoint-*")] == ["checkpoint-12"]
+    alone = load_file(tmp_path / "alone" / "adapter_model.safetensors")
+    for name, tensor in load_file(out / "adapter_model.safetensors").items():
+        assert (tensor - alone[name]).abs().max() < 2e-3, name  # of weights that moved by 0.1
+    stored = json.loads((out / "checkpoint-12" / "run.json").read_text())
+    assert stored["processes (torchrun --nproc_per_node)"] == 2
+
+
+FAILING = """
+import os, sys
+from fourfold.cli import main
+from fourfold.errors import TrainingError
+from fourfold.training import run
+
+def fail(*args):
+    raise TrainingError("one card is gone")
+
+if os.environ["RANK"] == "1":
+    run.train = fail
+sys.exit(main(["train", sys.argv[1]]))
+"""
+
+
+def test_a_process_that_fails_ends_the_job_and_is_named(
+    settings: Settings, write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    done = torchrun(str(script), str(write_config(settings(max_steps=10_000))))  # minutes, if it went on
+    assert done.returncode != 0
+    assert "process 1: one card is gone" in done.stderr
+
+
+def test_what_is_wrong_for_all_is_said_once_and_ends_the_job(
+    settings: Settings, write_config: Callable[[dict[str, Any]], Path]
+) -> None:
+    config = write_config(settings(base_model="nowhere/at/all"))
+    done = torchrun("-m", "fourfold", "train", str(config))
+    assert done.returncode != 0
+    assert done.stderr.count("base_model: there is no folder nowhere/at/all") == 1
+
+
+def test_a_last_batch_is_filled_up_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = list(LengthGroupedSampler([3] * 10, 4, seed=1))
+    filled = LengthGroupedSampler([3] * 10, 4, seed=1, filler=10)
+    assert list(filled) == [*alone, 10, 10]
+    assert len(filled) == 12
+    assert list(LengthGroupedSampler([3] * 8, 4, seed=1, filler=8)) == list(
+        LengthGroupedSampler([3] * 8, 4, seed=1)
+    )
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    assert processes.count() == 1
+
+
+def test_what_fills_up_has_no_labels() -> None:
+    rows = [{"input_ids": [1] * n, "labels": [-100] + [1] * (n - 1), "length": n} for n in (5, 3, 4)]
+    longer = with_filler(Dataset.from_list(rows))
+    assert len(longer) == 4
+    assert longer[3] == {"input_ids": [1] * 3, "labels": [-100] * 3, "length": 3}
