@@ -58,6 +58,28 @@ def test_save_pretrained_writes_what_one_process_writes(job: Path) -> None:
         assert not any(zero_rows.values())
 
 
+@pytest.mark.parametrize("case", ["nf4", "int8", "tied"])
+def test_packed_checkpoint_from_shards_is_that_of_one_process(job: Path, case: str) -> None:
+    for files in ranks.outcome(job, f"saved_packed:{case}"):
+        assert files > 1
+
+
+def test_what_cannot_be_is_refused_by_name(job: Path) -> None:
+    said, _ = ranks.outcome(job, "refusals")
+    assert "differ in dtype" in said["dtypes"]
+    assert "q_proj.lora_A" in said["dtypes"]
+    assert "sharded already" in said["twice"]
+    assert "spread over processes" in said["offload"]
+    assert "mlp.experts" in said["offloaded"]
+    assert "onload" in said["offloaded"]
+    assert "experts_device" in said["experts_device"]
+    assert "nothing in the model is trained" in said["nothing"]
+    assert "no list of layers" in said["no layers"]
+    assert "nowhere" in said["no checkpoint"]
+    assert "adapters" in said["adapters"]
+    assert "MoeBitsAndBytesConfig" in said["not packed"]
+
+
 def test_resumed_sharded_and_in_one_process(job: Path) -> None:
     for found in ranks.outcome(job, "resumed"):
         assert found["sharded"] == 0

@@ -26,8 +26,9 @@ from fourfold.distributed.checkpoint import load_checkpoint, save_checkpoint
 from fourfold.distributed.cut import CutSlice
 from fourfold.distributed.load import load_sharded
 from fourfold.distributed.replicate import replicate
+from fourfold.distributed.save import save_packed
 from fourfold.distributed.shard import shard
-from fourfold.errors import ConfigurationError
+from fourfold.errors import ConfigurationError, FourfoldError
 from fourfold.experts.layout import clean_name
 from ranks import Job
 
@@ -79,7 +80,7 @@ LOADED = (
 )
 OTHERS = (
     *("mixed_precision", "sent_by_ddp", "other_weights", "read_share:plain", "read_share:packed"),
-    *("saved_adapter", "resumed"),
+    *("saved_adapter", "resumed", "saved_packed:nf4", "saved_packed:int8", "saved_packed:tied", "refusals"),
 )
 CHECKS = (
     *(f"fsdp:{case}" for case in CASES),
@@ -278,6 +279,79 @@ def saved_adapter(job: Job) -> dict[str, Any]:
         assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
     tensors = load_file(found / "adapter_model.safetensors")
     return {n: int(t.abs().sum(1).count_nonzero()) - len(t) for n, t in tensors.items() if "lora_B" in n}
+
+
+def saved_packed(job: Job, case: str) -> int:
+    """`save_packed` from shards, in several files: the tensors and the configuration that one process saves."""
+    kind, settings, _ = CASES[case]
+    source = checkpoint(job, kind)
+    config = fourfold.MoeBitsAndBytesConfig(**settings, **compute(settings, torch.float32))
+    model = load_sharded(source, quantization_config=config, device=job.device, dtype=torch.float32)
+    gathers = []
+    with pytest.MonkeyPatch.context() as monkey:
+        for name in ("full_tensor", "redistribute"):
+            monkey.setattr(DTensor, name, lambda *_, **__: gathers.append(1))
+        files = save_packed(model, job.shared(f"{case}-shards"), max_shard_size="40KB")
+    assert not gathers
+    if job.rank == 0:
+        load(source, settings, job.device).save_pretrained(job.shared(f"{case}-one"))
+    job.wait()
+    found, wanted = ({}, {})
+    for folder, tensors in ((f"{case}-shards", found), (f"{case}-one", wanted)):
+        for file in job.shared(folder).glob("*.safetensors"):
+            tensors |= load_file(file)
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert tensor.dtype == found[key].dtype, key
+        assert torch.equal(tensor, found[key]), key
+    names = ("config.json", "generation_config.json")
+    for name in names:
+        assert (job.shared(f"{case}-shards") / name).read_text() == (
+            job.shared(f"{case}-one") / name
+        ).read_text(), name
+    again = load_sharded(job.shared(f"{case}-shards"), device=job.device, dtype=torch.float32)
+    for (name, ours), theirs in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(whole(ours), whole(theirs)), name
+    try:  # (where something lies already, every rank is told, and none waits)
+        save_packed(model, job.shared(f"{case}-shards"))
+    except FourfoldError as error:
+        assert "exists" in str(error)
+    else:
+        raise AssertionError("written over")
+    return len(files)
+
+
+def refusals(job: Job) -> dict[str, str]:
+    """Settings that cannot be, each with its message."""
+    said: dict[str, str] = {}
+
+    def refused(name: str, act: Any) -> None:
+        try:
+            act()
+        except FourfoldError as error:
+            said[name] = str(error)
+
+    folder = checkpoint(job, "qwen3_moe")
+    model = adapted(load(folder, NF4, job.device))
+    next(p for n, p in model.named_parameters() if "q_proj.lora_A" in n).data = torch.zeros(
+        4, 64, dtype=torch.bfloat16, device=job.device
+    )
+    refused("dtypes", lambda: shard(model))
+    model = shard(adapted(load(folder, NF4, job.device)))
+    refused("twice", lambda: shard(model))
+    refused("offload", lambda: fourfold.offload(model))
+    offloaded = load(folder, NF4, job.device)
+    fourfold.offload(offloaded)
+    refused("offloaded", lambda: shard(adapted(offloaded)))
+    on_cpu = fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4", experts_device="cpu")
+    refused("experts_device", lambda: load_sharded(folder, quantization_config=on_cpu, device=job.device))
+    frozen = load(folder, NF4, job.device).requires_grad_(False)
+    refused("nothing", lambda: replicate(frozen))
+    refused("no layers", lambda: shard(torch.nn.Linear(2, 2).to(job.device)))
+    refused("no checkpoint", lambda: load_checkpoint(job.shared("nowhere"), model))
+    refused("adapters", lambda: save_packed(model, job.shared("nowhere")))
+    refused("not packed", lambda: load_sharded(folder, device=job.device))
+    return said
 
 
 def resumed(job: Job) -> dict[str, float]:

@@ -34,7 +34,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from fourfold.distributed.blocks import is_whole_on_every_rank, linear_settings, with_settings
 from fourfold.distributed.cut import CutSlice, Part, as_part
 from fourfold.distributed.shard import device_mesh
-from fourfold.errors import CheckpointError
+from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.experts import PackedExperts
 from fourfold.formats import COMPANION_SUFFIXES
 from fourfold.loading.complete import check_finite
@@ -42,7 +42,7 @@ from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.converters import PackingConverter
 from fourfold.loading.cpu_linears import refuse_wrong_widths
 from fourfold.loading.quantize import concrete_class
-from fourfold.loading.quantizer import IN_SHARDS
+from fourfold.loading.quantizer import IN_SHARDS, FourfoldQuantizer
 from fourfold.loading.shapes import check_shapes
 from fourfold.loading.skeleton import read_config
 from fourfold.loading.stream import Progress, Stream, open_slices, quiet_bars
@@ -80,6 +80,7 @@ def load_sharded(
 
     Raises:
         CheckpointError: a tensor is missing, of a wrong shape, or not finite.
+        ConfigurationError: ``experts_device="cpu"``, or the checkpoint is not packed and nothing says how to.
         FourfoldError: what loading with this configuration raises.
     """
     mesh = mesh or device_mesh()
@@ -93,6 +94,17 @@ def load_sharded(
     def load(
         built: PreTrainedModel, state_dict: Any, checkpoint_files: Any, load_config: Any, *_: Any
     ) -> Any:
+        quantizer = load_config.hf_quantizer
+        if not isinstance(quantizer, FourfoldQuantizer):
+            raise ConfigurationError(
+                f"{model} is not packed by Fourfold, and nothing says how to pack it: pass "
+                "quantization_config=fourfold.MoeBitsAndBytesConfig(...)"
+            )
+        if quantizer.config.experts_device == "cpu":
+            raise ConfigurationError(
+                "experts_device='cpu' keeps whole experts in host memory, of which load_sharded reads a part; "
+                "leave it out, and pass device='cpu' here and offload=CPUOffloadPolicy() to shard"
+            )
         refuse_wrong_widths(built, {"": device})
         stream = _ShardedStream(built, load_config, mesh, progress)
         with contextlib.ExitStack() as stack:

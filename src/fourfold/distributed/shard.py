@@ -88,7 +88,7 @@ def shard(
         ``model.get_base_model()``, to which PEFT's models delegate.
 
     Raises:
-        ConfigurationError: it is sharded already; nothing in it is layers; trained parameters of one layer
+        ConfigurationError: it is sharded already; its experts are offloaded; nothing in it is layers; trained parameters of one layer
             differ in dtype; a parameter that cannot be sharded is to be trained; or the ranks hold different
             weights.
     """
@@ -96,6 +96,13 @@ def shard(
     root = bare(model)
     if is_sharded(model):
         raise ConfigurationError("the model is sharded already; call fourfold.distributed.shard once")
+    for module in root.modules():
+        if getattr(module, "fourfold_host", None) is not None:
+            raise ConfigurationError(
+                f"{module.fourfold_name}: its experts are in host memory (fourfold.offload, or "
+                "experts_device='cpu'), from where whole modules are copied; shards are not. Use one of the two: "
+                "fourfold.onload(model), or offload=CPUOffloadPolicy() here"
+            )
     layers = blocks(root)
     if not layers:
         raise ConfigurationError(

@@ -140,7 +140,7 @@ def quantize_checkpoint(
         )
         files = writer.finish()
         copied = _copy_companions(model, folder)
-        _save_configuration(built, folder)
+        save_configuration(built, folder)
     quantizer: Any = built.hf_quantizer
     method = quantizer.quantization_config.quant_method
     return QuantizedCheckpoint(
@@ -212,7 +212,7 @@ def _copy_companions(model: str | Path, folder: Path) -> list[str]:
     return copied
 
 
-def _save_configuration(model: PreTrainedModel, folder: Path) -> None:
+def save_configuration(model: PreTrainedModel, folder: Path) -> None:
     """What `save_pretrained` writes beside the weights; last of all, since nothing loads without it."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
