@@ -102,8 +102,8 @@ class Variant:
         from peft import LoraConfig, get_peft_model
 
         import fourfold
-        from fourfold.distributed.replicate import replicate
-        from fourfold.distributed.shard import shard
+        from fourfold.distributed.replicas import replicate
+        from fourfold.distributed.sharding import shard
 
         fourfold.prepare(model)
         torch.manual_seed(1)

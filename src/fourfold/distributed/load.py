@@ -33,7 +33,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
 from fourfold.distributed.blocks import is_whole_on_every_rank, linear_settings, with_settings
 from fourfold.distributed.cut import CutSlice, Part, as_part
-from fourfold.distributed.shard import device_mesh
+from fourfold.distributed.sharding import device_mesh
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.experts import PackedExperts
 from fourfold.formats import COMPANION_SUFFIXES
@@ -102,8 +102,8 @@ def load_sharded(
             )
         if quantizer.config.experts_device == "cpu":
             raise ConfigurationError(
-                "experts_device='cpu' keeps whole experts in host memory, of which load_sharded reads a part; "
-                "leave it out, and pass device='cpu' here and offload=CPUOffloadPolicy() to shard"
+                "experts_device='cpu' keeps whole experts in host memory, of which load_sharded reads a "
+                "part; leave it out, and pass device='cpu' here and offload=CPUOffloadPolicy() to shard"
             )
         refuse_wrong_widths(built, {"": device})
         stream = _ShardedStream(built, load_config, mesh, progress)

@@ -88,9 +88,9 @@ def shard(
         ``model.get_base_model()``, to which PEFT's models delegate.
 
     Raises:
-        ConfigurationError: it is sharded already; its experts are offloaded; nothing in it is layers; trained parameters of one layer
-            differ in dtype; a parameter that cannot be sharded is to be trained; or the ranks hold different
-            weights.
+        ConfigurationError: it is sharded already; its experts are offloaded; nothing in it is layers; trained
+            parameters of one layer differ in dtype; a parameter that cannot be sharded is to be trained; or
+            the ranks hold different weights.
     """
     mesh = mesh or device_mesh()
     root = bare(model)
@@ -100,8 +100,8 @@ def shard(
         if getattr(module, "fourfold_host", None) is not None:
             raise ConfigurationError(
                 f"{module.fourfold_name}: its experts are in host memory (fourfold.offload, or "
-                "experts_device='cpu'), from where whole modules are copied; shards are not. Use one of the two: "
-                "fourfold.onload(model), or offload=CPUOffloadPolicy() here"
+                "experts_device='cpu'), from where whole modules are copied; shards are not. Use one of "
+                "the two: fourfold.onload(model), or offload=CPUOffloadPolicy() here"
             )
     layers = blocks(root)
     if not layers:
