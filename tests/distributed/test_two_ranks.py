@@ -52,6 +52,12 @@ def test_a_rank_reads_and_holds_its_share(job: Path, stored: str) -> None:
             assert (found["first_expert"], found["experts"]) == (8 * rank, 8)
 
 
+def test_evaluates_and_generates_as_one_process(job: Path) -> None:
+    one, other = ranks.outcome(job, "generated")
+    assert one == other
+    assert len(one) == 11
+
+
 def test_save_pretrained_writes_what_one_process_writes(job: Path) -> None:
     for zero_rows in ranks.outcome(job, "saved_adapter"):
         assert zero_rows
@@ -74,6 +80,7 @@ def test_what_cannot_be_is_refused_by_name(job: Path) -> None:
     assert "onload" in said["offloaded"]
     assert "experts_device" in said["experts_device"]
     assert "nothing in the model is trained" in said["nothing"]
+    assert "q_proj was made for (32, 64)" in said["widths"]
     assert "no list of layers" in said["no layers"]
     assert "nowhere" in said["no checkpoint"]
     assert "adapters" in said["adapters"]

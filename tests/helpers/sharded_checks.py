@@ -13,6 +13,7 @@ import transformers
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
@@ -80,7 +81,15 @@ LOADED = (
 )
 OTHERS = (
     *("mixed_precision", "sent_by_ddp", "other_weights", "read_share:plain", "read_share:packed"),
-    *("saved_adapter", "resumed", "saved_packed:nf4", "saved_packed:int8", "saved_packed:tied", "refusals"),
+    *(
+        "generated",
+        "saved_adapter",
+        "resumed",
+        "saved_packed:nf4",
+        "saved_packed:int8",
+        "saved_packed:tied",
+        "refusals",
+    ),
 )
 CHECKS = (
     *(f"fsdp:{case}" for case in CASES),
@@ -343,6 +352,9 @@ def refusals(job: Job) -> dict[str, str]:
     refused("experts_device", lambda: load_sharded(folder, quantization_config=on_cpu, device=job.device))
     frozen = load(folder, NF4, job.device).requires_grad_(False)
     refused("nothing", lambda: replicate(frozen))
+    narrow = adapted(load(folder, NF4, job.device))
+    next(m for n, m in narrow.named_modules() if n.endswith("q_proj")).in_features = 32
+    refused("widths", lambda: shard(narrow))
     refused("no layers", lambda: shard(torch.nn.Linear(2, 2).to(job.device)))
     refused("no checkpoint", lambda: load_checkpoint(job.shared("nowhere"), model))
     refused("adapters", lambda: save_packed(model, job.shared("nowhere")))
@@ -418,6 +430,42 @@ def bf16(job: Job, kind: str) -> dict[str, float]:
         "adapter": apart(ends[0], ends[2]),
         "adapter_noise": apart(ends[0], ends[1]),
     }
+
+
+def generated(job: Job) -> list[int]:
+    """Evaluation and generation on a sharded model with adapters, twice: those of one process."""
+    folder = checkpoint(job, "qwen3_moe_5")
+    settings = {"experts_quant_type": "nf4"}
+    models = [adapted(load(folder, settings, job.device)).eval() for _ in range(2)]
+    shard(models[1])
+    ids = tiny.IDS.to(job.device)
+    with torch.no_grad():
+        logits = [model(input_ids=ids).logits for model in models]
+    assert (logits[0] - logits[1]).abs().max() < 1e-5
+    tokens = [
+        model.generate(input_ids=ids[:1, :5], max_new_tokens=6, min_new_tokens=6, do_sample=False).tolist()
+        for model in (*models, models[1])
+    ]
+    assert tokens[0] == tokens[1] == tokens[2]
+    return list(tokens[0][0])
+
+
+def replicas_of_shards(job: Job) -> dict[str, float]:
+    """Two replicas of two shards each (HSDP): loaded in shards, trained, and written by one replica."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    folder = checkpoint(job, "qwen3_moe_5")
+    alone = adapted(load(folder, NF4, job.device))
+    begun = trained(alone)
+    wanted = train(alone, job, alone=True)
+    config = fourfold.MoeBitsAndBytesConfig(**NF4, **compute(NF4, torch.float32))
+    model = load_sharded(folder, mesh, quantization_config=config, dtype=torch.float32)
+    save_packed(model, job.shared("of-replicas"))
+    experts = next(p for n, p in model.named_parameters() if n.endswith("experts.gate_up_proj"))
+    assert experts.to_local().shape[0] == (3, 2)[job.rank % 2]
+    stored = load_file(job.shared("of-replicas") / "model.safetensors")
+    assert torch.equal(stored["model.layers.0.mlp.experts.gate_up_proj"], whole(experts))
+    model = shard(adapted(model, seed=job.rank), mesh)
+    return compared(alone, model, wanted, train(model, job, alone=False), begun)
 
 
 def sent_by_ddp(job: Job) -> dict[str, int]:

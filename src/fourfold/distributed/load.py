@@ -27,13 +27,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, dot_natural_key
 
 from fourfold.distributed.blocks import is_whole_on_every_rank, linear_settings, with_settings
 from fourfold.distributed.cut import CutSlice, Part, as_part
-from fourfold.distributed.sharding import device_mesh
+from fourfold.distributed.sharding import device_mesh, shards_of
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.experts import PackedExperts
 from fourfold.formats import COMPANION_SUFFIXES
@@ -135,8 +135,8 @@ class _ShardedStream(Stream):
         self, model: PreTrainedModel, load_config: Any, mesh: DeviceMesh, progress: Progress | None
     ) -> None:
         super().__init__(model, load_config, lambda *_: None, progress)
-        self.mesh = mesh
-        self.part = Part(mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1))
+        self.mesh = shards_of(mesh)
+        self.part = Part(self.mesh.get_local_rank(), self.mesh.size())
         self._last_info: Any = None
 
     def run(self, slices: dict[str, Any]) -> list[str]:
@@ -386,10 +386,9 @@ class _ShardedStream(Stream):
         else:
             start, stop = self.part.of(shape[0])
             data = data[start:stop].clone()
-        placements = [*[Replicate()] * (self.mesh.ndim - 1), Shard(0)]
         stride = torch.empty(shape, device="meta").stride()
         tensor = DTensor.from_local(
-            data.contiguous(), self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+            data.contiguous(), self.mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
         )
         made = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
         made._is_hf_initialized = True

@@ -55,6 +55,17 @@ def device_mesh() -> DeviceMesh:
     return init_device_mesh(kind, (dist.get_world_size(),))
 
 
+def shards_of(mesh: DeviceMesh) -> DeviceMesh:
+    """The axis of a mesh over which shards lie (the last), without a name.
+
+    PEFT takes a distributed weight on a mesh whose axes have names for one that is computed in parts (tensor
+    parallelism), and would make factors of the width of this rank's rows.
+    """
+    if mesh.ndim == 1 and mesh.mesh_dim_names is None:
+        return mesh
+    return DeviceMesh.from_group(mesh.get_group(mesh.ndim - 1), mesh.device_type)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` was called on it."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
@@ -88,9 +99,9 @@ def shard(
         ``model.get_base_model()``, to which PEFT's models delegate.
 
     Raises:
-        ConfigurationError: it is sharded already; its experts are offloaded; nothing in it is layers; trained
-            parameters of one layer differ in dtype; a parameter that cannot be sharded is to be trained; or
-            the ranks hold different weights.
+        ConfigurationError: it is sharded already; its experts are offloaded; nothing in it is layers; adapters
+            have the width of a shard; trained parameters of one layer differ in dtype; a parameter that cannot
+            be sharded is to be trained; or the ranks hold different weights.
     """
     mesh = mesh or device_mesh()
     root = bare(model)
@@ -109,6 +120,7 @@ def shard(
             f"{type(root).__name__} has no list of layers that could be sharded one by one; call "
             "torch.distributed.fsdp.fully_shard on its parts yourself"
         )
+    _check_widths(root)
     whole = left_whole(root, mesh.device_type)
     flatten_linears_(root, mesh.device_type)
     _check_dtypes(root, layers, mixed_precision)
@@ -161,6 +173,21 @@ def _never_cast_integers(root: nn.Module) -> None:
                 if not parameter.sharded_param.dtype.is_floating_point:
                     stock = parameter.init_dtype_attrs
                     parameter.init_dtype_attrs = lambda _, stock=stock: stock(MixedPrecisionPolicy())
+
+
+def _check_widths(root: nn.Module) -> None:
+    """Adapters must have the widths of the whole layers (older releases of PEFT take those of a shard)."""
+    for name, module in root.named_modules():
+        base: Any = getattr(module, "base_layer", None)
+        if not isinstance(base, nn.Linear) or not isinstance(getattr(module, "in_features", None), int):
+            continue
+        adapter: Any = module
+        made, wanted = (adapter.in_features, adapter.out_features), (base.in_features, base.out_features)
+        if made != wanted:
+            raise ConfigurationError(
+                f"the adapter of {name} was made for {made} features, and the layer has {wanted}: this "
+                "release of PEFT takes a shard for the layer. Install peft>=0.21.2, or load the model whole"
+            )
 
 
 def _check_dtypes(
