@@ -99,9 +99,9 @@ def shard(
         ``model.get_base_model()``, to which PEFT's models delegate.
 
     Raises:
-        ConfigurationError: it is sharded already; its experts are offloaded; nothing in it is layers; adapters
-            have the width of a shard; trained parameters of one layer differ in dtype; a parameter that cannot
-            be sharded is to be trained; or the ranks hold different weights.
+        ConfigurationError: it is sharded already; its experts are offloaded; nothing in it is layers;
+            adapters have the width of a shard; trained parameters of one layer differ in dtype; a parameter
+            that cannot be sharded is to be trained; or the ranks hold different weights.
     """
     mesh = mesh or device_mesh()
     root = bare(model)
