@@ -140,6 +140,11 @@ from fourfold.training.schema import TrainConfig
             "merge_lora",
             "true, and whole modules are trained beside the adapter",
         ),
+        (
+            "merge_lora: true\npeft_init_lora_weights: loftq\nlora_target_parameters: all",
+            "merge_lora",
+            "true, and what loftq begins with is right on the packed weights alone",
+        ),
         ("trackio_run_name: r", "trackio_run_name", "given, but nothing is logged to trackio"),
         (
             "lr_scheduler_kwargs: {num_cicles: 2}",

@@ -10,6 +10,7 @@ import yaml
 
 from fourfold.cli import main
 from fourfold.training.read_config import examine
+from fourfold.training.trainer import interval, trainer_arguments
 from tiny_chat import conversation, write_jsonl
 
 COMMON = """\
@@ -145,6 +146,53 @@ def test_nothing_is_wrong_and_what_is_missing_is_named(
         assert [problem.key for problem in examined.problems] == missing
         off = [f"{key}=null" for key in missing]
         assert look(tmp_path, text, *off).sound
+
+
+def test_what_such_a_file_means(tmp_path: Path) -> None:
+    """Value by value, not only that it is read."""
+    config = look(tmp_path, COMMON + KERNELS, "sample_packing=null").config
+    entry = config.datasets[0]
+    assert (entry.path, entry.type, entry.split) == ("owner/chats", "chat_template", "train[:50%]")
+    assert (entry.field_messages, entry.message_property_mappings.role) == ("conversations", "from")
+    assert entry.message_property_mappings.content == "value"
+    assert config.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert config.lora_target_parameters == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert config.quantization_kwargs() == {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    }
+    assert config.attention == "flash_attention_2"
+    assert (config.bf16, config.fp16, config.tf32, config.trackers) == ("auto", False, False, [])
+    arguments = trainer_arguments(
+        config.model_copy(update={"optimizer": "adamw_torch"}), bf16=False, use_cpu=True, examples=80
+    )
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (4, 2)
+    assert (arguments.num_train_epochs, arguments.max_steps, arguments.warmup_steps) == (1, -1, 0.1)
+    assert (arguments.learning_rate, arguments.weight_decay, arguments.lr_scheduler_type) == (
+        2e-4,
+        0,
+        "cosine",
+    )
+    assert arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size == 8
+    assert arguments.save_steps == 10  # once in an epoch of 10 steps
+    assert interval(config, "eval", 80) == 2  # four times (10 / 4, rounded)
+    assert arguments.router_aux_loss_coef == 0
+    assert arguments.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_experts_are_trained_only_where_the_file_names_them(tmp_path: Path) -> None:
+    """A file whose expert targets are comments trains Linears alone, and may have dropout."""
+    named = "lora_target_parameters:\n  - mlp.experts.gate_up_proj\n  - mlp.experts.down_proj\n"
+    text = COMMON.replace(named, "").replace("lora_dropout: 0\n", "lora_dropout: 0.05\n")
+    assert named in COMMON
+    examined = look(tmp_path, text, "sample_packing=null")
+    assert examined.sound, examined.complaint()
+    assert (examined.config.lora_target_parameters, examined.config.lora_dropout) == (None, 0.05)
+    assert (
+        "experts are not trained"
+        in {note.key: note.what for note in examined.remarks}["lora_target_parameters"]
+    )
 
 
 def test_each_key_is_done_said_or_refused(tmp_path: Path) -> None:

@@ -61,10 +61,9 @@ def test_whole_modules_are_trained_and_saved(settings: Settings, tmp_path: Path,
         "model.layers.0.mlp.gate.weight",
         "model.layers.1.mlp.gate.weight",
     }
-    in_base = {
-        name: base.get(name, base.get(name.replace("mlp.gate", "block_sparse_moe.gate"))) for name in kept
-    }
     for name, tensor in kept.items():
+        stored = base.get(name, base.get(name.replace("mlp.gate", "block_sparse_moe.gate")))
+        assert stored is not None, name
         assert tensor.dtype == torch.float32, name  # bf16 would round small updates away
         assert not torch.equal(tensor, stored.bfloat16().float()), name
     again = {"lora_model_dir": str(tmp_path / "out"), "output_dir": str(tmp_path / "again")}

@@ -17,6 +17,7 @@ from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, ELSEWHERE, 
 from fourfold.training.read_config import Examined, examine, load_config
 from fourfold.training.reference import render
 from fourfold.training.schema import TrainConfig
+from json_fits import fits
 
 ROOT = Path(__file__).parents[2]
 BASE: dict[str, Any] = {
@@ -160,51 +161,6 @@ def test_the_schema_for_editors_has_every_key() -> None:
     assert scheduler["default"] == "cosine"
     assert "polynomial" in scheduler["anyOf"][0]["enum"]
     assert {"type": "null"} in scheduler["anyOf"]
-
-
-def fits(value: Any, schema: dict[str, Any], definitions: dict[str, Any]) -> bool:
-    """Enough of JSON Schema for ours: every keyword in it is known here, or this fails."""
-    if "$ref" in schema:
-        return fits(value, definitions[schema["$ref"].rpartition("/")[2]], definitions)
-    kinds = {
-        "string": str,
-        "integer": int,
-        "boolean": bool,
-        "object": dict,
-        "array": list,
-        "null": type(None),
-    }
-    checks = {
-        "anyOf": lambda x: any(fits(value, option, definitions) for option in x),
-        "oneOf": lambda x: sum(fits(value, option, definitions) for option in x) == 1,
-        "type": lambda x: (
-            isinstance(value, (int, float) if x == "number" else kinds[x])
-            and (x == "boolean" or not isinstance(value, bool))
-        ),
-        "enum": lambda x: any(type(value) is type(item) and value == item for item in x),
-        "const": lambda x: type(value) is type(x) and value == x,
-        "minLength": lambda x: len(value) >= x,
-        "pattern": lambda x: re.search(x, value) is not None,
-        "minimum": lambda x: value >= x,
-        "maximum": lambda x: value <= x,
-        "exclusiveMinimum": lambda x: value > x,
-        "exclusiveMaximum": lambda x: value < x,
-        "minItems": lambda x: len(value) >= x,
-        "items": lambda x: all(fits(item, x, definitions) for item in value),
-        "required": lambda x: set(x) <= set(value),
-        "properties": lambda x: all(fits(value[key], x[key], definitions) for key in value if key in x),
-        "propertyNames": lambda x: all(fits(key, x, definitions) for key in value),
-    }
-    about = {"description", "default", "title", "$defs", "$schema", "additionalProperties"}
-    assert set(schema) <= {*checks, *about}, set(schema)
-    extra = schema.get("additionalProperties", True)
-    if extra is False and isinstance(value, dict) and set(value) - set(schema["properties"]):
-        return False
-    if isinstance(extra, dict) and isinstance(value, dict):
-        return all(fits(item, extra, definitions) for item in value.values())
-    # `type` first: the others read the value as what it says.
-    keywords = sorted(set(schema) & set(checks), key=lambda key: key != "type")
-    return all(checks[key](schema[key]) for key in keywords)
 
 
 def test_the_shipped_file_fits_the_schema_and_wrong_ones_do_not() -> None:

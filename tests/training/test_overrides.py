@@ -107,3 +107,50 @@ def test_keys_that_are_no_decimal_number(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(MINIMAL), encoding="utf-8")
     with pytest.raises(ConfigurationError, match="²"):
         load_config(path, ["²=1"])
+
+
+def test_an_override_of_a_mapping_of_names_takes_the_rest_as_one_name(tmp_path: Path) -> None:
+    config = load(tmp_path, SOUND, "lora_rank_pattern.layers.0.q_proj=4", "lora_alpha_pattern.a.b=2")
+    assert config.lora_rank_pattern == {"layers.0.q_proj": 4}
+    assert config.lora_alpha_pattern == {"a.b": 2}
+    [line] = complaints(tmp_path, SOUND, "lora_rank_pattern.a.b=0")
+    assert line.startswith("command line (lora_rank_pattern.a.b=0), lora_rank_pattern.a.b: 0 should be")
+
+
+def test_keys_with_dots_keep_their_line(tmp_path: Path) -> None:
+    [line] = complaints(tmp_path, SOUND + "lora.rank: 4\n")
+    assert line.startswith("line 7, lora.rank: unknown key")
+    [line] = complaints(tmp_path, SOUND + "lora_rank_pattern:\n  q_proj: 2\n  layers.1.v_proj: 0\n")
+    assert line.startswith("line 9, lora_rank_pattern.layers.1.v_proj: 0 should be greater than 0")
+
+
+@pytest.mark.parametrize("key", ["datasets", "lora_target_modules", "bnb_config_kwargs", "plugins", "seed"])
+def test_aliases_upon_aliases_at_a_known_key(tmp_path: Path, key: str) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    bomb = "*a11" if key != "bnb_config_kwargs" else "{llm_int8_skip_modules: *a11}"
+    kept = "\n".join(line for line in SOUND.splitlines() if key != "datasets" or line[:1] not in "d ")
+    found = complaints(tmp_path, "\n".join([*lines, kept, f"{key}: {bomb}"]) + "\n")
+    assert all(len(line) < 400 for line in found)
+    assert any(f" {key}" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("base_model: !!binary aGVsbG8=", "base_model: b'hello' should be a valid string"),
+        ("num_epochs: 1e308", "num_epochs: 1e+308 should be less than or equal to 1000000"),
+        (
+            "max_steps: 99999999999999999999",
+            "max_steps: 99999999999999999999 should be less than or equal",
+        ),
+        ("learning_rate: " + "9" * 400, "learning_rate"),
+        ("use_tensorboard: 'yes'", "use_tensorboard: 'yes' should be a valid boolean"),
+        ("lora_r: '8'", "lora_r: '8' should be a valid integer"),
+        ("peft: {backend: x}", "peft: not yet: settings by PEFT's own names. For loftq_config, write"),
+    ],
+)
+def test_values_that_were_read_too_loosely(tmp_path: Path, line: str, said: str) -> None:
+    text = "".join(f"{each}\n" for each in SOUND.splitlines() if each.split(":")[0] != line.split(":")[0])
+    [found] = complaints(tmp_path, text + line + "\n")
+    assert found.partition(", ")[2].startswith(said)

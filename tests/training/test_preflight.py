@@ -255,3 +255,14 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     tiny.save(tiny.qwen3_moe(), tmp_path)
     with pytest.raises(ConfigurationError, match="knows no text: its files are missing"):
         load_tokenizer(str(tmp_path))
+
+
+def test_usual_names_that_a_model_lacks_are_left_out_and_said(settings: Settings) -> None:
+    """A list written for many models; a name that is not usual is a mistake all the same."""
+    checked = check(TrainConfig(**settings(lora_target_modules=["q_proj", "up_proj", "o_proj"])))
+    assert checked.target_modules == ["q_proj", "o_proj"]
+    assert checked.notes == ["lora_target_modules: the model has no up_proj; trained are q_proj, o_proj"]
+    with pytest.raises(AdapterError, match="lora_target_modules: 'q_porj' matches no module"):
+        check(TrainConfig(**settings(lora_target_modules=["q_porj", "o_proj"])))
+    with pytest.raises(AdapterError, match="lora_target_modules: 'up_proj' matches no module"):
+        check(TrainConfig(**settings(lora_target_modules=["up_proj"])))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from fourfold.training.key_types import (
     BelowOne,
@@ -18,7 +18,10 @@ from fourfold.training.key_types import (
     Ranks,
     Share,
     Strict,
+    not_number,
 )
+
+Start = Annotated[Literal[True, "gaussian", "loftq"], BeforeValidator(not_number)]
 
 
 class AdapterKeys(Strict):
@@ -53,7 +56,7 @@ class AdapterKeys(Strict):
     )
     peft_use_rslora: bool = Field(False, description="true: updates scaled by alpha / sqrt(r), not alpha / r")
 
-    peft_init_lora_weights: Literal[True, "gaussian", "loftq"] = Field(
+    peft_init_lora_weights: Start = Field(
         True,
         description="true or `gaussian` (begin with no change), or `loftq` (begin with what packing lost)",
     )

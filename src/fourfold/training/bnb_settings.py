@@ -6,6 +6,7 @@ its line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
 SWITCHES = (DOUBLE_QUANT, "llm_int8_has_fp16_weight", "llm_int8_enable_fp32_cpu_offload")
 
 
+def _is_pattern(text: str) -> bool:
+    """Names of modules are read as regular expressions by the libraries underneath."""
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return bool(text)
+
+
 def _wrong_value(name: str, value: Any) -> tuple[str, str] | None:
     """What is wrong with a setting's value, and what to give; None where nothing is, or for a null."""
     shown = short(brief(value))
@@ -45,7 +55,7 @@ def _wrong_value(name: str, value: Any) -> tuple[str, str] | None:
         # (which sizes there are is known to formats/, beside torch)
         fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 4096
         return None if fits else (f"{shown} is no block size", "Give a number such as 64.")
-    names = isinstance(value, list) and all(isinstance(each, str) and each for each in value)
+    names = isinstance(value, list) and all(isinstance(each, str) and _is_pattern(each) for each in value)
     return None if names else (f"{shown} is no list of names", "Give a list such as [lm_head].")
 
 

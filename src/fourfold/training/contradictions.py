@@ -249,6 +249,11 @@ def _adapter_contradictions(config: TrainConfig) -> Found:
     if config.loraplus_lr_embedding is not None and config.loraplus_lr_ratio is None:
         keys = ("loraplus_lr_embedding", "loraplus_lr_ratio")
         yield keys, Problem(keys[0], "given without loraplus_lr_ratio", "Set that one too, or drop it.")
+    if config.merge_lora and config.peft_init_lora_weights == "loftq":
+        keys = ("merge_lora", "peft_init_lora_weights")
+        what = "true, and what loftq begins with is right on the packed weights alone"
+        remedy = "Set it to false, and see `fourfold merge --base-weights dequantized`."
+        yield keys, Problem(keys[0], what, remedy)
     if config.lora_modules_to_save and config.merge_lora:
         keys = ("merge_lora", "lora_modules_to_save")
         what = "true, and whole modules are trained beside the adapter"

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from fourfold.errors import TrainingError
-from fourfold.training import processes
+from fourfold.training import collective, processes
 from fourfold.training.encode import IGNORED
 from fourfold.training.packing import fill
 
@@ -149,7 +149,7 @@ def evaluate_answers(
                     raise TrainingError(f"The loss on held-out row {index} is {loss}. Are the weights sound?")
                 losses[index], tokens[index] = loss, count
     device = next(model.parameters()).device
-    everyone = processes.sum_of([*losses, *(float(count) for count in tokens)], device)
+    everyone = collective.sum_of([*losses, *(float(count) for count in tokens)], device)
     return AnswerLosses(everyone[: len(rows)], [round(count) for count in everyone[len(rows) :]])
 
 

@@ -12,6 +12,8 @@ from fourfold.training.key_types import EXPONENT
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, NOT_YET, NotYet
 from fourfold.training.schema import TrainConfig
 
+# An unquoted `no` is false to YAML 1.1, and false turns these off.
+FALSE_TOO = ("eval_strategy", "save_strategy", "wandb_watch", "wandb_log_model")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -34,6 +36,8 @@ def json_schema() -> dict[str, Any]:
         result["properties"][name] = {"description": f"Accepted, and refused at the start of a run: {what}"}
     _lists_of_one(result, definitions)
     _numbers_as_text(result)
+    for name in FALSE_TOO:
+        result["properties"][name]["anyOf"].append({"const": False})
     return {"$schema": DIALECT, **result, "title": "Configuration of fourfold train"}
 
 
@@ -63,7 +67,12 @@ def _or_null(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _not_yet(entry: NotYet) -> dict[str, Any]:
     """Only values that ask for nothing: an editor marks any other."""
-    return {"description": f"Not yet: {entry.what}. {entry.remedy}", "enum": [None, *entry.off]}
+    of_each_kind: tuple[Any, ...] = ("", [], {})
+    nothing = [value for value in of_each_kind if value not in entry.off]
+    return {
+        "description": f"Not yet: {entry.what}. {entry.remedy}",
+        "enum": [None, *entry.off, *nothing],
+    }
 
 
 def _lists_of_one(schema: dict[str, Any], definitions: dict[str, Any]) -> None:
@@ -72,3 +81,7 @@ def _lists_of_one(schema: dict[str, Any], definitions: dict[str, Any]) -> None:
     entries.append(definitions["DatasetConfig"]["properties"]["data_files"])
     for entry in entries:
         entry["anyOf"].append({"type": "string", "minLength": 1})
+    for kind in definitions["DatasetConfig"]["properties"]["roles"]["anyOf"]:
+        if "additionalProperties" in kind:
+            words = kind["additionalProperties"]
+            kind["additionalProperties"] = {"anyOf": [words, {"type": "string", "minLength": 1}]}

@@ -128,11 +128,18 @@ def not_bool(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def not_number(value: Any) -> Any:
+    """Refuse numbers where true is one of the choices: to Python 1 is equal to it."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ValueError("is a number, where none belongs")
+    return value
+
+
 def number(value: Any) -> Any:
     """Refuse true and false; read a text such as 1e-3 as a number."""
     if isinstance(value, bool):
         raise ValueError("is true or false, where a number belongs")
-    if isinstance(value, int) and abs(value) > MOST:
+    if isinstance(value, int) and abs(value) > 10**300:  # (no float holds it)
         raise ValueError("is too large for a number")
     return float(value) if isinstance(value, str) and re.match(EXPONENT, value) else value
 
@@ -186,6 +193,7 @@ MOST = 2**31 - 1
 Positive = Annotated[int, Field(gt=0, le=MOST), BeforeValidator(not_bool)]
 Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(number)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(number)]
+Epochs = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False), BeforeValidator(number)]
 Count = Annotated[int, Field(ge=0, le=MOST), BeforeValidator(not_bool)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(number)]
 BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(number)]

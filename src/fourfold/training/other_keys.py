@@ -20,7 +20,7 @@ from fourfold.training.yaml_file import Problem, nearest, short
 _PRODUCTS = "Fourfold's own kernels multiply experts and their LoRA (`fourfold inspect MODEL --ways`)"
 _LINEARS = "attention and other Linears run as PEFT and bitsandbytes compute them; the same results"
 _LIGER = "the model's own layers are used; the same results"
-_LOSS = "the loss is taken in chunks of tokens, always: no tensor of [tokens, vocabulary] is ever held"
+_LOSS = "the loss is taken in tiles, always: no tensor of [tokens, vocabulary] is ever held"
 _LOADED = "loading is always shard by shard, packed as it goes"
 _TOKENIZED = "data are read and tokenized in one process; dataset_prepared_path keeps them"
 _ATTENTION = "attention is that of transformers: see attn_implementation"

@@ -128,7 +128,11 @@ def check(config: TrainConfig) -> Checked:
     check_vocabulary(tokenizer, rows, (tokenized, tokenized_held_out))
     if config.sample_packing:
         tokenized.packed = pack(tokenized.dataset, config.sequence_len)
-    notes = data.notes + check_steps(config, len(tokenized.rows))
+    notes = [
+        *data.notes,
+        *check_steps(config, len(tokenized.rows)),
+        *absent_targets(config, modules, saved is None),
+    ]
     bf16 = resolve_bf16(config)
     settings = run_settings(config, modules, parameters, bf16, tokenized.digest)
     if checkpoint is not None:
@@ -169,7 +173,10 @@ def check_model_folder(name: str) -> None:
             f"base_model: there is no folder {name}. Relative paths start at the current directory, "
             f"{Path.cwd()}."
         )
-    ensure_reachable(name)
+    try:
+        ensure_reachable(name)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"base_model: {error}") from None
 
 
 def check_steps(config: TrainConfig, examples: int) -> list[str]:
@@ -188,6 +195,15 @@ def check_steps(config: TrainConfig, examples: int) -> list[str]:
     if problems:
         raise ConfigurationError("\n".join(problems))
     return notes
+
+
+def absent_targets(config: TrainConfig, modules: list[str] | str, chosen: bool) -> list[str]:
+    """What is said of usual names among the targets that the model lacks."""
+    given = config.lora_target_modules
+    absent = [name for name in given if name not in modules] if chosen and isinstance(given, list) else []
+    if not absent:
+        return []
+    return [f"lora_target_modules: the model has no {', '.join(absent)}; trained are {', '.join(modules)}"]
 
 
 def check_balance(config: TrainConfig, skeleton: Any) -> None:

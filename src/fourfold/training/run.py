@@ -22,7 +22,7 @@ from transformers.utils import enable_tf32
 import fourfold
 from fourfold.errors import ConfigurationError, TrainingError
 from fourfold.planning.report import Report, make_report
-from fourfold.training import processes
+from fourfold.training import collective, processes
 from fourfold.training.adapting import put_on
 from fourfold.training.callbacks import (
     Curve,
@@ -69,7 +69,7 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         UnquantizedExpertsError: an expert stayed in high precision although nobody asked for that.
         TrainingError: a loss is not finite, or a trainable parameter gets no gradient.
     """
-    processes.join()
+    collective.join()
     console = console or Console()
     if not processes.is_first():
         console = Console(quiet=True)

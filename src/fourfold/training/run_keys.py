@@ -11,6 +11,7 @@ from fourfold.training.key_types import (
     NOT_YET_SCHEDULERS,
     BelowOne,
     Count,
+    Epochs,
     Number,
     Optimizer,
     PathText,
@@ -47,9 +48,7 @@ class RunKeys(Strict):
     max_steps: Positive | None = Field(
         None, description="a positive whole number; takes precedence over num_epochs"
     )
-    num_epochs: Annotated[PositiveFloat, Field(le=1e6)] = Field(
-        1.0, description="a positive number, at most a million"
-    )
+    num_epochs: Epochs = Field(1.0, description="a positive number, at most a million")
     learning_rate: PositiveFloat = Field(2e-4, description="a positive number")
     lr_scheduler: Annotated[
         Scheduler, only(get_args(Scheduler), "Choose another lr_scheduler.", NOT_YET_SCHEDULERS)

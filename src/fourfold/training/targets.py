@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fourfold.errors import ConfigurationError, NoExpertsError
+from fourfold.errors import AdapterError, ConfigurationError, NoExpertsError
 from fourfold.planning.plan import attention_projections
 from fourfold.training.schema import TrainConfig
 
@@ -42,8 +42,33 @@ def find_targets(config: TrainConfig, skeleton: Any) -> tuple[list[str] | str, l
                 f"lora_target_modules: no attention projection was found in {type(skeleton).__name__}. Name "
                 "the modules."
             )
-    check_targets(skeleton, modules, parameters)
+    modules = present(skeleton, modules)
+    try:
+        check_targets(skeleton, modules, parameters)
+    except AdapterError as error:
+        raise AdapterError(f"lora_{error}") from None  # (a message begins with PEFT's name of the key)
     return modules, parameters
+
+
+# Files for many models list these together, whether or not a model has each (one with latent attention lacks
+# the first three).
+USUAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def present(skeleton: Any, modules: list[str] | str) -> list[str] | str:
+    """The targets without usual names that the model lacks, as PEFT leaves them out, where others are left.
+
+    Any other name that meets nothing is a mistake, and so is a list of which nothing is left.
+    """
+    if isinstance(modules, str):
+        return modules
+    names = [name for name, _ in skeleton.named_modules()]
+    left = [
+        target
+        for target in modules
+        if target not in USUAL or any(name == target or name.endswith(f".{target}") for name in names)
+    ]
+    return left or modules
 
 
 def check_patterns(

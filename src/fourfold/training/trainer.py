@@ -2,8 +2,8 @@
 
 Adapters keep their dtype; the order of examples is a function of seed and epoch, so that a resumed run sees
 the same batches; a loss that is not finite stops the run and names the examples; tokens are counted; a
-checkpoint counts only once it is whole. The loss is TRL's own, which multiplies with the head in chunks of
-tokens: no tensor of [tokens, vocabulary] is ever held.
+checkpoint counts only once it is whole. The loss is TRL's own, which multiplies with the head in tiles
+(4,096 tokens, 32,768 words): no tensor of [tokens, vocabulary] is ever held.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fourfold.adapters.peft_lora import loraplus_optimizer
 from fourfold.errors import TrainingError
-from fourfold.training import processes
+from fourfold.training import collective, processes
 from fourfold.training.encode import IGNORED
 from fourfold.training.packing import lies_within
 from fourfold.training.resume import RUN_FILE, Settings, commit, first_line, keep_newest
@@ -126,9 +126,9 @@ class MoeTrainer(SFTTrainer):
         try:
             if processes.is_first():
                 (folder / RUN_FILE).unlink(missing_ok=True)  # of a run that got as far before
-            processes.wait()
+            collective.wait()
             super()._save_checkpoint(model, trial)
-            processes.wait()
+            collective.wait()
             if processes.is_first():
                 commit(folder, self.run_settings)
                 keep_newest(output, limit)
