@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import ranks
 import sharded_checks
+import tiny
 from sharded_checks import CASES
 
 pytestmark = [pytest.mark.slow]
@@ -91,3 +94,24 @@ def test_a_rank_that_is_killed_ends_the_job(tmp_path: Path) -> None:
     assert "rank      : 1" in done.stderr
     assert "SIGKILL" in done.stderr
     assert time.monotonic() - started < 120
+
+
+def test_the_program_of_the_docs(tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
+    (program,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    script = tmp_path / "train.py"
+    script.write_text(program)
+    tiny.save(tiny.qwen3_moe(), tmp_path / "model")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "model"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "checkpoint" / ".metadata").is_file()
+    stored = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for tensor in stored.values())
+    assert len(stored) == 2 * 2 * 4
