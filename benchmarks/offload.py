@@ -235,7 +235,7 @@ def measure(variant: str, model: nn.Module, arguments: argparse.Namespace) -> di
     start, report = time.perf_counter(), None
     if variant != "resident":
         total = sum(p.nbytes for m in experts for p in m.parameters(recurse=False))
-        report = fourfold.offload(model, total // 2 if variant == "half" else None)
+        report = fourfold.offload(model, total // 2 if variant == "half" else None, buffers=arguments.buffers)
     synchronize(device)
     result: dict[str, Any] = {"variant": variant, "offload_seconds": time.perf_counter() - start}
     if device.type == "cuda":
@@ -291,6 +291,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--buffers", type=int, default=2)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -309,6 +310,7 @@ def main() -> int:
         "batch": arguments.batch,
         "length": arguments.length,
         "rank": arguments.rank,
+        "buffers": arguments.buffers,
         "build_seconds": time.perf_counter() - start,
     }
     print(f"built in {record['build_seconds']:.1f} s", flush=True)

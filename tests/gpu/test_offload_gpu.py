@@ -25,6 +25,9 @@ from fourfold.offloading import streamer
 from fourfold.offloading.api import OffloadReport, offload, onload
 from fourfold.offloading.budget import free_bytes
 from fourfold.offloading.engine import CudaEngine
+from fourfold.training.run import run
+from fourfold.training.schema import TrainConfig
+from tiny_chat import Settings, quiet
 
 pytestmark = pytest.mark.gpu
 FORMATS = [PackFormat("nf4", 64, True), PackFormat("nf4"), PackFormat("int8")]
@@ -88,6 +91,7 @@ def lora(model: nn.Module, checkpointing: str | None) -> nn.Module:
     return model
 
 
+@pytest.mark.usefixtures("poison_memory")  # (and so the same sums each time)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("kind", list(tiny.KINDS))
 def test_every_layout_has_the_bits_of_a_resident_model(kind: str, fmt: PackFormat, engine: str) -> None:
@@ -99,6 +103,7 @@ def test_every_layout_has_the_bits_of_a_resident_model(kind: str, fmt: PackForma
     assert_equal(steps(model), resident)
 
 
+@pytest.mark.usefixtures("poison_memory")  # (and so the same sums each time)
 @pytest.mark.parametrize("checkpointing", [None, "non-reentrant", "reentrant"])
 @pytest.mark.parametrize("buffers", [1, 2, 3])
 def test_every_kind_of_checkpointing(checkpointing: str | None, buffers: int, engine: str) -> None:
@@ -110,6 +115,7 @@ def test_every_kind_of_checkpointing(checkpointing: str | None, buffers: int, en
     assert_equal(steps(model), resident)
 
 
+@pytest.mark.usefixtures("poison_memory")  # (and so the same sums each time)
 @pytest.mark.parametrize("model_type", own_forward.TYPES)
 def test_experts_that_keep_their_forward(model_type: str, engine: str) -> None:
     if not own_forward.is_known(model_type):
@@ -129,6 +135,28 @@ def test_generation(engine: str) -> None:
     ours, theirs = (m.generate(ids, max_new_tokens=8, do_sample=False) for m in (model, plain))
     assert torch.equal(ours, theirs)
     assert_equal(steps(model), steps(plain))
+
+
+def test_decoding_brings_the_experts_that_are_hit(engine: str) -> None:
+    chain = Chain()
+    x = torch.randn(2, chain.H, device="cuda")
+
+    def decoded() -> list[torch.Tensor]:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            return [chain(x[:rows], False) for rows in (1, 2, 1, 2)]
+
+    resident, total = decoded(), packed_bytes(chain)
+    report = offload(chain)
+    for _ in range(2):
+        before = report.counts()["bytes"]
+        assert_equal(decoded(), resident)
+        assert report.counts()["bytes"] - before < 4 * total // 2
+    assert report.counts()["fills"] == 0
+    assert report.counts()["parts"] == 2 * 4 * MODULES
+    x = torch.randn(chain.T, chain.H, device="cuda")
+    streamed = passes(chain, x, True)
+    onload(chain)
+    assert_equal(streamed, passes(chain, x, True))
 
 
 class Chain(nn.Module):
@@ -160,7 +188,8 @@ class Chain(nn.Module):
 
     def forward(self, x: torch.Tensor, recomputed: bool) -> torch.Tensor:
         for module in self.experts:
-            arguments = (nn.functional.layer_norm(x, x.shape[-1:]), self.index, self.weights)
+            routing = (self.index[: len(x)], self.weights[: len(x)])
+            arguments = (nn.functional.layer_norm(x, x.shape[-1:]), *routing)
             if recomputed:
                 y = checkpoint(module, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -324,3 +353,18 @@ def test_loading_never_holds_the_experts_on_the_gpu(tmp_path: Path) -> None:
         with torch.no_grad():
             assert torch.equal(model(tiny.IDS.cuda()).logits, expected)
         del model, experts, report
+
+
+@pytest.mark.usefixtures("poison_memory")
+def test_a_run_from_host_memory_has_the_losses_of_a_resident_one(settings: Settings, tmp_path: Path) -> None:
+    curves = {}
+    for where in (None, "cpu", "auto"):
+        changes = {"bf16": True, "gradient_checkpointing": True, "eval_steps": 0, "max_steps": 4}
+        out = str(tmp_path / str(where))
+        config = TrainConfig(**settings(**changes, experts_offload=where, output_dir=out))
+        result = run(config, quiet())
+        curves[where] = result.curve.train
+        if where is not None:
+            assert result.offload is not None
+            assert (result.offload["streamed_modules"] > 0) == (where == "cpu")
+    assert curves["cpu"] == curves["auto"] == curves[None]

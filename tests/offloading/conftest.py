@@ -15,6 +15,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
     monkeypatch.setattr(HostMemory, "_cannot", staticmethod(lambda: None))
     monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+    monkeypatch.setattr(host, "_pinned_by_torch", lambda shape, dtype: None)
     monkeypatch.setattr(host, "_take_error", lambda: None)
     monkeypatch.setattr(torch.cuda, "CudaError", lambda status: "out of memory")
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda t, *_: t.data_ptr() in made.pages)

@@ -23,6 +23,7 @@ import tiny
 from fourfold.errors import ConfigurationError, NoExpertsError
 from fourfold.experts import PackedExperts
 from fourfold.offloading import streamer
+from fourfold.offloading.sizes import parse_bytes
 from tiny_chat import make_tokenizer
 
 COMMON: dict[str, Any] = {
@@ -268,8 +269,8 @@ def test_what_is_left_for_a_budget_is_counted(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(budget, "free_bytes", lambda device: 10_000)
     assert budget.automatic(cuda, held=500, reserve=4_000) == 6_500
     assert budget.automatic(cuda, held=500, reserve=40_000) == 0
-    assert budget.parse_bytes("1.5 kB") == 1_500
-    assert budget.parse_bytes("2GiB") == 2**31
+    assert parse_bytes("1.5 kB") == 1_500
+    assert parse_bytes("2GiB") == 2**31
     assert budget.choose_streamed([10] * 6, 40, 2) == [False, True, True, False, True, True]
     assert budget.choose_streamed([10] * 6, 60, 2) == [False] * 6
     assert budget.choose_streamed([10] * 6, 10, 2) == [True] * 6

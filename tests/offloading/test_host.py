@@ -71,10 +71,15 @@ def test_where_pinning_fails_pageable_memory_is_taken_and_said_so(driver: Driver
 @without_cuda
 def test_pinned_memory_or_none(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     model = offloading.packed_model("qwen3_moe")
+    expected = tiny.logits(model)
+    offload(model, pin=False)
     driver.limit = 60_000
     with pytest.raises(ConfigurationError, match=r"pin=True: .* could not be pinned.*ulimit -l"):
         offload(model, pin=True)
     assert not driver.pages
+    assert all(m.fourfold_host is not None for m in model.modules() if isinstance(m, PackedExperts))
+    assert torch.equal(tiny.logits(model), expected)
+    onload(model)
     monkeypatch.undo()
     with pytest.raises(ConfigurationError, match="pin=True: there is no CUDA device"):
         offload(model, pin=True)
@@ -94,16 +99,22 @@ def test_memory_is_written_and_read_like_any_other(shape: tuple[int, ...], dtype
 
 
 def test_the_smallest_of_what_is_free_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(name: str, text: str) -> Path:
-        (tmp_path / name).write_text(text)
-        return tmp_path / name
+    def write(**files: str) -> None:
+        for name, text in files.items():
+            (tmp_path / name.replace("_", ".")).write_text(text)
 
-    meminfo = write("meminfo", "MemTotal: 900 kB\nMemAvailable:   700 kB\n")
-    monkeypatch.setattr(host, "_MEMINFO", meminfo)
-    monkeypatch.setattr(host, "_GROUPS", ((write("max", "max\n"), write("current", "5\n")),))
+    (tmp_path / "info").write_text("MemTotal: 900 kB\nMemAvailable:   700 kB\n")
+    monkeypatch.setattr(host, "_MEMINFO", tmp_path / "info")
+    group = (tmp_path, "memory.max", "memory.current", ("inactive_file", "active_file"))
+    monkeypatch.setattr(host, "_GROUPS", (group,))
+    assert available_bytes() == 700 * 1024  # (there is no group)
+    write(memory_max="max\n", memory_current="5\n", memory_stat="anon 5\n")
     assert available_bytes() == 700 * 1024
-    monkeypatch.setattr(host, "_GROUPS", ((write("max", "600000\n"), write("current", "400000\n")),))
+    write(memory_max="600000\n", memory_current="400000\n")
     assert available_bytes() == 200_000
+    # What the group has read of files counts as its use, and is dropped when memory is asked for.
+    write(memory_stat="anon 5\ninactive_file 20000\nactive_file 1000\n")
+    assert available_bytes() == 221_000
     monkeypatch.setattr(host, "_MEMINFO", tmp_path / "none")
     monkeypatch.setattr(host, "_GROUPS", ())
     assert available_bytes() is None
@@ -124,6 +135,24 @@ def test_too_little_host_memory_is_found_before_anything_moves(monkeypatch: pyte
     onload(model)
 
 
+@without_cuda
+def test_what_is_to_be_copied_is_asked_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fourfold.offloading import api
+
+    asked: list[int] = []
+    monkeypatch.setattr(api, "check_room", lambda nbytes, what: asked.append(nbytes))
+    model = offloading.packed_model("qwen3_moe")
+    for _ in range(2):
+        report = offload(model)
+    assert asked == [report.host_bytes, 0]
+    monkeypatch.setattr(host, "available_bytes", lambda: report.host_bytes - 1)
+    monkeypatch.setattr(api, "check_room", check_room)
+    another = offloading.packed_model("qwen3_moe")
+    with pytest.raises(ConfigurationError, match="packed experts that are to be copied there take"):
+        offload(another)
+    assert all(m.fourfold_host is None for m in another.modules() if isinstance(m, PackedExperts))
+
+
 def test_adapters_and_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors made after offloading lie where experts are computed, not where their tensors are."""
     model = offloading.packed_model("qwen3_moe")
@@ -136,3 +165,28 @@ def test_adapters_and_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     factors = [p for n, p in adapted.named_parameters() if "experts" in n and "lora_" in n]
     assert factors
     assert all(p.is_meta for p in factors)
+
+
+@without_cuda
+def test_torch_pins_what_the_system_does_not(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.Tensor] = []
+
+    def by_torch(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        given.append(torch.empty(shape, dtype=dtype))
+        driver.pages[given[-1].data_ptr()] = given[-1].nbytes
+        return given[-1]
+
+    driver.limit = 0
+    monkeypatch.setattr(host, "_pinned_by_torch", by_torch)
+    model = offloading.packed_model("qwen3_moe")
+    expected = tiny.logits(model)
+    assert offload(model, pin=True).pinned
+    packed = [p for m in model.modules() if isinstance(m, PackedExperts) for p in m.parameters(recurse=False)]
+    assert {p.data_ptr() for p in packed} == {t.data_ptr() for t in given}
+    assert torch.equal(tiny.logits(model), expected)
+
+
+def test_torch_is_not_asked_where_its_rounding_leaves_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "available_bytes", lambda: 1999)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("it was asked"))
+    assert host._pinned_by_torch((1000,), torch.uint8) is None

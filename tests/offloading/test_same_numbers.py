@@ -208,12 +208,12 @@ def test_evaluation_and_generation(engine: str) -> None:
     model = own_forward.lora(offloading.packed_model("qwen3_moe")).eval()
     plain = copy.deepcopy(model)
     offload(model)
-    for mode in (torch.no_grad, torch.inference_mode):
+    for mode in (torch.inference_mode, torch.no_grad):  # (buffers are made in the first)
         with mode():
             assert torch.equal(model(tiny.IDS).logits, plain(tiny.IDS).logits)
     ours, theirs = (m.generate(tiny.IDS, max_new_tokens=5, do_sample=False) for m in (model, plain))
     assert torch.equal(ours, theirs)
-    assert_equal(steps(model), steps(plain))  # (buffers made under inference_mode could not be written to)
+    assert_equal(steps(model), steps(plain))
 
 
 def test_accumulated_gradients(engine: str) -> None:
@@ -225,3 +225,41 @@ def test_accumulated_gradients(engine: str) -> None:
             own_forward.output(m, tiny.IDS).square().mean().backward()
     ours, theirs = ([p.grad for p in m.parameters() if p.requires_grad] for m in (model, plain))
     assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("fmt", FORMATS[1:], ids=str)
+def test_decoding_brings_the_experts_that_are_hit(fmt: PackFormat, engine: str) -> None:
+    model = tiny.build(tiny.qwen3_moe(num_experts=24, num_experts_per_tok=2, num_hidden_layers=4))
+    plain = copy.deepcopy(offloading.pack_(model, fmt))
+    report = offload(model)
+    sizes = [unit.nbytes for unit in report.streamers[0].units]
+    prompt = tiny.IDS[:, :1]
+    with torch.no_grad():
+        for ids in (prompt, tiny.IDS[:1, 3:5], tiny.IDS):  # (the last hits too many)
+            assert torch.equal(model(ids).logits, plain(ids).logits)
+            if ids is not tiny.IDS:
+                counts = report.counts()
+                assert counts["fills"] == 0
+        assert report.counts()["fills"] > 0
+    assert report.counts()["parts"] == 2 * 4
+    ours, theirs = (m.generate(prompt, max_new_tokens=6, do_sample=False) for m in (model, plain))
+    assert torch.equal(ours, theirs)
+    assert max(sizes) < streamer.WHOLE_BYTES  # (so tensors were brought whole; see the next test)
+
+
+def test_large_tensors_are_brought_expert_by_expert(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamer, "WHOLE_BYTES", 16)
+    model = tiny.build(tiny.qwen3_moe(num_experts=24, num_experts_per_tok=2, num_hidden_layers=4))
+    plain = copy.deepcopy(offloading.pack_(model))
+    report = offload(model)
+    sizes = [unit.nbytes for unit in report.streamers[0].units]
+    with torch.no_grad():
+        for ids in (tiny.IDS[:1, :1], tiny.IDS[:1, 4:7], tiny.IDS[1:, 2:4]):
+            before = report.counts()["bytes"]
+            assert torch.equal(model(ids).logits, plain(ids).logits)
+            assert report.counts()["bytes"] - before <= sum(sizes) // 4
+    parts = report.counts()["parts"]
+    model(tiny.IDS[:1, :1])  # (a backward may follow, which would bring them again)
+    assert report.counts()["parts"] == parts
+    model = own_forward.lora(model)  # (and nothing of it is left behind)
+    assert_equal(steps(model), steps(own_forward.lora(plain)))

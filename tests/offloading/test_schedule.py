@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -16,9 +18,16 @@ LAYERS = 6
 
 @dataclass
 class Device:
-    """Notes what it is told, in the order in which it is told. An event is its place in that order."""
+    """Notes what it is told, in the order in which it is told. An event is its place in that order.
+
+    Attributes:
+        said: all of it.
+        holds: module in each buffer, by what was copied.
+        fails: whether copies fail.
+    """
 
     said: list[tuple] = field(default_factory=list)
+    holds: dict[int, int] = field(default_factory=dict)
     fails: bool = False
 
     def _say(self, *words: object) -> int:
@@ -28,6 +37,8 @@ class Device:
     def fill(self, copies: tuple[int, int], after: list[int]) -> int:
         if self.fails:
             raise RuntimeError("the copy failed")
+        module, buffer = copies
+        self.holds[buffer] = module
         return self._say("fill", *copies, tuple(after))
 
     def wait(self, event: int) -> None:
@@ -44,7 +55,8 @@ def made(buffers: int = 2, layers: int = LAYERS) -> tuple[Schedule, Device]:
 
 def use(schedule: Schedule, module: int) -> None:
     slot = schedule.begin(module)
-    assert schedule.slots[slot].content == module
+    device: Any = schedule._engine
+    assert device.holds[slot] == module
     schedule.end(slot)
     assert all(not s.users for s in schedule.slots)
 
@@ -124,26 +136,36 @@ def test_the_next_copy_begins_as_soon_as_a_buffer_is_done_with() -> None:
 
 def test_a_buffer_is_filled_after_all_its_uses_and_used_after_it_is_filled() -> None:
     schedule, device = made()
-    for _ in range(2):
-        counted(schedule, training())
-    filled_at: dict[int, int] = {}  # buffer -> event of its last filling
-    marks: dict[int, set[int]] = {0: set(), 1: set()}  # buffer -> events of uses since
-    for module in training():
-        begun = len(device.said)
-        slot = schedule.begin(module)
-        ended = len(device.said)
-        schedule.end(slot)
-        for place, words in enumerate(device.said[begun:], begun):
+    filled: dict[int, int] = {}  # buffer -> event of its last filling
+    uses: dict[int, set[int]] = {0: {0}, 1: {0}}  # buffer -> events that its next filling has to wait for
+    assert device.said == [("mark",)]  # (of what was computed before there were buffers)
+    seen = 1
+
+    def read() -> list[tuple]:
+        nonlocal seen
+        new = list(enumerate(device.said))[seen:]
+        seen = len(device.said)
+        for place, words in new:
             if words[0] == "fill":
-                buffer, after = words[2], set(words[3])
-                assert after >= marks[buffer]
-                marks[buffer], filled_at[buffer] = set(), place
-            if words[0] == "mark":
-                marks[slot].add(place)
-        waits = [words[1] for words in device.said[begun:ended] if words[0] == "wait"]
-        assert schedule.slots[slot].content != module or waits
-        if slot in filled_at and schedule.slots[slot].content == module:
-            assert waits == [filled_at[slot]]
+                _, _, buffer, after = words
+                assert set(after) == uses[buffer]
+                uses[buffer], filled[buffer] = set(), place
+        return [words for _, words in new]
+
+    for module in [*training(), *training(), *range(LAYERS)]:
+        slot = schedule.begin(module)
+        assert ("wait", filled_when_asked(read(), filled, slot)) in device.said[-3:]
+        place = len(device.said)
+        schedule.end(slot)
+        assert device.said[place] == ("mark",)
+        uses[slot].add(place)
+        read()
+
+
+def filled_when_asked(said: list[tuple], filled: dict[int, int], slot: int) -> int:
+    """The event that a use of this buffer waits for, which it says exactly once."""
+    assert [words for words in said if words[0] == "wait"] == [("wait", filled[slot])]
+    return filled[slot]
 
 
 def test_nested_uses_count_once_and_keep_the_buffer() -> None:
@@ -183,6 +205,7 @@ def test_a_copy_that_fails_leaves_nothing_behind(at: int) -> None:
             pass
     device.fails = False
     assert all(not s.users for s in schedule.slots)
+    assert all(s.content in (None, device.holds[s.number]) for s in schedule.slots)
     for _ in range(2):
         counted(schedule, training())  # (`use` checks that the module is there)
     assert counted(schedule, training())[0] == 0
@@ -211,3 +234,65 @@ def test_order_is_learned_whatever_it_is() -> None:
     assert order.upcoming(2) == [4, 1]  # (used twice there)
     order.note(4)
     assert order.upcoming(2) == [1, 2]
+
+
+def test_a_part_serves_its_own_use_alone() -> None:
+    schedule, device = made()
+    counted(schedule, range(LAYERS))
+    counted(schedule, range(LAYERS))
+    fills, upcoming = schedule.counts.fills, schedule.order.upcoming(2)
+    slot = schedule.begin_part(4, lambda number: ("some", number), 3)
+    assert device.said[-2][:3] == ("fill", "some", slot)
+    inner = schedule.begin(4)  # a product inside of the forward
+    assert inner == slot
+    schedule.end(inner)
+    assert schedule.slots[slot].users == 1
+    schedule.end(slot, fill_ahead=False)
+    assert schedule.slots[slot].content is None
+    assert schedule.counts.parts == 1
+    assert schedule.counts.fills == fills  # (nothing was filled ahead)
+    assert schedule.order.upcoming(2) == upcoming  # (and nothing learned)
+    use(schedule, 4)
+    assert schedule.counts.fills > fills
+
+
+def test_a_part_is_not_brought_where_the_whole_module_is() -> None:
+    schedule, _ = made()
+    use(schedule, 0)
+    slot = schedule.begin_part(0, lambda number: pytest.fail("it is there"), 3)
+    schedule.end(slot, fill_ahead=False)
+    assert schedule.slots[slot].content == 0
+
+
+def test_a_part_of_another_thread_is_not_taken_for_the_module() -> None:
+    schedule, _ = made(buffers=3)
+    mine = schedule.begin_part(4, lambda number: ("mine", number), 3)
+    found: list[int] = []
+
+    def other() -> None:
+        for begin in (
+            lambda: schedule.begin_part(4, lambda number: ("other", number), 3),
+            lambda: schedule.begin(4),
+        ):
+            slot = begin()
+            found.append(slot)
+            schedule.end(slot)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert len(found) == 2
+    assert mine not in found
+    schedule.end(mine)
+
+
+def test_a_part_that_fails_leaves_its_buffer_empty() -> None:
+    schedule, device = made()
+    use(schedule, 0)
+    device.fails = True
+    with pytest.raises(RuntimeError, match="the copy failed"):
+        schedule.begin_part(3, lambda number: ("some", number), 3)
+    device.fails = False
+    assert all(slot.content in (None, device.holds[slot.number]) for slot in schedule.slots)
+    assert all(not slot.users and slot.part_of is None for slot in schedule.slots)
+    use(schedule, 3)

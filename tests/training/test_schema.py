@@ -26,6 +26,8 @@ EVERY_KEY: dict[str, tuple[str, Any]] = {
     "adapter": ("lora", "lora"),
     "load_in_4bit": ("false", False),
     "load_in_8bit": ("true", True),
+    "experts_offload": ("auto", "auto"),
+    "gpu_budget": ("12GiB", 12 * 2**30),
     "quantize_moe_experts": ("true", True),
     "bnb_config_kwargs": ("{llm_int8_threshold: 5.0}", {"llm_int8_threshold": 5.0}),
     "lora_r": ("4", 4),
@@ -194,7 +196,7 @@ def test_the_known_settings_are_those_of_the_configuration_class() -> None:
     from fourfold import MoeBitsAndBytesConfig
 
     parameters = set(inspect.signature(MoeBitsAndBytesConfig.__init__).parameters)
-    own_keys = {"self", "kwargs", "load_in_4bit", "load_in_8bit"}
+    own_keys = {"self", "kwargs", "load_in_4bit", "load_in_8bit", "experts_device"}
     assert {*BNB_4BIT, *BNB_8BIT, *BNB_BOTH} == parameters - own_keys
 
 

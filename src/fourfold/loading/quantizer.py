@@ -43,6 +43,7 @@ from fourfold.loading.complete import (
     check_finite,
     check_nothing_is_missing,
     refuse_offloading,
+    refuse_sharding_by_the_loader,
     refuse_spreading,
 )
 from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
@@ -132,6 +133,7 @@ class FourfoldQuantizer(HfQuantizer):
         headers = check_files(model.name_or_path, kwargs.get("checkpoint_files") or ())
         self._headers, self._loading = headers, weakref.ref(model)
         self.in_shards = getattr(model, IN_SHARDS, False)
+        refuse_sharding_by_the_loader(model)
         if not self.pre_quantized:
             self.config.base = origin_of(model, kwargs.get("checkpoint_files") or ())
         requested = self.config.llm_int8_skip_modules

@@ -18,9 +18,10 @@ from fourfold.offloading.budget import (
     choose_streamed,
     fitting_buffers,
     free_bytes,
-    parse_bytes,
 )
 from fourfold.offloading.host import HostMemory, check_room
+from fourfold.offloading.schedule import Counts
+from fourfold.offloading.sizes import parse_bytes
 from fourfold.offloading.streamer import HostExperts, Streamer, Unit
 
 BUFFERS = 2
@@ -57,8 +58,8 @@ class OffloadReport:
         return self.unpinned is None
 
     def counts(self) -> dict[str, int]:
-        """Since `offload`: uses that found their module in a buffer and that did not, copies, their bytes."""
-        total = {"hits": 0, "misses": 0, "fills": 0, "bytes": 0}
+        """Since `offload`, of all devices; see `schedule.Counts`."""
+        total = asdict(Counts())
         for streamer in self.streamers:
             for name, value in asdict(streamer.counts).items():
                 total[name] += value
@@ -189,13 +190,13 @@ def _carry_out(plans: _Plan, pin: bool | None, memory: HostMemory | None = None)
         streamed += [m for unit in away_units for m in unit]
         if away_units:
             units.append((device, away_units, buffers))
-    moving = {t.data_ptr(): t.nbytes for m in streamed for t in _packed(m) if t.device.type != "cpu"}
-    check_room(sum(moving.values()), "the packed experts that are to leave the device")
     memory = memory or HostMemory(pin)
+    copied = {t.data_ptr(): t.nbytes for m in streamed for t in _packed(m) if not memory.has(t.data)}
+    check_room(sum(copied.values()), "the packed experts that are to be copied there")
     # Copies first, all of them: what fails here leaves the model as it was.
     copies = {id(t): (t, memory.take(t.data)) for m in streamed for t in _packed(m)}
-    for tensor, copied in copies.values():
-        tensor.data = copied
+    for tensor, copy in copies.values():
+        tensor.data = copy
     del copies
     for module in streamed:
         _release(module)

@@ -18,12 +18,15 @@ import torch
 from fourfold.errors import ConfigurationError
 
 _MEMINFO = Path("/proc/meminfo")
-# Limit and use of the memory group of this process: version 2, then version 1.
+# Of the memory group of this process, version 2 and version 1: its folder, limit, use, and what of the use is
+# files that the system would drop.
 _GROUPS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", ("inactive_file", "active_file")),
     (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
     ),
 )
 
@@ -64,6 +67,19 @@ def _take_error() -> None:
         torch.ones(1, device="cuda")
 
 
+def _pinned_by_torch(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+    """From torch's own allocator, where the system registers no pages; None where that has none either, or
+    its rounding up might not leave room.
+    """
+    free = available_bytes()
+    if free is not None and free < 2 * torch.Size(shape).numel() * dtype.itemsize:
+        return None
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError:
+        return None
+
+
 class HostMemory:
     """Gives out host memory, and knows whether it is pinned.
 
@@ -102,18 +118,26 @@ class HostMemory:
             reason = _register(tensor.data_ptr(), nbytes)
             if reason is None:
                 pages.registered_at = tensor.data_ptr()
-            elif self._pin:
+                return tensor
+            with torch.device("cpu"), torch.inference_mode(False):
+                pinned = _pinned_by_torch(shape, dtype)
+            if pinned is not None:
+                return pinned
+            if self._pin:
                 raise ConfigurationError(
                     f"pin=True: {nbytes / 2**20:.0f} MiB of host memory could not be pinned, {reason}. Raise "
                     "the limit of locked memory (`ulimit -l`), or leave pin None to take pageable memory"
                 )
-            else:
-                self.unpinned = reason  # (and nothing more is tried: what is left would be refused as well)
+            self.unpinned = reason  # (and nothing more is tried: what is left would be refused as well)
         return tensor
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` lies in such memory already."""
+        return tensor.device.type == "cpu" and (self.unpinned is not None or tensor.is_pinned())
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of ``tensor`` here; the tensor itself where it already is what is wanted."""
-        if tensor.device.type == "cpu" and (self.unpinned is not None or tensor.is_pinned()):
+        if self.has(tensor):
             return tensor
         with torch.no_grad():
             return self.empty(tensor.shape, tensor.dtype).copy_(tensor.detach())
@@ -128,9 +152,11 @@ def available_bytes() -> int | None:
                 found.append(int(line.split()[1]) * 1024)
     except (OSError, ValueError):
         pass
-    for limit, use in _GROUPS:
+    for folder, limit, use, files in _GROUPS:
         try:
-            found.append(int(limit.read_text()) - int(use.read_text()))
+            left = int((folder / limit).read_text()) - int((folder / use).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            found.append(left + sum(int(stat.get(name, 0)) for name in files))
             break
         except (OSError, ValueError):  # ("max" is no number)
             continue

@@ -43,6 +43,7 @@ class Slot:
         filled: event of the end of filling.
         used: events of the ends of its uses since.
         users: uses that have not ended.
+        part_of: the thread for which it holds a part of the module; None where it holds all of it.
     """
 
     number: int
@@ -50,15 +51,25 @@ class Slot:
     filled: Any = None
     used: list[Any] = field(default_factory=list)
     users: int = 0
+    part_of: int | None = None
 
 
 @dataclass
 class Counts:
-    """What the buffers did: uses that found their module there, uses that did not, fillings, bytes."""
+    """What the buffers did.
+
+    Attributes:
+        hits: uses that found their module there.
+        misses: uses that did not.
+        fills: copies of a module.
+        parts: copies of a part of one.
+        bytes: copied.
+    """
 
     hits: int = 0
     misses: int = 0
     fills: int = 0
+    parts: int = 0
     bytes: int = 0
 
 
@@ -90,60 +101,69 @@ class Schedule:
             ConfigurationError: all buffers are in use.
         """
         with self._lock:
-            slot = next((s for s in self.slots if s.content == module), None)
+            slot = self._holding(module)
             if slot is None or not slot.users:
                 self.order.note(module)
             if slot is None:
                 self.counts.misses += 1
-                slot = self._fill(module, self._free([]))
+                slot = self._fill(module, self._free())
             elif not slot.users:
                 self.counts.hits += 1
             self._engine.wait(slot.filled)
             slot.users += 1
-            try:
-                self._fill_ahead()
-            except BaseException:
-                slot.users -= 1
-                raise
+            if slot.part_of is None:
+                try:
+                    self._fill_ahead()
+                except BaseException:
+                    slot.users -= 1
+                    raise
             return slot.number
 
-    def end(self, number: int) -> None:
+    def begin_part(self, module: int, copies: Callable[[int], Any], nbytes: int) -> int:
+        """As `begin`, where a part of the module is enough: brings that part, if the module is not there.
+
+        Nothing is filled ahead, and nothing learned of the order: which part the next module needs is known
+        when it is asked for. Until the end of the use the buffer counts as the module's for this thread.
+
+        Args:
+            module: which one.
+            copies: what the engine needs to copy the part to a buffer (its argument).
+            nbytes: of the part.
+        """
+        with self._lock:
+            slot = self._holding(module)
+            if slot is None:
+                slot = self._free()
+                slot.content, after = None, slot.used
+                slot.filled = self._engine.fill(copies(slot.number), after)
+                slot.content, slot.used, slot.part_of = module, [], threading.get_ident()
+                self.counts.parts += 1
+                self.counts.bytes += nbytes
+            self._engine.wait(slot.filled)
+            slot.users += 1
+            return slot.number
+
+    def end(self, number: int, *, fill_ahead: bool = True) -> None:
         """A use of buffer ``number`` has ended, by an exception or not."""
         with self._lock:
             slot = self.slots[number]
             slot.used.append(self._engine.mark())
             slot.users -= 1
-            if not slot.users:
+            if slot.users:
+                return
+            if slot.part_of is not None:
+                slot.content = slot.part_of = None
+            elif fill_ahead:
                 self._fill_ahead()
 
-    def forget(self, number: int) -> None:
-        """What buffer ``number`` holds is not a whole module."""
-        self.slots[number].content = None
+    def _holding(self, module: int) -> Slot | None:
+        me = threading.get_ident()
+        return next((s for s in self.slots if s.content == module and s.part_of in (None, me)), None)
 
-    def begin_alone(self, module: int, copies: Any, nbytes: int) -> int:
-        """As `begin`, for a use that brings less than the module: the buffer is filled with ``copies``,
-        nothing is filled ahead, and nothing is learned of the order.
-        """
-        with self._lock:
-            slot = self._free([])
-            slot.content, after, slot.used = None, slot.used, []
-            slot.filled = self._engine.fill(copies(slot.number), after)
-            self.counts.fills += 1
-            self.counts.bytes += nbytes
-            self._engine.wait(slot.filled)
-            slot.users += 1
-            return slot.number
-
-    def end_alone(self, number: int) -> None:
-        with self._lock:
-            slot = self.slots[number]
-            slot.used.append(self._engine.mark())
-            slot.users -= 1
-
-    def _free(self, keep: list[int]) -> Slot:
+    def _free(self) -> Slot:
         """A buffer that is not in use: an empty one, or the one whose module is needed last."""
         upcoming = self.order.upcoming(len(self.slots))
-        free = [s for s in self.slots if not s.users and s.content not in keep]
+        free = [s for s in self.slots if not s.users]
 
         def worth(slot: Slot) -> int:
             if slot.content is None:
@@ -168,7 +188,7 @@ class Schedule:
 
     def _fill_ahead(self) -> None:
         upcoming = self.order.upcoming(len(self.slots))
-        held = {s.content for s in self.slots}
+        held = {s.content for s in self.slots if s.part_of is None}
         for module in upcoming:
             if module in held:
                 continue

@@ -20,6 +20,10 @@ from fourfold.offloading.schedule import Counts, Engine, Schedule
 # torch's own allocations begin at multiples of it; kernels want 16.
 ALIGNMENT = 512
 
+# A pass brings single experts where those that it can hit at most are this share of all.
+PART_OF_EXPERTS = 0.25
+WHOLE_BYTES = 2**20
+
 _Key = tuple[int, str]  # number of the module in its unit, name of the projection
 
 
@@ -157,6 +161,34 @@ class Streamer:
         finally:
             schedule.end(slot)
 
+    @contextlib.contextmanager
+    def use_part(self, unit: int, experts: Sequence[int]) -> Iterator[None]:
+        """As `use`, where these experts (in ascending order) are all that is computed with."""
+        schedule = self.schedule()
+        runs = _runs(experts)
+        share = len(experts) / self.units[unit].modules[0].fourfold_layout.projections[0].shape.experts
+        nbytes = sum(
+            t.host.nbytes if t.host.nbytes <= WHOLE_BYTES else int(t.host.nbytes * share)
+            for t in self.units[unit].tensors
+        )
+        slot = schedule.begin_part(unit, lambda slot: self._part_copies(unit, slot, runs), nbytes)
+        try:
+            yield
+        finally:
+            schedule.end(slot, fill_ahead=False)
+
+    def _part_copies(
+        self, unit: int, slot: int, runs: list[tuple[int, int]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(Small tensors as a whole: a copy of its own takes longer than a megabyte does.)"""
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for place, source in self._copies(unit, slot):
+            if source.nbytes <= WHOLE_BYTES:
+                pairs.append((place, source))
+            else:
+                pairs += [(place[start:stop], source[start:stop]) for start, stop in runs]
+        return pairs
+
     def _views_of(self, unit: int, slot: int) -> dict[_Key, PackedStack]:
         if (unit, slot) not in self._views:
             with torch.inference_mode(False):
@@ -199,6 +231,7 @@ class HostExperts:
         self.streamer, self._unit = streamer, unit
         module = streamer.units[unit].modules[number]
         self._name = module.fourfold_name
+        self._experts = module.fourfold_layout.projections[0].shape.experts
         self._stacks = {
             p.name: _Streamed(streamer, unit, (number, p.name), module.stack(p))
             for p in module.fourfold_layout.projections
@@ -218,8 +251,13 @@ class HostExperts:
     def stack(self, projection: Projection) -> RemoteStack:
         return self._stacks[projection.name]
 
-    def hold(self, device: torch.device) -> AbstractContextManager[Any]:
+    def hold(self, device: torch.device, index_Tk: torch.Tensor | None = None) -> AbstractContextManager[Any]:
         """Keep the module's experts where they are computed with while a forward runs.
+
+        Args:
+            device: where it runs.
+            index_Tk: the experts that it computes with, where it says so. Few tokens without a backward to
+                follow (decoding) bring those alone; which they are is then read on the host.
 
         Raises:
             ConfigurationError: the forward runs elsewhere.
@@ -230,7 +268,22 @@ class HostExperts:
                 f"states are on {device}. Move the whole model (`model.to`), or call fourfold.onload and "
                 "fourfold.offload again where it computes"
             )
+        most = 0 if index_Tk is None or torch.is_grad_enabled() else PART_OF_EXPERTS * self._experts
+        if index_Tk is not None and index_Tk.numel() <= most:
+            hit = sorted(set(index_Tk.flatten().tolist()))
+            return self.streamer.use_part(self._unit, [e for e in hit if 0 <= e < self._experts])
         return self.streamer.use(self._unit)
+
+
+def _runs(experts: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbours together: ``[1, 2, 5]`` is 1 to 3 and 5 to 6."""
+    runs: list[tuple[int, int]] = []
+    for expert in experts:
+        if runs and runs[-1][1] == expert:
+            runs[-1] = (runs[-1][0], expert + 1)
+        else:
+            runs.append((expert, expert + 1))
+    return runs
 
 
 def _nothing() -> None:

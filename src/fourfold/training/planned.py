@@ -13,6 +13,7 @@ from fourfold.planning.fit import CONTEXT_BYTES, Suggestion, room, suggest
 from fourfold.planning.plan import Plan, Planner, Settings, here
 from fourfold.planning.standins import Target
 from fourfold.planning.units import format_bytes
+from fourfold.training.offloaded import bytes_away
 from fourfold.training.schema import TrainConfig
 from fourfold.training.targets import resolve
 
@@ -103,18 +104,19 @@ def _resolved(planner: Planner, settings: Settings) -> Settings:
     return replace(settings, target_modules=tuple(names))
 
 
-def remark_on(planner: Planner, settings: Settings, card: int) -> str | None:
-    """The same for a card of so many bytes."""
+def remark_on(planner: Planner, settings: Settings, card: int, away: int = 0) -> str | None:
+    """The same for a card of so many bytes, with ``away`` bytes of the plan in host memory."""
     plan = planner.plan(settings)
-    if plan.resident > card - CONTEXT_BYTES:
+    resident, peak = plan.resident - away, plan.peak - away
+    if resident > card - CONTEXT_BYTES:
         raise ConfigurationError(
-            f"base_model: weights, adapters and optimizer are {format_bytes(plan.resident)}, and the GPU has "
+            f"base_model: weights, adapters and optimizer are {format_bytes(resident)}, and the GPU has "
             f"{format_bytes(card)}. {advice(suggest(planner, settings, room(card)))}"
         )
-    if plan.peak <= room(card):
+    if peak <= room(card):
         return None
     return (
-        f"planned peak {format_bytes(plan.peak)}, and the GPU has {format_bytes(card)}: it may not suffice. "
+        f"planned peak {format_bytes(peak)}, and the GPU has {format_bytes(card)}: it may not suffice. "
         f"{advice(suggest(planner, settings, room(card)))}"
     )
 
@@ -153,6 +155,8 @@ class Memory:
             bf16=checked.bf16 or config.fp16,
         )
         self.settings = _resolved(self.planner, settings)
+        offloads = config.experts_offload is not None
+        self.away = bytes_away(self.planner.skeleton(self.settings)) if offloads else 0
 
     def remark(self) -> str | None:
         """To be said before loading.
@@ -160,7 +164,14 @@ class Memory:
         Raises:
             ConfigurationError: what stays there throughout is more than the card has.
         """
-        return None if self.card is None else remark_on(self.planner, self.settings, self.card)
+        return None if self.card is None else remark_on(self.planner, self.settings, self.card, self.away)
+
+    def besides_experts(self) -> int | None:
+        """Bytes that the run is planned to need on top of the loaded model; None without a plan."""
+        if self.card is None:
+            return None
+        plan = self.planner.plan(self.settings)
+        return max(0, plan.peak - plan.weights.bytes + CONTEXT_BYTES)
 
     def advice(self) -> str:
         """What to change now that memory ran out."""

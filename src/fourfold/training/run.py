@@ -36,6 +36,7 @@ from fourfold.training.callbacks import (
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
 from fourfold.training.isolation import refuse_leaks
 from fourfold.training.journal import Journal, write_reports
+from fourfold.training.offloaded import bring_back, loading_there
 from fourfold.training.packing import packing_collator
 from fourfold.training.planned import EVERYTHING_ELSE, Memory
 from fourfold.training.preflight import MERGED, Checked, check
@@ -90,6 +91,10 @@ def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
     with clock("loading and packing the model"):
         model, packed = load(config, checked)
         journal.facts["model"] = packed.to_dict()
+        away = bring_back(model, config, memory.besides_experts())
+    if away is not None:
+        journal.facts["offload"] = away.to_dict()
+        console.print(str(away), soft_wrap=True, markup=False, highlight=False)
     collate, flatten = make_collator(checked.tokenizer), packing_collator(checked.tokenizer)
 
     def evaluate(what: str) -> AnswerLosses | None:
@@ -142,6 +147,7 @@ def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
         facts["adapters"]["loftq"] = lost.to_dict()["roles"]
     result = RunResult(
         **facts,
+        offload=journal.facts.get("offload"),
         packed=packed.to_dict(),
         steps=trainer.state.global_step,
         before=before,
@@ -216,8 +222,9 @@ def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:
     kwargs: dict[str, Any] = {"dtype": half if checked.bf16 or config.fp16 else torch.float32}
     if config.trust_remote_code:
         kwargs["trust_remote_code"] = True
-    if checked.quantization_config is not None:
-        kwargs["quantization_config"] = checked.quantization_config
+    quantization_config = loading_there(config, checked.quantization_config)
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
     if config.attention is not None:
         kwargs["attn_implementation"] = config.attention
     if torch.cuda.is_available():

@@ -22,12 +22,13 @@ from fourfold.training.key_types import (
     not_bool,
 )
 from fourfold.training.model_keys import ModelKeys
+from fourfold.training.offload_keys import OffloadKeys
 from fourfold.training.run_keys import RunKeys
 from fourfold.training.templates import TEMPLATES
 from fourfold.training.tracker_keys import TrackerKeys
 
 
-class TrainConfig(TrackerKeys, RunKeys, AdapterKeys, ModelKeys):
+class TrainConfig(TrackerKeys, RunKeys, AdapterKeys, OffloadKeys, ModelKeys):
     """A training run. Field names are the YAML keys; see ``load_config``."""
 
     datasets: list[DatasetConfig] = Field(

@@ -37,6 +37,7 @@ class RunResult:
         sample: one prompt, the data's answer, the model's before and after.
         seconds: where the time went.
         journal: figures along the run (``fourfold.training.journal.Journal.to_dict``).
+        offload: where experts lay (``fourfold.OffloadReport.to_dict``); None for where the model computed.
     """
 
     config: dict[str, Any]
@@ -56,6 +57,7 @@ class RunResult:
     sample: dict[str, str]
     seconds: dict[str, float]
     journal: dict[str, Any]
+    offload: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What report.json holds."""
@@ -82,6 +84,7 @@ class RunResult:
             "device": self.device,
             "unused_gpus": self.unused_gpus,
             "bf16": self.bf16,
+            "offload": self.offload,
             "sample": self.sample,
             "seconds": self.seconds,
             **self.journal,

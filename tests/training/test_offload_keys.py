@@ -1,0 +1,124 @@
+"""``experts_offload`` and ``gpu_budget``: the same run with experts in host memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from fourfold.errors import ConfigurationError
+from fourfold.experts import PackedExperts
+from fourfold.offloading.streamer import Unit
+from fourfold.training import planned
+from fourfold.training import run as run_module
+from fourfold.training.contradictions import ContradictionError
+from fourfold.training.offloaded import bring_back, bytes_away
+from fourfold.training.preflight import check
+from fourfold.training.run import run
+from fourfold.training.schema import TrainConfig
+from fourfold.training.summary import RunResult
+from tiny_chat import Settings, quiet
+
+SHORT: dict[str, Any] = {"max_steps": 3, "eval_steps": 0, "gradient_checkpointing": True}
+
+
+def trained(settings: Settings, **changes: Any) -> tuple[RunResult, str]:
+    console = quiet()
+    result = run(TrainConfig(**settings(**{**SHORT, **changes})), console)
+    return result, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def report_of(result: RunResult) -> dict[str, Any]:
+    return json.loads((Path(result.adapter) / "report.json").read_text())
+
+
+@pytest.mark.parametrize("stored", ["plain", "packed"])
+def test_the_same_adapter_from_host_memory(
+    settings: Settings, moe_folder: Path, tmp_path: Path, stored: str
+) -> None:
+    base: dict[str, Any] = {}
+    if stored == "packed":
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        base["base_model"] = str(tiny.packed_folder(moe_folder, tmp_path / "packed", **nf4))
+        for file in moe_folder.glob("*token*"):
+            (tmp_path / "packed" / file.name).write_bytes(file.read_bytes())
+        for file in moe_folder.glob("*.jinja"):
+            (tmp_path / "packed" / file.name).write_bytes(file.read_bytes())
+    resident, said = trained(settings, output_dir=str(tmp_path / "resident"), **base)
+    assert "host memory" not in said
+    away, said = trained(settings, output_dir=str(tmp_path / "away"), experts_offload="cpu", **base)
+    ours, theirs = (load_file(Path(r.adapter) / "adapter_model.safetensors") for r in (away, resident))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert away.curve.train == resident.curve.train
+    assert "experts of 2 modules in host memory" in said
+    found = report_of(away)["offload"]
+    assert (found["streamed_modules"], found["resident_modules"]) == (2, 0)
+    assert report_of(resident)["offload"] is None
+
+
+def test_a_budget_brings_some_back(settings: Settings) -> None:
+    config = TrainConfig(**settings(**SHORT, experts_offload="auto", gpu_budget="1 GiB"))
+    assert config.gpu_budget == 2**30
+    model, _ = run_module.load(config, check(config))
+    assert all(m.fourfold_host is not None for m in model.modules() if isinstance(m, PackedExperts))
+    report = bring_back(model, config, None)
+    assert report is not None
+    assert (len(report.resident), report.streamed) == (2, [])
+
+
+def test_auto_without_a_gpu_asks_for_a_budget(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match=r"asks the GPU how much memory is free.*gpu_budget"):
+        trained(settings, experts_offload="auto")
+
+
+def test_several_processes_are_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(**settings(**SHORT, experts_offload="cpu"))
+    checked = check(config)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="experts_offload: cpu with 2 processes"):
+        run_module.load(config, checked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gpu_budget": "12GiB"}, "gpu_budget: has no effect without experts_offload: auto"),
+        ({"gpu_budget": 5, "experts_offload": "cpu"}, "gpu_budget: has no effect"),
+        (
+            {"experts_offload": "cpu", "load_in_4bit": False, "adapter": "lora"},
+            "experts_offload: is for packed experts",
+        ),
+        ({"experts_offload": "cpu", "quantize_moe_experts": False}, "experts_offload: is for packed experts"),
+        (
+            {"experts_offload": "auto", "bnb_config_kwargs": {"experts_quant_type": "none"}},
+            "experts_offload: is for packed experts",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_refused(settings: Settings, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ContradictionError, ValueError), match=message):
+        TrainConfig(**settings(**SHORT, **changes))
+
+
+def test_a_budget_is_a_number_of_bytes(settings: Settings) -> None:
+    with pytest.raises(ValueError, match="no number of bytes; write one such as"):
+        TrainConfig(**settings(**SHORT, experts_offload="auto", gpu_budget="some"))
+
+
+def test_what_lies_in_host_memory_is_not_planned_on_the_gpu(settings: Settings) -> None:
+    planner, made = planned.planner_of(TrainConfig(**settings(**SHORT)))
+    skeleton = planner.skeleton(made)
+    sizes = [Unit([m]).nbytes for m in skeleton.modules() if isinstance(m, PackedExperts)]
+    assert bytes_away(skeleton) == 0  # (two modules, two buffers)
+    resident = planner.plan(made).resident
+    card = resident + planned.CONTEXT_BYTES - 1
+    with pytest.raises(ConfigurationError, match="weights, adapters and optimizer are"):
+        planned.remark_on(planner, made, card)
+    planned.remark_on(planner, made, card, away=sum(sizes))
