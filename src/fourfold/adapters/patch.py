@@ -15,6 +15,9 @@ TRL, a loop of one's own) calls the first of them directly. Stock's arguments an
 `from_pretrained` is asked as well as `load_adapter`, which it calls, because by then it has put its wrappers
 into the model.
 
+A model that is sharded over ranks is put together first (`adapters.gather`): stock would save what this rank
+holds.
+
 `peft.utils.hotswap` reads an adapter's folder by itself, so it is asked as well; and what it does to flat
 factors of another rank is made right there (`adapters.hotswap`).
 
@@ -91,7 +94,7 @@ def install_provenance() -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from fourfold.adapters import provenance
+        from fourfold.adapters import gather, provenance
 
         bound = save_signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
@@ -101,7 +104,12 @@ def install_provenance() -> None:
         for name in names:
             if name in self.peft_config:  # (stock answers for the others)
                 provenance.name_the_original(self, self.peft_config[name])
-        result = save(self, *args, **kwargs)
+        if gather.has_distributed_parameters(self) and "state_dict" not in bound.arguments["kwargs"]:
+            bound.arguments["kwargs"]["state_dict"] = gather.gathered_adapters(self)
+            bound.arguments["is_main_process"] = gather.is_first_rank()
+            result = save(*bound.args, **bound.kwargs) if gather.is_first_rank() else None
+        else:
+            result = save(self, *args, **kwargs)
         if bound.arguments["is_main_process"]:
             for name in names:
                 folder = Path(bound.arguments["save_directory"])

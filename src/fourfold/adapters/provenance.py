@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fourfold.adapters.gather import own_class
 from fourfold.errors import AdapterError
 from fourfold.experts import PackedExperts, find_experts
 from fourfold.experts.layout import clean_name, name_suffix
@@ -113,7 +114,7 @@ def left_unpacked(model: nn.Module, *, linears: bool) -> list[str]:
     left = [name for name, packed in experts.items() if not packed]
     for name, module in model.named_modules() if linears else ():
         # (bitsandbytes' Linears are subclasses; an adapter's factors are Linears, too)
-        if type(module) in (nn.Linear, Conv1D) and not _is_adapters(name):
+        if own_class(module) in (nn.Linear, Conv1D) and not _is_adapters(name):
             cleaned = clean_name(name).removesuffix(".original_module")
             if not any(cleaned.startswith(f"{found}.") for found in experts):
                 left.append(cleaned)

@@ -77,6 +77,10 @@ class PackedExperts(RoutedExperts):
         suffixes = projection.shape.tensors(self.fourfold_format)
         # (not by attribute: a module that runs its own forward shows decoded weights there)
         tensors = {suffix: self._parameters[projection.name + suffix] for suffix in suffixes}
+        for suffix, (_, dtype) in suffixes.items():
+            tensor = tensors[suffix]
+            if tensor is not None and tensor.dtype != dtype:
+                raise UnsupportedExpertsError(_cast_away(self.fourfold_name, projection.name, tensor.dtype))
         return PackedStack.from_tensors(self.fourfold_format, projection.shape, cast(Any, tensors))
 
     def weights(self, projection: Projection) -> PackedStack | RemoteStack:
@@ -168,6 +172,14 @@ def _mixin(layout: Layout) -> type[PackedExperts]:
     from fourfold.experts.own_forward import OwnForwardExperts  # it is built on this file
 
     return OwnForwardExperts
+
+
+def _cast_away(name: str, projection: str, dtype: torch.dtype) -> str:
+    return (
+        f"{name}.{projection} was cast to {dtype}, and its packed bytes or scales are lost in that. FSDP2's mixed "
+        "precision casts integers up to torch 2.11: shard the model by fourfold.distributed.shard, which keeps "
+        "them out of it, install torch>=2.12, or leave mixed precision off"
+    )
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

@@ -73,6 +73,21 @@ def refuse_spreading(device_map: Any) -> None:
         )
 
 
+def refuse_sharding_by_the_loader(model: PreTrainedModel) -> None:
+    """transformers' own sharding cuts tensors before they are packed, and knows no scales.
+
+    Raises:
+        ConfigurationError: the model is to be loaded so.
+    """
+    shards = getattr(getattr(model.config, "distributed_config", None), "fsdp_size", None) or 1
+    if shards > 1:
+        raise ConfigurationError(
+            f"distributed_config with fsdp_size={shards} cuts experts before they can be packed. Load the model "
+            "by fourfold.distributed.load_sharded, in which each rank packs its own experts, add adapters, and "
+            "call fourfold.distributed.shard"
+        )
+
+
 def check_complete(model: PreTrainedModel, packed: Iterable[str]) -> None:
     """Every packed tensor must have come from the checkpoint.
 

@@ -126,7 +126,7 @@ def quantize_checkpoint(
     _refuse_quantized(model_config, model)
     if source.is_dir():
         read_headers(checkpoint_files(source))  # damaged files are found before anything is written
-    cls = _concrete_class(model_config, model)
+    cls = concrete_class(model_config, model)
     arguments = {"device_map": {"": _usable(device)}} if device else {}
     with workplace(target, source, force, "quantizing") as folder:
         writer = ShardWriter(folder, shard_size)
@@ -140,7 +140,7 @@ def quantize_checkpoint(
         )
         files = writer.finish()
         copied = _copy_companions(model, folder)
-        _save_configuration(built, folder)
+        save_configuration(built, folder)
     quantizer: Any = built.hf_quantizer
     method = quantizer.quantization_config.quant_method
     return QuantizedCheckpoint(
@@ -157,7 +157,7 @@ def quantize_checkpoint(
     )
 
 
-def _concrete_class(config: PretrainedConfig, model: str | Path) -> type[PreTrainedModel]:
+def concrete_class(config: PretrainedConfig, model: str | Path) -> type[PreTrainedModel]:
     """The model's own class, never one that chooses by the configuration."""
     cls = model_class(config)
     mapping = getattr(cls, "_model_mapping", None)
@@ -212,7 +212,7 @@ def _copy_companions(model: str | Path, folder: Path) -> list[str]:
     return copied
 
 
-def _save_configuration(model: PreTrainedModel, folder: Path) -> None:
+def save_configuration(model: PreTrainedModel, folder: Path) -> None:
     """What `save_pretrained` writes beside the weights; last of all, since nothing loads without it."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]

@@ -43,6 +43,7 @@ from fourfold.loading.complete import (
     check_finite,
     check_nothing_is_missing,
     refuse_offloading,
+    refuse_sharding_by_the_loader,
     refuse_spreading,
 )
 from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
@@ -58,6 +59,8 @@ from fourfold.loading.stored import StoredTensors
 from fourfold.offloading.api import OffloadReport, receive_in_host_memory, stay_in_host_memory
 from fourfold.offloading.host import HostMemory
 
+IN_SHARDS = "_fourfold_in_shards"  # attribute of a class whose weights `distributed.load` reads
+
 
 class FourfoldQuantizer(HfQuantizer):
     """Quantizes a model with a `MoeBitsAndBytesConfig`.
@@ -67,6 +70,7 @@ class FourfoldQuantizer(HfQuantizer):
         packed: names of the packed experts modules.
         left_on_request: names of experts modules in high precision because the configuration says so.
         read_ahead_bytes: of what an `AheadReader` read of a packed checkpoint.
+        in_shards: each rank of several reads its part of every tensor, and checks it (its class says so).
         offloaded: where experts lie that were loaded with ``experts_device="cpu"``; else None.
     """
 
@@ -95,6 +99,7 @@ class FourfoldQuantizer(HfQuantizer):
         self._loading: weakref.ref[PreTrainedModel] | None = None
         self._ahead: AheadReader | None = None
         self.read_ahead_bytes = 0
+        self.in_shards = False
         self._host: HostMemory | None = None
         self.offloaded: OffloadReport | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -127,6 +132,8 @@ class FourfoldQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         headers = check_files(model.name_or_path, kwargs.get("checkpoint_files") or ())
         self._headers, self._loading = headers, weakref.ref(model)
+        self.in_shards = getattr(model, IN_SHARDS, False)
+        refuse_sharding_by_the_loader(model)
         if not self.pre_quantized:
             self.config.base = origin_of(model, kwargs.get("checkpoint_files") or ())
         requested = self.config.llm_int8_skip_modules
@@ -303,7 +310,12 @@ class FourfoldQuantizer(HfQuantizer):
             conversions += [whole_names(c) for c in self.linears.get_weight_conversions()]
         if model is None and self._loading is not None:  # older versions do not say
             model = self._loading()
-        if self._names_are_the_models and self.packed and model is not None:
+        if (
+            self._names_are_the_models
+            and self.packed
+            and model is not None
+            and not self.in_shards  # (it reads whole tensors)
+        ):
             stored = StoredTensors(self._headers, model_dtype(model))
             wanted = packed_tensors(model, self.packed)
             self._ahead = AheadReader(stored, wanted, self._device_map, self._host)
@@ -322,7 +334,7 @@ class FourfoldQuantizer(HfQuantizer):
             self.foreign.finish(model)
         if self.failure is not None:
             raise self.failure
-        if not self.config.only_written:  # there `loading.stream` has checked and handed on all weights
+        if not (self.config.only_written or self.in_shards):  # (whoever streams has checked all weights)
             refuse_offloading(self.packed, getattr(model, "hf_device_map", None))
             check_complete(model, self.packed)
             check_nothing_is_missing(model)

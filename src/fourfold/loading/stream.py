@@ -73,9 +73,9 @@ def stream_pretrained(
     def load(
         built: PreTrainedModel, state_dict: Any, checkpoint_files: Any, load_config: Any, *_: Any
     ) -> Any:
-        stream = _Stream(built, load_config, sink, progress)
+        stream = Stream(built, load_config, sink, progress)
         with contextlib.ExitStack() as stack:
-            ignored.extend(stream.run(_open(checkpoint_files, stack)))
+            ignored.extend(stream.run(open_slices(checkpoint_files, stack)))
         return None, None
 
     def finalize(_model: PreTrainedModel, _load_config: Any, loading_info: Any) -> Any:
@@ -90,13 +90,13 @@ def stream_pretrained(
             "_finalize_model_loading": staticmethod(finalize),
         },
     )
-    with _quiet_bars():
+    with quiet_bars():
         built = own.from_pretrained(str(model), quantization_config=quantization_config, **arguments)
     assert isinstance(built, own)
     return built, ignored
 
 
-def _open(checkpoint_files: list[str] | None, stack: contextlib.ExitStack) -> dict[str, Any]:
+def open_slices(checkpoint_files: list[str] | None, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Key -> lazily read slice of all files."""
     slices: dict[str, Any] = {}
     for file in checkpoint_files or []:
@@ -108,7 +108,7 @@ def _open(checkpoint_files: list[str] | None, stack: contextlib.ExitStack) -> di
 
 
 @contextlib.contextmanager
-def _quiet_bars() -> Iterator[None]:
+def quiet_bars() -> Iterator[None]:
     """transformers shows a progress bar each time it loads, that is for each parameter."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -119,7 +119,7 @@ def _quiet_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-class _Stream:
+class Stream:
     """The loop over a model's parameters."""
 
     def __init__(
@@ -135,13 +135,14 @@ class _Stream:
         self.placeholders: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self.placeholders |= dict(model.named_buffers(remove_duplicate=False))
         self.loaded: set[str] = set()
+        self.patterns: dict[str, str | None] = {}  # of a key: the converter's that takes it, if there is one
         self.ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
 
     def run(self, slices: dict[str, Any]) -> list[str]:
         """Load, hand on and drop everything; returns the keys that are not used."""
-        groups, ignored = self._groups(slices)
-        instead = self._tied(groups, slices)
-        # Only conversions that the checkpoint used are reversed; which those are is known after `_groups`.
+        groups, ignored = self.groups(slices)
+        instead = self.tied(groups, slices)
+        # Only conversions that the checkpoint used are reversed; which those are is known after `groups`.
         self.model._weight_conversions = [c for c in self.load_config.weight_mapping or [] if c.was_used()]
         self.quantizer._set_conversions_for_saving(self.model)
         reversed_ = self.model._weight_conversions
@@ -155,10 +156,10 @@ class _Stream:
             del arrived, renamed
         self.progress(len(groups), len(groups), "")
         self.model._weight_conversions = reversed_
-        self._check_nothing_is_missing()
+        self.check_nothing_is_missing()
         return ignored
 
-    def _groups(self, slices: dict[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
+    def groups(self, slices: dict[str, Any]) -> tuple[dict[str, list[str]], list[str]]:
         """Parameter -> the checkpoint keys it is made of (as the loader collects them), and unused keys."""
         mapping = self.load_config.weight_mapping or []
         renamings = [c for c in mapping if isinstance(c, WeightRenaming)]
@@ -169,16 +170,17 @@ class _Stream:
         groups: dict[str, list[str]] = defaultdict(list)
         ignored: list[str] = []
         for key in sorted(slices, key=dot_natural_key):
-            name, _ = rename_source_key(key, renamings, converters, prefix, state)
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name not in state and key in state:
-                name, _ = rename_source_key(key, [], [], prefix, state)
+                name, pattern = rename_source_key(key, [], [], prefix, state)
             if name in state:
                 groups[name].append(key)
+                self.patterns[key] = pattern
             elif not any(pattern.search(key) for pattern in read_beside):
                 ignored.append(key)
         return dict(groups), ignored
 
-    def _tied(self, groups: dict[str, list[str]], slices: dict[str, Any]) -> dict[str, str]:
+    def tied(self, groups: dict[str, list[str]], slices: dict[str, Any]) -> dict[str, str]:
         """Leave out weights that are tied to another one, as saving does.
 
         Returns:
@@ -204,7 +206,7 @@ class _Stream:
         info, _ = convert_and_load_state_dict_in_model(
             model=self.model, state_dict=state_dict, load_config=self.load_config
         )
-        self._raise_if_wrong(info, state_dict)
+        self.raise_if_wrong(info, state_dict)
         names = self.expected - set(info.missing_keys)
         self.loaded |= names
         skipped = self.model._keys_to_ignore_on_save or ()
@@ -228,7 +230,7 @@ class _Stream:
         if getattr(module, "quant_state", None) is not None:
             module.quant_state = None  # bitsandbytes keeps the scales of a Linear there as well
 
-    def _raise_if_wrong(self, info: Any, keys: Iterable[str]) -> None:
+    def raise_if_wrong(self, info: Any, keys: Iterable[str]) -> None:
         failure = getattr(self.quantizer, "failure", None)
         if isinstance(failure, FourfoldError):
             raise failure
@@ -241,7 +243,7 @@ class _Stream:
             reason = str(message).strip().splitlines()[-1]
             raise CheckpointError(f"{name} cannot be made of {', '.join(list(keys)[:3])}, ...: {reason}")
 
-    def _check_nothing_is_missing(self) -> None:
+    def check_nothing_is_missing(self) -> None:
         """What the checkpoint lacks would be random numbers."""
         allowed = [re.compile(p) for p in self.model._keys_to_ignore_on_load_missing or ()]
         missing = [
