@@ -139,6 +139,7 @@ class Run:
 
     def __init__(self, model: nn.Module, batch: int, length: int, device: torch.device) -> None:
         self.model, self.device, self.size = model, device, (batch, length)
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.factors = [p for p in model.parameters() if p.requires_grad]
         with torch.no_grad():
             torch.manual_seed(1)
@@ -171,17 +172,28 @@ class Run:
 
     def compared(self) -> dict[str, Any]:
         """Loss and sums over the bits of every gradient, of one deterministic step."""
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # (with warn_only flash attention's backward stays as it is, and adds in any order)
+        torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+        strict = True
         try:
-            loss = self.backward()
+            try:
+                loss = self.backward()
+            except RuntimeError as error:
+                if "deterministic" not in str(error):
+                    raise
+                strict = False
+                self.optimizer.zero_grad(set_to_none=True)
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                loss = self.backward()
             gradients = [f.grad for f in self.factors]
             sums = [0 if g is None else int(g.view(torch.int32).sum(dtype=torch.int64)) for g in gradients]
         finally:
             torch.use_deterministic_algorithms(False)
         touched = sum(g is not None for g in gradients)
         self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss.item(), "bits": sums, "factors_with_gradient": touched}
+        found = {"loss": loss.item(), "bits": sums, "factors_with_gradient": touched}
+        return found | {"deterministic": strict}
 
 
 def synchronize(device: torch.device) -> None:
@@ -243,7 +255,7 @@ def measure(variant: str, model: nn.Module, arguments: argparse.Namespace) -> di
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     run = Run(model, arguments.batch, arguments.length, device)
-    result |= run.compared()
+    result |= run.compared() | {"names": run.names}
     if variant == arguments.variants[0]:
         result["again"] = run.compared()["bits"]
     result |= timed(run, arguments.steps)
@@ -266,6 +278,8 @@ def summarize(results: list[dict[str, Any]], bytes_per_second: float | None) -> 
         equal = [a == b for a, b in zip(result["bits"], first["bits"], strict=True)]
         result["gradients_equal"] = sum(a and b for a, b in zip(equal, repeated, strict=True))
         result["factors"] = sum(repeated)
+        checked = zip(first["names"], equal, repeated, strict=True)
+        result["unequal"] = [name for name, a, b in checked if b and not a]
         result["times_first"] = result["step_ms"] / first["step_ms"]
         if "per_step" in result and bytes_per_second:
             result["floor_ms"] = result["per_step"]["bytes"] / bytes_per_second * 1e3
@@ -333,7 +347,7 @@ def main() -> int:
         arguments.out.write_text(json.dumps(record, indent=1))
         print(table(results[-1:]), flush=True)
     for result in results:  # (thousands of sums, compared by now)
-        del result["bits"]
+        del result["bits"], result["names"]
         result.pop("again", None)
     record["seconds"] = time.perf_counter() - start
     arguments.out.write_text(json.dumps(record, indent=1))

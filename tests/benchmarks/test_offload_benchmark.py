@@ -29,6 +29,8 @@ def test_every_variant_has_the_numbers_of_the_first(tmp_path: Path, monkeypatch:
     assert [r["variant"] for r in record["results"]] == ["resident", "half", "streamed"]
     for result in record["results"]:
         assert result["loss_is_equal"]
+        assert result["deterministic"]
+        assert result["unequal"] == []
         assert result["gradients_equal"] == result["factors"] == result["factors_with_gradient"] == 8 * 12
     _, half, streamed = record["results"]
     assert half["offload"]["resident_modules"] > 0
@@ -52,3 +54,4 @@ def test_other_numbers_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     status, record = run(tmp_path / "out.json", monkeypatch, "--variants", "resident", "streamed")
     assert status == 1
     assert not all(r["gradients_equal"] == r["factors"] for r in record["results"])
+    assert any("lora_" in name for name in record["results"][1]["unequal"])

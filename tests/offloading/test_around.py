@@ -293,3 +293,30 @@ def test_loading_by_name_reads_the_adapter_onto_offloaded_experts(folder: Path, 
     models = [tiny.load(folder, **nf4, **s) for s in ({}, {"experts_device": "cpu"})]
     found = [tiny.logits(PeftModel.from_pretrained(m, tmp_path)) for m in models]
     assert torch.equal(*found)
+
+
+def test_experts_spread_over_processes_are_refused(tmp_path: Path) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        model = offloading.packed_model("qwen3_moe", layers=2)
+        module, mesh = experts(model)[1], init_device_mesh("cpu", (1,))
+        for name in module.packed_names():
+            whole = module._parameters[name]
+            assert whole is not None
+            spread = distribute_tensor(whole.data, mesh, [Shard(0)])
+            module._parameters[name] = nn.Parameter(spread, requires_grad=False)
+        with pytest.raises(ConfigurationError, match=r"layers\.1\.mlp\.experts: .* spread over processes"):
+            fourfold.offload(model)
+        assert all(m.fourfold_host is None for m in experts(model))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_model_without_memory_is_refused() -> None:
+    model = offloading.packed_model("qwen3_moe", layers=2).to("meta")
+    with pytest.raises(ConfigurationError, match=r"layers\.0\.mlp\.experts: .* no memory \(meta device\)"):
+        fourfold.offload(model)
