@@ -126,7 +126,7 @@ def check(overrides: list[str], config_file: Path = CONFIG) -> list[str]:
     model = load_adapter(model, config.output_dir)
     compare(model, "after")
 
-    reloaded = answer(model, checked.tokenizer, checked.sample, SAMPLE_TOKENS)
+    reloaded = answer(model, checked.tokenizer, checked.sample.ids, SAMPLE_TOKENS)
     expect("the reloaded model answers as the trained one", reloaded == sample["after"], reloaded)
     expect("and not as the base model", reloaded != sample["before"], sample["before"])
 
