@@ -81,6 +81,8 @@ def test_what_cannot_be_is_refused_by_name(job: Path) -> None:
     assert "experts_device" in said["experts_device"]
     assert "nothing in the model is trained" in said["nothing"]
     assert "q_proj was made for (32, 64)" in said["widths"]
+    assert "load_sharded" in said["loader"]
+    assert "down_proj was cast to torch.bfloat16" in said["cast"]
     assert "no list of layers" in said["no layers"]
     assert "nowhere" in said["no checkpoint"]
     assert "adapters" in said["adapters"]

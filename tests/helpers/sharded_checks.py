@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers.distributed import DistributedConfig
 
 import fourfold
 import fourfold.distributed.load as load_module
@@ -355,6 +356,14 @@ def refusals(job: Job) -> dict[str, str]:
     narrow = adapted(load(folder, NF4, job.device))
     next(m for n, m in narrow.named_modules() if n.endswith("q_proj")).in_features = 32
     refused("widths", lambda: shard(narrow))
+    shares = DistributedConfig(fsdp_size=job.world)
+    config = fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4")
+    made = transformers.AutoModelForCausalLM.from_pretrained
+    refused("loader", lambda: made(folder, quantization_config=config, distributed_config=shares))
+    cast = load(folder, {"experts_quant_type": "nf4"}, job.device)
+    experts = tiny.experts_of(cast)
+    experts._parameters["down_proj"].data = experts._parameters["down_proj"].data.to(torch.bfloat16)
+    refused("cast", lambda: cast(input_ids=tiny.IDS.to(job.device)))
     refused("no layers", lambda: shard(torch.nn.Linear(2, 2).to(job.device)))
     refused("no checkpoint", lambda: load_checkpoint(job.shared("nowhere"), model))
     refused("adapters", lambda: save_packed(model, job.shared("nowhere")))

@@ -160,8 +160,8 @@ def _keep_name(made: type, own: type) -> None:
 def _never_cast_integers(root: nn.Module) -> None:
     """Packed experts and 4-bit Linears keep out of mixed precision.
 
-    Up to torch 2.11 `fully_shard` casts every parameter, integers too, to the dtype of its policy: bytes
-    become rounded numbers, and scales are lost. Later releases leave integers alone by themselves.
+    In torch 2.11 `fully_shard` casts every parameter, integers too, to the dtype of its policy: bytes become
+    rounded numbers, and scales are lost. 2.13 leaves integers alone by itself.
     """
     for module in root.modules():
         if not isinstance(module, FSDPModule):

@@ -82,9 +82,9 @@ def refuse_sharding_by_the_loader(model: PreTrainedModel) -> None:
     shards = getattr(getattr(model.config, "distributed_config", None), "fsdp_size", None) or 1
     if shards > 1:
         raise ConfigurationError(
-            f"distributed_config with fsdp_size={shards} cuts experts before they can be packed. Load the model "
-            "by fourfold.distributed.load_sharded, in which each rank packs its own experts, add adapters, and "
-            "call fourfold.distributed.shard"
+            f"distributed_config with fsdp_size={shards} cuts experts before they can be packed. Load the "
+            "model by fourfold.distributed.load_sharded, in which each rank packs its own experts, add "
+            "adapters, and call fourfold.distributed.shard"
         )
 
 
