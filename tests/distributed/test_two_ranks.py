@@ -26,6 +26,10 @@ def test_loaded_in_shards_is_the_model_and_trains_as_it(job: Path, case: str) ->
     sharded_checks.equal(ranks.outcome(job, f"loaded:{case}"))
 
 
+def test_experts_of_other_formats_are_packed_and_cut(job: Path) -> None:
+    assert ranks.outcome(job, "foreign") == [3, 3]
+
+
 def test_mixed_precision_leaves_packed_experts_alone(job: Path) -> None:
     ranks.outcome(job, "mixed_precision")
 
