@@ -121,6 +121,8 @@ def test_experts_that_keep_their_forward(model_type: str, engine: str) -> None:
     if not own_forward.is_known(model_type):
         pytest.skip("this version of transformers has no such model")
     model, _ = own_forward.pair(model_type)
+    if model_type == "inkling_text":  # whose mask transformers 5.17 cannot bring into bf16 for sdpa
+        model.set_attn_implementation("eager")
     model = lora(model.requires_grad_(False), None)
     resident = steps(copy.deepcopy(model))
     offload(model, buffers=1)

@@ -182,6 +182,7 @@ def test_train_answers_in_one_screen(
         raise StopError("it would begin")
 
     monkeypatch.setattr(run_module, "load", load)
+    monkeypatch.chdir(tmp_path)  # where mutated values of output_dir lead
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings(**changes)), encoding="utf-8")

@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fourfold
 import tiny
 from fourfold.errors import ConfigurationError
 from fourfold.experts import PackedExperts
-from fourfold.offloading.streamer import Unit
+from fourfold.offloading import host
 from fourfold.training import planned
 from fourfold.training import run as run_module
 from fourfold.training.contradictions import ContradictionError
-from fourfold.training.offloaded import bring_back, bytes_away
+from fourfold.training.offloaded import bring_back
 from fourfold.training.preflight import check
 from fourfold.training.run import run
 from fourfold.training.schema import TrainConfig
@@ -112,13 +113,34 @@ def test_a_budget_is_a_number_of_bytes(settings: Settings) -> None:
         TrainConfig(**settings(**SHORT, experts_offload="auto", gpu_budget="some"))
 
 
-def test_what_lies_in_host_memory_is_not_planned_on_the_gpu(settings: Settings) -> None:
-    planner, made = planned.planner_of(TrainConfig(**settings(**SHORT)))
-    skeleton = planner.skeleton(made)
-    sizes = [Unit([m]).nbytes for m in skeleton.modules() if isinstance(m, PackedExperts)]
-    assert bytes_away(skeleton) == 0  # (two modules, two buffers)
-    resident = planner.plan(made).resident
-    card = resident + planned.CONTEXT_BYTES - 1
-    with pytest.raises(ConfigurationError, match="weights, adapters and optimizer are"):
-        planned.remark_on(planner, made, card)
-    planned.remark_on(planner, made, card, away=sum(sizes))
+def test_a_run_is_planned_with_experts_where_it_loads_them(settings: Settings) -> None:
+    plain, away = (
+        planned.planner_of(TrainConfig(**settings(**SHORT, experts_offload=where)))[1].quantization
+        for where in (None, "auto")
+    )
+    assert plain is not None
+    assert away is not None
+    assert (plain.experts_device, away.experts_device) == (None, "cpu")
+    assert plain.to_dict() == away.to_dict()
+
+
+def test_a_plan_leaves_out_what_lies_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "available_bytes", lambda: 0)  # (planning asks for none)
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    plans = [
+        fourfold.plan(
+            tiny.qwen3_moe(num_hidden_layers=6),
+            quantization_config=fourfold.MoeBitsAndBytesConfig(**nf4, **more),
+            length=16,
+        )
+        for more in ({}, {"experts_device": "cpu"})
+    ]
+    resident, away = plans
+    assert resident.away == 0
+    assert away.away > 0
+    assert resident.peak - away.peak == resident.resident - away.resident == away.away
+    (experts,) = (p.parts()["experts"] for p in plans[:1])
+    assert away.parts()["experts"] == experts * 2 // 6
+    assert away.away == experts - experts * 2 // 6
+    assert sum(away.parts().values()) == away.peak
+    assert away.to_dict()["host"] == away.away

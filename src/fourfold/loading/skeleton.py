@@ -99,6 +99,9 @@ def build_skeleton(
             else cls.from_config(config, **remote)
         )
     settings = stored if packed else quantization_config
+    if isinstance(settings, MoeBitsAndBytesConfig) and settings.experts_device is not None:
+        settings = copy.copy(settings)
+        settings.experts_device = None  # (nothing is loaded, and no memory is asked for)
     if settings is not None:
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
         # As if already packed: shapes and dtypes are then those that storage will have.

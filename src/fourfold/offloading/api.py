@@ -155,6 +155,20 @@ def stay_in_host_memory(
     return _carry_out(_plan(groups, None, BUFFERS, 0), None, memory)
 
 
+def bytes_away(model: nn.Module) -> int:
+    """Bytes of packed experts that the GPU holds no more when all of them but the buffers lie in host memory.
+
+    Args:
+        model: with packed experts; without weights will do.
+    """
+    sizes = [
+        sum(p.shape.nbytes(m.fourfold_format) for p in m.fourfold_layout.projections)
+        for m in model.modules()
+        if isinstance(m, PackedExperts)
+    ]
+    return max(0, sum(sizes) - BUFFERS * max(sizes, default=0))
+
+
 _Groups = dict[torch.device, list[list[PackedExperts]]]
 _Plan = list[tuple[torch.device, list[list[PackedExperts]], list[bool], int]]
 

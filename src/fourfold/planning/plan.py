@@ -25,6 +25,7 @@ from fourfold.experts import expert_targets
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.prepare import prepare
 from fourfold.loading.skeleton import build_skeleton, read_config
+from fourfold.offloading.api import bytes_away
 from fourfold.planning.optimizers import STATES, optimizer_bytes
 from fourfold.planning.report import Report, make_report
 from fourfold.planning.simulate import Activations, simulate_step
@@ -96,6 +97,7 @@ class Plan:
         otherwise: the same with the other choice of checkpointing.
         accumulates: whether gradients are there when a micro batch begins.
         unknown: why activations are not known; then `peak` is without them, a lower bound.
+        away: of the weights' bytes, those of experts in host memory (the buffers for them are on the device).
     """
 
     model: str
@@ -113,6 +115,7 @@ class Plan:
     accumulates: bool = False
     unknown: str = ""
     notes: list[str] = field(default_factory=list)
+    away: int = 0
 
     @property
     def gradients(self) -> int:
@@ -122,7 +125,7 @@ class Plan:
     @property
     def resident(self) -> int:
         """What lies there between two steps."""
-        return self.weights.bytes + self.adapters + self.optimizer + self.libraries
+        return self.weights.bytes - self.away + self.adapters + self.optimizer + self.libraries
 
     def working(self, activations: Activations | None) -> int:
         """The most that a step needs beside what is resident."""
@@ -150,6 +153,8 @@ class Plan:
         for row in self.weights.rows:
             name = row.role if row.role in ("experts", "linears") else "other weights"
             parts[name] = parts.get(name, 0) + row.bytes
+        if self.away:
+            parts["experts"] -= self.away
         parts["adapters"] = self.adapters
         parts["optimizer"] = self.optimizer
         parts["gradients"] = self.gradients
@@ -181,6 +186,7 @@ class Plan:
             "activations": None if self.activations is None else asdict(self.activations),
             "activations_otherwise": None if self.otherwise is None else asdict(self.otherwise),
             "activations_unknown": self.unknown or None,
+            "host": self.away,
             "resident": self.resident,
             "peak": self.peak,
             "peak_otherwise": self.peak_otherwise,
@@ -268,6 +274,7 @@ class Planner:
             otherwise=otherwise,
             accumulates=settings.accumulation > 1,
             unknown=unknown,
+            away=self._away(settings),
         )
 
     def floor(self, settings: Settings) -> int:
@@ -275,7 +282,13 @@ class Planner:
         report, shapes = self._weights(settings)
         bytes_ = optimizer_bytes(settings.optimizer, shapes, on_gpu=self.target.is_cuda)
         trained = sum(torch.Size(shape).numel() for shape in shapes)
-        return report.bytes + bytes_.states + bytes_.step + 8 * trained
+        return report.bytes - self._away(settings) + bytes_.states + bytes_.step + 8 * trained
+
+    def _away(self, settings: Settings) -> int:
+        """Bytes of experts that lie in host memory."""
+        if settings.quantization is None or settings.quantization.experts_device != "cpu":
+            return 0
+        return bytes_away(self.skeleton(settings))
 
     def _weights(self, settings: Settings) -> tuple[Report, list[tuple[int, ...]]]:
         quantized = None if settings.quantization is None else str(settings.quantization.to_dict())

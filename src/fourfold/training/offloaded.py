@@ -9,8 +9,6 @@ import torch
 
 import fourfold
 from fourfold.errors import ConfigurationError
-from fourfold.experts import PackedExperts
-from fourfold.offloading.api import BUFFERS
 from fourfold.training import processes
 from fourfold.training.schema import TrainConfig
 
@@ -69,17 +67,3 @@ def bring_back(model: Any, config: TrainConfig, reserve: int | None) -> fourfold
             "or set experts_offload: cpu."
         )
     return fourfold.offload(model, "auto", reserve=reserve)
-
-
-def bytes_away(skeleton: Any) -> int:
-    """Bytes of packed experts that the GPU holds no more when all of them but the buffers lie in host memory.
-
-    Args:
-        skeleton: the prepared model, without weights.
-    """
-    sizes = [
-        sum(p.shape.nbytes(m.fourfold_format) for p in m.fourfold_layout.projections)
-        for m in skeleton.modules()
-        if isinstance(m, PackedExperts)
-    ]
-    return max(0, sum(sizes) - BUFFERS * max(sizes, default=0))

@@ -13,7 +13,7 @@ from fourfold.planning.fit import CONTEXT_BYTES, Suggestion, room, suggest
 from fourfold.planning.plan import Plan, Planner, Settings, here
 from fourfold.planning.standins import Target
 from fourfold.planning.units import format_bytes
-from fourfold.training.offloaded import bytes_away
+from fourfold.training.offloaded import loading_there
 from fourfold.training.schema import TrainConfig
 from fourfold.training.targets import resolve
 
@@ -47,7 +47,7 @@ def settings_of(
         return names if isinstance(names, str) or names is None else tuple(names)
 
     return Settings(
-        quantization=quantization_config,
+        quantization=loading_there(config, quantization_config),
         target_modules=fixed(target_modules),
         target_parameters=fixed(target_parameters),
         r=config.lora_r,
@@ -104,10 +104,10 @@ def _resolved(planner: Planner, settings: Settings) -> Settings:
     return replace(settings, target_modules=tuple(names))
 
 
-def remark_on(planner: Planner, settings: Settings, card: int, away: int = 0) -> str | None:
-    """The same for a card of so many bytes, with ``away`` bytes of the plan in host memory."""
+def remark_on(planner: Planner, settings: Settings, card: int) -> str | None:
+    """The same for a card of so many bytes."""
     plan = planner.plan(settings)
-    resident, peak = plan.resident - away, plan.peak - away
+    resident, peak = plan.resident, plan.peak
     if resident > card - CONTEXT_BYTES:
         raise ConfigurationError(
             f"base_model: weights, adapters and optimizer are {format_bytes(resident)}, and the GPU has "
@@ -155,8 +155,6 @@ class Memory:
             bf16=checked.bf16 or config.fp16,
         )
         self.settings = _resolved(self.planner, settings)
-        offloads = config.experts_offload is not None
-        self.away = bytes_away(self.planner.skeleton(self.settings)) if offloads else 0
 
     def remark(self) -> str | None:
         """To be said before loading.
@@ -164,14 +162,14 @@ class Memory:
         Raises:
             ConfigurationError: what stays there throughout is more than the card has.
         """
-        return None if self.card is None else remark_on(self.planner, self.settings, self.card, self.away)
+        return None if self.card is None else remark_on(self.planner, self.settings, self.card)
 
     def besides_experts(self) -> int | None:
         """Bytes that the run is planned to need on top of the loaded model; None without a plan."""
         if self.card is None:
             return None
         plan = self.planner.plan(self.settings)
-        return max(0, plan.peak - plan.weights.bytes + CONTEXT_BYTES)
+        return max(0, plan.peak + plan.away - plan.weights.bytes + CONTEXT_BYTES)
 
     def advice(self) -> str:
         """What to change now that memory ran out."""
