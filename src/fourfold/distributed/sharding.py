@@ -167,7 +167,7 @@ def _never_cast_integers(root: nn.Module) -> None:
         if not isinstance(module, FSDPModule):
             continue
         state: Any = module._get_fsdp_state()
-        one = getattr(state, "_fsdp_param_group", None)  # several from torch 2.12 on
+        one = getattr(state, "_fsdp_param_group", None)  # several in torch 2.13
         for group in getattr(state, "_fsdp_param_groups", None) or ([one] if one is not None else []):
             for parameter in group.fsdp_params:
                 if not parameter.sharded_param.dtype.is_floating_point:
