@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -96,21 +97,44 @@ def test_a_rank_that_is_killed_ends_the_job(tmp_path: Path) -> None:
     assert time.monotonic() - started < 120
 
 
-def test_the_program_of_the_docs(tmp_path: Path) -> None:
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_the_program_of_the_docs(tmp_path: Path, machines: int) -> None:
+    """Two ranks, started by one agent; and by two, as on two machines."""
     page = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
     (program,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
     script = tmp_path / "train.py"
     script.write_text(program)
     tiny.save(tiny.qwen3_moe(), tmp_path / "model")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path / "model"), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(2 // machines)]
+    if machines == 1:
+        command += ["--standalone"]
+    else:
+        command += ["--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    agents = [
+        subprocess.Popen(
+            [
+                *command,
+                *(["--node_rank", str(machine)] if machines > 1 else []),
+                *(str(script), str(tmp_path / "model"), str(tmp_path / "out")),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for machine in range(machines)
+    ]
+    try:
+        said = [agent.communicate(timeout=200)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0] * machines, said[0][-3000:]
     assert (tmp_path / "out" / "checkpoint" / ".metadata").is_file()
     stored = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert all(tensor.any() for tensor in stored.values())

@@ -26,6 +26,10 @@ def test_loaded_in_shards_is_the_model_and_trains_as_it(job: Path, case: str) ->
     sharded_checks.equal(ranks.outcome(job, f"loaded:{case}"))
 
 
+def test_experts_of_other_formats_are_packed_and_cut(job: Path) -> None:
+    assert ranks.outcome(job, "foreign") == [3, 3]
+
+
 def test_mixed_precision_leaves_packed_experts_alone(job: Path) -> None:
     ranks.outcome(job, "mixed_precision")
 
@@ -81,6 +85,8 @@ def test_what_cannot_be_is_refused_by_name(job: Path) -> None:
     assert "experts_device" in said["experts_device"]
     assert "nothing in the model is trained" in said["nothing"]
     assert "q_proj was made for (32, 64)" in said["widths"]
+    assert "load_sharded" in said["loader"]
+    assert "down_proj was cast to torch.bfloat16" in said["cast"]
     assert "no list of layers" in said["no layers"]
     assert "nowhere" in said["no checkpoint"]
     assert "adapters" in said["adapters"]

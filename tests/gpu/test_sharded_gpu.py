@@ -54,7 +54,15 @@ def test_loaded_in_shards_is_the_model_and_trains_as_it(job: Path, case: str) ->
 
 @pytest.mark.parametrize(
     "check",
-    ["generated", "mixed_precision", "sent_by_ddp", "other_weights", "read_share:plain", "read_share:packed"],
+    [
+        "foreign",
+        "generated",
+        "mixed_precision",
+        "sent_by_ddp",
+        "other_weights",
+        "read_share:plain",
+        "read_share:packed",
+    ],
 )
 def test_the_rest_of_the_checks(job: Path, check: str) -> None:
     assert len(ranks.outcome(job, check)) == 2

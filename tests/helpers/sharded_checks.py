@@ -18,7 +18,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers.distributed import DistributedConfig
 
+import foreign_checkpoints
 import fourfold
 import fourfold.distributed.load as load_module
 import tiny
@@ -82,6 +84,7 @@ LOADED = (
 OTHERS = (
     *("mixed_precision", "sent_by_ddp", "other_weights", "read_share:plain", "read_share:packed"),
     *(
+        "foreign",
         "generated",
         "saved_adapter",
         "resumed",
@@ -355,6 +358,14 @@ def refusals(job: Job) -> dict[str, str]:
     narrow = adapted(load(folder, NF4, job.device))
     next(m for n, m in narrow.named_modules() if n.endswith("q_proj")).in_features = 32
     refused("widths", lambda: shard(narrow))
+    shares = DistributedConfig(fsdp_size=job.world)
+    config = fourfold.MoeBitsAndBytesConfig(experts_quant_type="nf4")
+    made = transformers.AutoModelForCausalLM.from_pretrained
+    refused("loader", lambda: made(folder, quantization_config=config, distributed_config=shares))
+    cast = load(folder, {"experts_quant_type": "nf4"}, job.device)
+    experts = tiny.experts_of(cast)
+    experts._parameters["down_proj"].data = experts._parameters["down_proj"].data.to(torch.bfloat16)
+    refused("cast", lambda: cast(input_ids=tiny.IDS.to(job.device)))
     refused("no layers", lambda: shard(torch.nn.Linear(2, 2).to(job.device)))
     refused("no checkpoint", lambda: load_checkpoint(job.shared("nowhere"), model))
     refused("adapters", lambda: save_packed(model, job.shared("nowhere")))
@@ -466,6 +477,34 @@ def replicas_of_shards(job: Job) -> dict[str, float]:
     assert torch.equal(stored["model.layers.0.mlp.experts.gate_up_proj"], whole(experts))
     model = shard(adapted(model, seed=job.rank), mesh)
     return compared(alone, model, wanted, train(model, job, alone=False), begun)
+
+
+def foreign(job: Job) -> int:
+    """Experts in MXFP4, in FP8 and in per-expert 4 bit of transformers v4: packed whole, and then cut."""
+    made: dict[str, Any] = {
+        "mxfp4": lambda folder: foreign_checkpoints.mxfp4(folder)[0],
+        "fp8": lambda folder: foreign_checkpoints.fp8(foreign_checkpoints.deepseek_v3(), folder)[0],
+        "v4": lambda folder: foreign_checkpoints.bitsandbytes(
+            tiny.mixtral(intermediate_size=128), folder, double=True
+        )[0],
+    }
+    for kind, make in made.items():
+        if job.rank == 0:
+            job.shared(kind).mkdir()
+            (job.folder / kind).write_text(str(make(job.shared(kind))))
+        job.wait()
+        source = (job.folder / kind).read_text()
+        config = fourfold.MoeBitsAndBytesConfig(**(NF4 if kind == "v4" else {"experts_quant_type": "nf4"}))
+        wanted = transformers.AutoModelForCausalLM.from_pretrained(
+            source, quantization_config=config, dtype=torch.bfloat16, device_map={"": job.device}
+        )
+        model = load_sharded(source, quantization_config=config, device=job.device, dtype=torch.bfloat16)
+        cut = 0
+        for (name, ours), theirs in zip(model.named_parameters(), wanted.parameters(), strict=True):
+            assert torch.equal(whole(ours).view(-1), whole(theirs).view(-1)), name
+            cut += ".experts." in name and isinstance(ours.data, DTensor)
+        assert cut, kind
+    return len(made)
 
 
 def sent_by_ddp(job: Job) -> dict[str, int]:

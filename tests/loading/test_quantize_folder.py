@@ -37,7 +37,7 @@ def die(done, total, name):
     if done == total // 2:
         kill()
 if sys.argv[3] == "all weights written":
-    quantize._save_configuration = lambda *_: kill()
+    quantize.save_configuration = lambda *_: kill()
     die = None
 config = fourfold.MoeBitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 quantize_checkpoint(sys.argv[1], sys.argv[2], config, max_shard_size="20KB", progress=die)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,17 @@ def load_sharded(
     built.__class__ = cls
     assert isinstance(built, PreTrainedModel)
     return built
+
+
+@contextlib.contextmanager
+def _without_shards(module: nn.Module) -> Iterator[None]:
+    """While open, a module shows what came just now; what was kept before has been checked, and is cut."""
+    kept = {n: p for n, p in module._parameters.items() if p is not None and isinstance(p.data, DTensor)}
+    module._parameters.update(dict.fromkeys(kept))
+    try:
+        yield
+    finally:
+        module._parameters.update(kept)
 
 
 class _ShardedStream(Stream):
@@ -339,10 +350,10 @@ class _ShardedStream(Stream):
         self.loaded |= names
         for path in dict.fromkeys(name.rpartition(".")[0] for name in sorted(names)):
             module = self.model.get_submodule(path)
-            check_shapes(
-                module, f"{path}." if path else "", {n: s for n, s in self.shapes.items() if n in names}
-            )
-            check_finite(module, path, recurse=False)
+            with _without_shards(module):
+                prefix = f"{path}." if path else ""
+                check_shapes(module, prefix, {n: s for n, s in self.shapes.items() if n in names})
+                check_finite(module, path, recurse=False)
         return names
 
     def _check_packed(self, name: str) -> None:

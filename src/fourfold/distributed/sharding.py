@@ -160,14 +160,14 @@ def _keep_name(made: type, own: type) -> None:
 def _never_cast_integers(root: nn.Module) -> None:
     """Packed experts and 4-bit Linears keep out of mixed precision.
 
-    Up to torch 2.11 `fully_shard` casts every parameter, integers too, to the dtype of its policy: bytes
-    become rounded numbers, and scales are lost. Later releases leave integers alone by themselves.
+    In torch 2.11 `fully_shard` casts every parameter, integers too, to the dtype of its policy: bytes become
+    rounded numbers, and scales are lost. 2.13 leaves integers alone by itself.
     """
     for module in root.modules():
         if not isinstance(module, FSDPModule):
             continue
         state: Any = module._get_fsdp_state()
-        one = getattr(state, "_fsdp_param_group", None)  # several from torch 2.12 on
+        one = getattr(state, "_fsdp_param_group", None)  # several in torch 2.13
         for group in getattr(state, "_fsdp_param_groups", None) or ([one] if one is not None else []):
             for parameter in group.fsdp_params:
                 if not parameter.sharded_param.dtype.is_floating_point:

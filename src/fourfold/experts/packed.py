@@ -177,8 +177,8 @@ def _mixin(layout: Layout) -> type[PackedExperts]:
 def _cast_away(name: str, projection: str, dtype: torch.dtype) -> str:
     return (
         f"{name}.{projection} was cast to {dtype}, and its packed bytes or scales are lost in that. FSDP2's "
-        "mixed precision casts integers up to torch 2.11: shard the model by fourfold.distributed.shard, "
-        "which keeps them out of it, install torch>=2.12, or leave mixed precision off"
+        "mixed precision casts integers in torch 2.11: shard the model by fourfold.distributed.shard, "
+        "which keeps them out of it, install torch>=2.13, or leave mixed precision off"
     )
 
 
