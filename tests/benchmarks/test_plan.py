@@ -59,13 +59,12 @@ def test_runs_on_an_h100_took_what_was_planned() -> None:
 
 
 def test_examples_of_the_benchmark_are_as_long_as_they_say(tmp_path: Path) -> None:
-    from fourfold.training.data import load_conversations, tokenize
+    from fourfold.training.data import load_records, tokenize
 
     qwen3_30b_config(1).save_pretrained(tmp_path)
     benchmark.write_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     for name in benchmark.CASES:
         config = benchmark.configuration(name, str(tmp_path), tmp_path)
-        train, _ = load_conversations(config)
-        rows = tokenize(train, tokenizer, config.sequence_len, "datasets", config.excess_length_strategy)
+        rows = tokenize(load_records(config).train, tokenizer, config.sequence_len, "datasets", config.excess_length_strategy)
         assert {len(ids) for ids in rows.dataset["input_ids"]} == {config.sequence_len}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from fourfold.errors import ConfigurationError
 from fourfold.offloading.sizes import parse_bytes
-from fourfold.training.key_types import Strict
+from fourfold.training.key_types import Strict, not_bool
 from fourfold.training.yaml_file import Problem
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class OffloadKeys(Strict):
         description="`cpu`: packed experts in host memory, each layer's brought to the GPU while it computes "
         "(the same numbers); `auto`: as many layers stay on the GPU as fit",
     )
-    gpu_budget: Annotated[int | str, AfterValidator(_bytes)] | None = Field(
+    gpu_budget: Annotated[int | str, BeforeValidator(not_bool), AfterValidator(_bytes)] | None = Field(
         None,
         description="bytes such as `12GiB` that experts may take on the GPU with experts_offload: auto; "
         "absent means what is free less what the run is planned to need",
