@@ -66,5 +66,11 @@ def test_examples_of_the_benchmark_are_as_long_as_they_say(tmp_path: Path) -> No
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     for name in benchmark.CASES:
         config = benchmark.configuration(name, str(tmp_path), tmp_path)
-        rows = tokenize(load_records(config).train, tokenizer, config.sequence_len, "datasets", config.excess_length_strategy)
+        rows = tokenize(
+            load_records(config).train,
+            tokenizer,
+            config.sequence_len,
+            "datasets",
+            config.excess_length_strategy,
+        )
         assert {len(ids) for ids in rows.dataset["input_ids"]} == {config.sequence_len}
