@@ -156,6 +156,13 @@ class Schedule:
             elif fill_ahead:
                 self._fill_ahead()
 
+    def forget(self, module: int) -> None:
+        """What buffers hold of a module is no longer what it is; where it is in use it stays until then."""
+        with self._lock:
+            for slot in self.slots:
+                if slot.content == module and not slot.users:
+                    slot.content = None
+
     def _holding(self, module: int) -> Slot | None:
         me = threading.get_ident()
         return next((s for s in self.slots if s.content == module and s.part_of in (None, me)), None)
