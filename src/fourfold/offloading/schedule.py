@@ -111,7 +111,7 @@ class Schedule:
                 self.counts.hits += 1
             self._engine.wait(slot.filled)
             slot.users += 1
-            if slot.part_of is None:
+            if slot.part_of is None and slot.users == 1:  # (whoever began the use around this one said so)
                 try:
                     self._fill_ahead()
                 except BaseException:
