@@ -44,6 +44,8 @@ class Device:
     def wait(self, event: int) -> None:
         self._say("wait", event)
 
+    def lend(self, memory: Any) -> None: ...
+
     def mark(self) -> int:
         return self._say("mark")
 

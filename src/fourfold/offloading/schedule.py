@@ -26,6 +26,9 @@ class Engine(Protocol):
     def fill(self, copies: Any, after: list[Any]) -> Any:
         """Begin copies after all of ``after``; returns the event of their end."""
 
+    def lend(self, memory: Any) -> None:
+        """Copies write to ``memory`` from now on."""
+
     def wait(self, event: Any) -> None:
         """Let what is computed from now on wait for ``event``."""
 

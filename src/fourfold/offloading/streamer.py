@@ -140,6 +140,8 @@ class Streamer:
                 self._memory = [
                     torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.buffers)
                 ]
+            for memory in self._memory:
+                self.engine.lend(memory)
             sizes = [unit.nbytes for unit in self.units]
             self._schedule = Schedule(sizes, self.buffers, self.engine, self._copies)
         return self._schedule
