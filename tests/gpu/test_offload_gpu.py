@@ -269,6 +269,24 @@ def test_the_gpu_holds_the_buffers_alone_and_gets_everything_back() -> None:
     assert all(p.is_cuda for p in chain.parameters())
 
 
+def test_a_copy_under_way_does_not_write_to_memory_that_others_got() -> None:
+    chain = Chain(3)
+    x = torch.randn(chain.T, chain.H, device="cuda")
+    report = offload(chain)
+    passes(chain, x, False)
+    (streamer,) = report.streamers
+    nbytes = streamer._memory[0].nbytes
+    torch.cuda.synchronize()
+    with torch.cuda.stream(streamer.engine.stream):
+        torch.cuda._sleep(200_000_000)  # (a copy that takes its time)
+    streamer.schedule()._fill(0, streamer.schedule().slots[0])
+    del chain, report, streamer
+    gc.collect()
+    others = [torch.full((nbytes,), 7, dtype=torch.uint8, device="cuda") for _ in range(4)]
+    torch.cuda.synchronize()
+    assert all(bool((t == 7).all()) for t in others)
+
+
 def test_moving_the_model_leaves_experts_in_host_memory() -> None:
     chain = Chain(2)
     offload(chain)

@@ -44,6 +44,8 @@ class LateEngine:
                 place.copy_(source)
         self.pending[event] = []
 
+    def lend(self, memory: torch.Tensor) -> None: ...
+
     def mark(self) -> None: ...
 
 

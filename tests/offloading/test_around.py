@@ -134,6 +134,19 @@ def test_the_model_is_saved_and_reported_as_a_resident_one(tmp_path: Path) -> No
     assert torch.equal(tiny.logits(again), tiny.logits(plain))
 
 
+def test_a_state_loaded_between_passes_is_what_the_next_one_computes_with() -> None:
+    """Buffers hold modules as they were."""
+    model, other = (offloading.packed_model("qwen3_moe", layers=3) for _ in range(2))
+    with torch.no_grad():
+        for module in experts(other):
+            module.gate_up_proj.random_(0, 256)
+    expected = tiny.logits(other)
+    fourfold.offload(model)
+    assert not torch.equal(tiny.logits(model), expected)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(tiny.logits(model), expected)
+
+
 def test_what_moves_a_model_leaves_experts_and_keeps_the_order_of_parameters() -> None:
     model = offloading.packed_model("gpt_oss")  # (with biases, which do move)
     fourfold.offload(model)

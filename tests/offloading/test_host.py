@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,17 @@ def test_too_little_host_memory_is_found_before_anything_moves(monkeypatch: pyte
 
 
 @without_cuda
+def test_memory_of_a_deleted_model_is_not_counted_as_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = offloading.packed_model("qwen3_moe", layers=2)
+    offload(model)
+    tiny.logits(model)
+    gone = weakref.ref(next(m for m in model.modules() if isinstance(m, PackedExperts)))
+    monkeypatch.setattr(host, "available_bytes", lambda: 1000 if gone() is not None else 2**40)
+    del model
+    host.check_room(10_000, "other experts")
+    assert gone() is None
+
+
 def test_what_is_to_be_copied_is_asked_for(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     from fourfold.offloading import api
 

@@ -44,6 +44,8 @@ class Device:
     def wait(self, event: int) -> None:
         self._say("wait", event)
 
+    def lend(self, memory: Any) -> None: ...
+
     def mark(self) -> int:
         return self._say("mark")
 
@@ -262,6 +264,19 @@ def test_a_part_is_not_brought_where_the_whole_module_is() -> None:
     slot = schedule.begin_part(0, lambda number: pytest.fail("it is there"), 3)
     schedule.end(slot, fill_ahead=False)
     assert schedule.slots[slot].content == 0
+
+
+def test_products_inside_a_part_that_is_there_copy_nothing() -> None:
+    schedule, _ = made()
+    counted(schedule, range(LAYERS))
+    fills = schedule.counts.fills
+    schedule.end(schedule.begin_part(0, lambda slot: (99, slot), 1), fill_ahead=False)
+    (held,) = (s.content for s in schedule.slots if s.content is not None)
+    number = schedule.begin_part(held, lambda slot: (99, slot), 1)
+    schedule.end(schedule.begin(held))
+    schedule.end(number, fill_ahead=False)
+    assert schedule.counts.parts == 1
+    assert schedule.counts.fills == fills
 
 
 def test_a_part_of_another_thread_is_not_taken_for_the_module() -> None:

@@ -266,9 +266,10 @@ class _Fitting:
     def _lost(self, count: bool = False) -> Iterator[torch.Tensor]:
         """``W - dq(W)`` of each expert, fp32 ``[P, Q]`` as the model stores it."""
         stack, layout = self.experts.stack(self.projection), self.experts.fourfold_layout
+        device = self.experts.computing_device  # (the factors' own, also with experts in host memory)
         for expert, original_PQ in enumerate(read_matrices(self.places, self.name, self.matrices)):
-            w_PQ = original_PQ.to(stack.data.device)
-            decoded_ENK = decode(stack.experts(expert, expert + 1), torch.float32)
+            w_PQ = original_PQ.to(device)
+            decoded_ENK = decode(stack.experts(expert, expert + 1).to(device), torch.float32)
             decoded_PQ = layout.from_stack(decoded_ENK, self.projection)
             e_PQ = w_PQ - decoded_PQ.view(decoded_PQ.shape[-2:])
             weight, lost = _square(w_PQ), _square(e_PQ)

@@ -25,7 +25,7 @@ from fourfold.experts.shapes import ExpertsLayout, Layout, Projection
 from fourfold.experts.subclass import subclass
 from fourfold.formats import PackedStack, PackFormat, decode_stack
 from fourfold.formats.quantize import pack_stack
-from fourfold.formats.remote import RemoteStack, in_use
+from fourfold.formats.remote import RemoteStack
 from fourfold.kernels import LowRank
 
 
@@ -282,10 +282,10 @@ def set_stack_(module: PackedExperts, projection: Projection, stack: PackedStack
 
 def unpack_module_(module: PackedExperts, dtype: torch.dtype) -> nn.Module:
     """Back to the module's own class with the same numbers in ``dtype``, in place."""
-    layout = module.fourfold_layout
+    layout, device = module.fourfold_layout, module.computing_device
     for projection in layout.projections:
-        with in_use(module.weights(projection)) as stack:
-            weight = decode_stack(cast(PackedStack, stack), dtype)
+        # (where it lies: what brings experts from host memory reads all projections, and some are gone)
+        weight = decode_stack(module.stack(projection).to(device), dtype)
         for suffix in projection.shape.tensors(module.fourfold_format):
             if suffix:
                 del module._parameters[projection.name + suffix]

@@ -171,6 +171,11 @@ class PackedStack:
             if tensor is not None:
                 yield suffix, tensor
 
+    def to(self, device: torch.device) -> PackedStack:
+        """The stack on ``device``; its own tensors where they lie there."""
+        moved = {suffix: tensor.to(device) for suffix, tensor in self.tensors()}
+        return PackedStack.from_tensors(self.fmt, self.shape, moved)
+
     def experts(self, start: int, stop: int) -> PackedStack:
         """Matrices ``start`` to ``stop`` as a view."""
 

@@ -19,6 +19,8 @@ class HostEngine:
             for place, source in copies:
                 place.copy_(source)
 
+    def lend(self, memory: torch.Tensor) -> None: ...
+
     def wait(self, event: None) -> None: ...
 
     def mark(self) -> None: ...
@@ -46,6 +48,12 @@ class CudaEngine:
             filled = torch.cuda.Event()
             filled.record(self.stream)
         return filled
+
+    def lend(self, memory: torch.Tensor) -> None:
+        """Copies write to ``memory`` from now on. (However it goes, a model being deleted with copies under
+        way included, torch gives it to nobody before they have ended.)
+        """
+        memory.record_stream(self.stream)
 
     def wait(self, event: torch.cuda.Event) -> None:
         stream = torch.cuda.current_stream(self.device)

@@ -9,6 +9,7 @@ they are.
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,9 @@ def check_room(nbytes: int, what: str) -> None:
         ConfigurationError: with both figures.
     """
     free = available_bytes()
+    if free is not None and nbytes > free:
+        gc.collect()  # (a deleted model's experts are in a circle with what brought them)
+        free = available_bytes()
     if free is not None and nbytes > free:
         raise ConfigurationError(
             f"{what} take {nbytes / 2**30:.2f} GiB of host memory, and {max(0, free) / 2**30:.2f} GiB can be "

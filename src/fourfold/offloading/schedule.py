@@ -26,6 +26,9 @@ class Engine(Protocol):
     def fill(self, copies: Any, after: list[Any]) -> Any:
         """Begin copies after all of ``after``; returns the event of their end."""
 
+    def lend(self, memory: Any) -> None:
+        """Copies write to ``memory`` from now on."""
+
     def wait(self, event: Any) -> None:
         """Let what is computed from now on wait for ``event``."""
 
@@ -111,7 +114,7 @@ class Schedule:
                 self.counts.hits += 1
             self._engine.wait(slot.filled)
             slot.users += 1
-            if slot.part_of is None:
+            if slot.part_of is None and slot.users == 1:  # (whoever began the use around this one said so)
                 try:
                     self._fill_ahead()
                 except BaseException:
@@ -155,6 +158,13 @@ class Schedule:
                 slot.content = slot.part_of = None
             elif fill_ahead:
                 self._fill_ahead()
+
+    def forget(self, module: int) -> None:
+        """What buffers hold of a module is no longer what it is; where it is in use it stays until then."""
+        with self._lock:
+            for slot in self.slots:
+                if slot.content == module and not slot.users:
+                    slot.content = None
 
     def _holding(self, module: int) -> Slot | None:
         me = threading.get_ident()

@@ -43,6 +43,13 @@ class _Tensor:
         assert parameter is not None
         return parameter.data
 
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """Changes with the tensor's numbers, unless somebody writes to them behind autograd's back."""
+        parameter = self.module._parameters[self.leaf]
+        assert parameter is not None
+        return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
 
 class Unit:
     """Modules that are brought together: one, or those that one forward reads.
@@ -103,6 +110,7 @@ class Streamer:
         self._schedule: Schedule | None = None
         self._memory: list[torch.Tensor] = []
         self._views: dict[tuple[int, int], dict[_Key, PackedStack]] = {}
+        self._stamps: dict[int, list[tuple[int, int]]] = {}  # of units when they were last copied
 
     @property
     def buffer_bytes(self) -> int:
@@ -132,6 +140,8 @@ class Streamer:
                 self._memory = [
                     torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.buffers)
                 ]
+            for memory in self._memory:
+                self.engine.lend(memory)
             sizes = [unit.nbytes for unit in self.units]
             self._schedule = Schedule(sizes, self.buffers, self.engine, self._copies)
         return self._schedule
@@ -149,12 +159,13 @@ class Streamer:
             for slot in schedule.slots:  # (memory goes back to the stream that computes)
                 if slot.filled is not None:
                     self.engine.wait(slot.filled)
-        self._engine, self._memory, self._views = None, [], {}
+        self._engine, self._memory, self._views, self._stamps = None, [], {}, {}
 
     @contextlib.contextmanager
     def use(self, unit: int) -> Iterator[dict[_Key, PackedStack]]:
         """The stacks of a unit on the device, inside the context alone."""
         schedule = self.schedule()
+        self._forget_if_changed(schedule, unit)
         slot = schedule.begin(unit)
         try:
             yield self._views_of(unit, slot)
@@ -165,6 +176,7 @@ class Streamer:
     def use_part(self, unit: int, experts: Sequence[int]) -> Iterator[None]:
         """As `use`, where these experts (in ascending order) are all that is computed with."""
         schedule = self.schedule()
+        self._forget_if_changed(schedule, unit)
         runs = _runs(experts)
         share = len(experts) / self.units[unit].modules[0].fourfold_layout.projections[0].shape.experts
         nbytes = sum(
@@ -176,6 +188,12 @@ class Streamer:
             yield
         finally:
             schedule.end(slot, fill_ahead=False)
+
+    def _forget_if_changed(self, schedule: Schedule, unit: int) -> None:
+        """A buffer may hold what a module was before its state was loaded."""
+        known = self._stamps.get(unit)
+        if known is not None and known != [t.stamp for t in self.units[unit].tensors]:
+            schedule.forget(unit)
 
     def _part_copies(
         self, unit: int, slot: int, runs: list[tuple[int, int]]
@@ -197,6 +215,7 @@ class Streamer:
 
     def _copies(self, unit: int, slot: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         views = self._views_of(unit, slot)
+        self._stamps[unit] = [t.stamp for t in self.units[unit].tensors]
         pairs = []
         for tensor in self.units[unit].tensors:
             stack = views[tensor.key]
