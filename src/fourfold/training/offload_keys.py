@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from fourfold.errors import ConfigurationError
 from fourfold.offloading.sizes import parse_bytes
@@ -14,6 +14,11 @@ from fourfold.training.yaml_file import Problem
 
 if TYPE_CHECKING:
     from fourfold.training.schema import TrainConfig
+
+
+def _whole(value: Any) -> Any:
+    """8.0 is a whole number, as it is to the other keys and to JSON Schema."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _bytes(value: Any) -> int:
@@ -31,7 +36,7 @@ class OffloadKeys(Strict):
         description="`cpu`: packed experts in host memory, each layer's brought to the GPU while it computes "
         "(the same numbers); `auto`: as many layers stay on the GPU as fit",
     )
-    gpu_budget: Annotated[int | str, AfterValidator(_bytes)] | None = Field(
+    gpu_budget: Annotated[int | str, BeforeValidator(_whole), AfterValidator(_bytes)] | None = Field(
         None,
         description="bytes such as `12GiB` that experts may take on the GPU with experts_offload: auto; "
         "absent means what is free less what the run is planned to need",
