@@ -81,6 +81,9 @@ def test_going_on_with_a_saved_adapter(
     assert continued.after is not None
     assert result.after is not None
     assert continued.after.mean == pytest.approx(result.after.mean, abs=1e-4)
+    assert continued.before is not None  # what it begins with: that adapter, not the base model
+    assert continued.before.mean == pytest.approx(result.after.mean, abs=1e-4)
+    assert continued.sample["before"] == result.sample["after"]
     before = adapter(result.adapter)
     for name, tensor in adapter(tmp_path / "out").items():
         assert torch.allclose(tensor, before[name], atol=1e-6), name

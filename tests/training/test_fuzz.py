@@ -184,6 +184,7 @@ def test_train_answers_in_one_screen(
     monkeypatch.setattr(run_module, "load", load)
     monkeypatch.chdir(tmp_path)  # where mutated values of output_dir lead
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)  # relative folders are written to: the project's own must not be theirs
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(settings(**changes)), encoding="utf-8")
     status, text = answered(path, "train", capsys)

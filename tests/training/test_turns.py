@@ -129,6 +129,19 @@ def test_bytes_show_the_boundary_to_the_character(tmp_path: Path) -> None:
     assert trained(read(tmp_path, rows, True), tokenizer) == ["Hä?</s>", "Ja…</s>"]
 
 
+@pytest.mark.parametrize("text", ["user", "use", "s", "a", "[", "You", "Xa", "X"])
+def test_a_text_that_the_template_writes_too_is_trained_where_it_stands(tmp_path: Path, text: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "[system]\nYou are Xa.{{ eos_token }}\n{% for m in messages %}[{{ m['role'] }}]\n"
+        "{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+    )
+    rows = record(said=[("user", text), ("assistant", "A"), ("user", text), ("assistant", "B")])
+    expected = [f"{text}</s>", "A</s>", f"{text}</s>", "B</s>"]
+    assert trained(read(tmp_path, rows, True), tokenizer) == expected
+
+
 def test_sharegpt_is_read_under_its_own_names(tmp_path: Path, tokenizer: Any) -> None:
     row = {"conversations": [{"from": "human", "value": "what is red"}, {"from": "gpt", "value": "the rose"}]}
     conversation = read(tmp_path, row, type="sharegpt")

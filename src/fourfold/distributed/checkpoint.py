@@ -79,6 +79,18 @@ def load_checkpoint(
     if not (Path(folder) / ".metadata").is_file():
         raise CheckpointError(f"{folder} holds no checkpoint that fourfold.distributed.save_checkpoint wrote")
     try:
+        stored = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as error:  # (a pickle of torch's own: anything may be wrong with it)
+        raise CheckpointError(f"{folder} is damaged: {error}. Take an earlier checkpoint") from error
+    known = {f"model.{name}" for name in states["model"]}
+    more = sorted(name for name in stored if name.startswith("model.") and name not in known)
+    if more:
+        raise CheckpointError(
+            f"{folder} is of other adapters: it holds {more[0]}"
+            + (f" and {len(more) - 1} more" if len(more) > 1 else "")
+            + ", which the model has not. Give the model the adapters that were saved"
+        )
+    try:
         dcp.load(states, checkpoint_id=str(folder))
     except (RuntimeError, ValueError, dcp.api.CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]

@@ -216,9 +216,10 @@ def _carry_out(plans: _Plan, pin: bool | None, memory: HostMemory | None = None)
         _release(module)
     streamers = [attach(unit, device, buffers) for device, unit, buffers in units]
     for module, device in resident:
+        moved = [tensor.data.to(device) for tensor in _packed(module)]  # (before the module lets go of them)
         _release(module)
-        for tensor in _packed(module):
-            tensor.data = tensor.data.to(device)
+        for tensor, data in zip(_packed(module), moved, strict=True):
+            tensor.data = data
     return OffloadReport(
         resident=[m.fourfold_name for m, _ in resident],
         streamed=[m.fourfold_name for m in streamed],
@@ -283,7 +284,9 @@ def _groups(model: nn.Module, device_of: Callable[[str], torch.device] | None = 
         module = found.module
         if isinstance(module, PackedExperts):
             _refuse_spread(module)
-            device = module.computing_device if device_of is None else _numbered(device_of(found.name))
+            device = (
+                _computing_device(model, module) if device_of is None else _numbered(device_of(found.name))
+            )
             by_reader = groups.setdefault(device, {})
             by_reader.setdefault(found.reader, []).append(module)
     if not groups:
@@ -292,6 +295,16 @@ def _groups(model: nn.Module, device_of: Callable[[str], torch.device] | None = 
             "pack its modules) first"
         )
     return {device: list(units.values()) for device, units in groups.items()}
+
+
+def _computing_device(model: nn.Module, module: PackedExperts) -> torch.device:
+    """Where a module computes; of a copy, whose experts lie in host memory alone, where the rest of it does."""
+    device = module.computing_device
+    if device.type != "cpu" or module.fourfold_host is not None:
+        return device
+    packed = {id(tensor) for m in model.modules() if isinstance(m, PackedExperts) for tensor in _packed(m)}
+    others = {p.device for p in model.parameters() if id(p) not in packed} - {device}
+    return others.pop() if len(others) == 1 else device
 
 
 def _numbered(device: torch.device) -> torch.device:

@@ -109,6 +109,16 @@ class _Rendered:
             self.known[length, prompt] = self._render(self.conversation.messages[:length], prompt)
         return self.known[length, prompt]
 
+    def with_another_text(self, index: int) -> str:
+        """The turns up to one of them, that one with a text that begins with another character; nothing where
+        the template refuses that."""
+        *before, turn = self.conversation.messages[: index + 1]
+        other = "Y" if turn["content"].strip()[:1] == "X" else "X"
+        try:
+            return self._render([*before, {**turn, "content": other}], prompt=False)[0]
+        except DataError:  # (one that reads a turn's text as JSON)
+            return ""
+
     def _render(self, messages: Messages, prompt: bool) -> tuple[str, list[int]]:
         given = {} if self.template is None else {"chat_template": self.template}
         try:
@@ -176,7 +186,11 @@ def _start_of_turn(rendered: _Rendered, index: int, text: str, ids: list[int]) -
         return _common_prefix(prompt_ids, ids)
     if not text.startswith(before_text):
         return None
-    at = text.find(turn["content"].strip(), len(before_text))
+    # Where the text begins is where another text would show: looked for as it is, it may be found in what
+    # the template writes before it (a user's "use" in "user").
+    at = max(len(before_text), _common_prefix(text, rendered.with_another_text(index)))
+    if not text.startswith(turn["content"].strip(), at):
+        at = text.find(turn["content"].strip(), at)
     return None if at < 0 else _common_prefix(_ids(text[:at], rendered.tokenizer), ids)
 
 

@@ -142,7 +142,10 @@ class NotYet:
     off: tuple[Any, ...] = (False,)
 
 
-_CARDS = NotYet("training on more than one GPU", "Drop the key to train on one GPU.")
+_CARDS = NotYet(
+    "this way to use several GPUs",
+    "Drop the key; under `torchrun --nproc_per_node N -m fourfold train` GPUs share the data.",
+)
 _DEGREE = NotYet(_CARDS.what, _CARDS.remedy, (False, 0, 1))
 _PREFERENCE = NotYet("training on preferences or rewards", "Fourfold trains on conversations (datasets).")
 _OPTIMIZER = NotYet("this way to train", "Drop the key, or choose another optimizer.")

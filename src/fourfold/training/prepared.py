@@ -30,7 +30,7 @@ from fourfold.training.schema import TrainConfig
 from fourfold.training.tokenizer import choose_template
 
 # Raised whenever the same settings would give other tokens.
-FORMAT = 1
+FORMAT = 2
 META = "fourfold-data.json"
 _PARTS = ("train", "held_out")
 _CODE = ("fourfold", "transformers", "tokenizers", "datasets")

@@ -105,11 +105,16 @@ def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
             packed = (flatten, config.sequence_len) if config.eval_sample_packing else None
             return evaluate_answers(model, checked.held_out.dataset, collate, size, packed)
 
+    # A run that goes on with an adapter (lora_model_dir) is compared with what that one gave.
+    begins_with = config.lora_model_dir is not None
+    lost = None
+    if begins_with:
+        model = with_adapters(model, config, checked)
     before = evaluate("before training")
     with clock("a sample answer", "samples"):
         answer_before = answer(model, checked.tokenizer, checked.sample.ids, SAMPLE_TOKENS)
-
-    model, lost = with_adapters(model, config, checked), None
+    if not begins_with:
+        model = with_adapters(model, config, checked)
     if config.sample_packing or config.eval_sample_packing:
         refuse_leaks(model)  # with the layers and kernels that are really there
     if config.peft_init_lora_weights == "loftq" and checked.checkpoint is None:
@@ -118,6 +123,8 @@ def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
     curve = journal.curve
     if before is not None:
         curve.held_out.append((0, before.mean))
+    if checked.checkpoint is not None:
+        earlier_losses(checked.checkpoint, curve)
     batch_of = flatten if config.sample_packing else collate
     trainer = make_trainer(model, config, checked, batch_of, curve, console, evaluate)
     trainer.add_callback(journal)
@@ -136,7 +143,7 @@ def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
     trainer.callback_handler.callbacks.insert(0, AtTheEnd(at_the_end))
     with clock("training", "training (evaluations and checkpoints included)", announce=False):
         if checked.over and checked.checkpoint is not None:
-            take_over(trainer, checked.checkpoint, curve)
+            take_over(trainer, checked.checkpoint)
             at_the_end()
         else:
             train(trainer, checked.checkpoint, memory.advice)
@@ -202,11 +209,17 @@ def writing(output: Path) -> Iterator[None]:
         ) from error
 
 
-def take_over(trainer: MoeTrainer, checkpoint: str, curve: Curve) -> None:
-    """The adapters and losses of a run that had only its end to do when it was stopped."""
+def take_over(trainer: MoeTrainer, checkpoint: str) -> None:
+    """The adapters of a run that had only its end to do when it was stopped."""
     trainer._load_from_checkpoint(checkpoint)
     trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
-    curve.train = [(e["step"], float(e["loss"])) for e in trainer.state.log_history if "loss" in e]
+
+
+def earlier_losses(checkpoint: str, curve: Curve) -> None:
+    """The losses of a run up to the checkpoint that it goes on from."""
+    history = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE)).log_history
+    for name, losses in (("loss", curve.train), ("eval_loss", curve.held_out)):
+        losses += [(entry["step"], float(entry[name])) for entry in history if name in entry]
 
 
 def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:

@@ -26,7 +26,8 @@ class RunResult:
         adapters: targets, number and dtype of the trainable parameters, and what `loftq_init` did.
         data: counts of examples and tokens, and how many were cut or dropped.
         steps: optimizer steps in all, those before a resumption included.
-        before: loss on held-out answers before training (of the base model).
+        before: loss on held-out answers before training (of the base model, with the adapter that
+            ``lora_model_dir`` names).
         after: the same after it.
         improvement: the paired difference of the two.
         curve: losses along the run and its speed.
