@@ -298,7 +298,7 @@ def _groups(model: nn.Module, device_of: Callable[[str], torch.device] | None = 
 
 
 def _computing_device(model: nn.Module, module: PackedExperts) -> torch.device:
-    """Where a module computes; of a copy, whose experts lie in host memory alone, where the rest of it does."""
+    """Where a module computes; of a copy, whose experts are in host memory alone, where its rest does."""
     device = module.computing_device
     if device.type != "cpu" or module.fourfold_host is not None:
         return device
