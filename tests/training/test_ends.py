@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,30 @@ def test_a_checkpoint_that_cannot_be_written_is_said(
     assert said.endswith(f"The last checkpoint before that is {tmp_path / 'out' / 'checkpoint-2'}.")
     again = TrainConfig(**settings(save_steps=2, auto_resume_from_checkpoints=True))
     assert check(again).checkpoint == str(tmp_path / "out" / "checkpoint-2")
+
+
+def test_a_run_that_is_over_keeps_the_figures_of_its_training(settings: Settings) -> None:
+    config = TrainConfig(**settings(save_steps=2, auto_resume_from_checkpoints=True))
+    report = Path(config.output_dir) / "report.json"
+    run(config, quiet())
+    first = json.loads(report.read_text())
+    assert first["series"]
+    assert first["expert_load"]
+    run(config, quiet())
+    again = json.loads(report.read_text())
+    for key in (
+        "series",
+        "expert_load",
+        "gradient_norms",
+        "tokens_per_second",
+        "training_seconds",
+        "started",
+    ):
+        assert again[key] == first[key], key
+    assert again["loss_curve"]["train"] == first["loss_curve"]["train"]
+    report.write_text("{")
+    run(config, quiet())
+    assert json.loads(report.read_text())["status"] == "done"
 
 
 def test_intervals_that_the_run_ends_before_are_said(settings: Settings) -> None:

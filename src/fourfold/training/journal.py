@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import time
@@ -265,6 +266,29 @@ class Journal(TrainerCallback):
             **self.to_dict(),
         }
         write_reports(report, Path(self.facts["adapter"]))
+
+
+# What a report says of the training itself, which a run that had ended already does not do again.
+_OF_TRAINING = (
+    "started",
+    "series",
+    "gradient_norms",
+    "expert_load",
+    "tokens_per_second",
+    "training_seconds",
+    "peak_memory_bytes",
+)
+
+
+def figures_left(folder: Path) -> dict[str, Any]:
+    """What the report in ``folder`` says of the training that ended there; empty without one."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(report, dict) or not report.get("series"):
+        return {}
+    return {key: report[key] for key in _OF_TRAINING if key in report}
 
 
 def write_reports(report: dict[str, Any], folder: Path) -> None:

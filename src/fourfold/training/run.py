@@ -35,7 +35,7 @@ from fourfold.training.callbacks import (
 )
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
 from fourfold.training.isolation import refuse_leaks
-from fourfold.training.journal import Journal, write_reports
+from fourfold.training.journal import Journal, figures_left, write_reports
 from fourfold.training.offloaded import bring_back, loading_there
 from fourfold.training.packing import packing_collator
 from fourfold.training.planned import EVERYTHING_ELSE, Memory
@@ -168,7 +168,7 @@ def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
             "after": answer_after,
         },
         seconds=clock.seconds,
-        journal=journal.to_dict(),
+        journal=journal.to_dict() | (figures_left(output) if checked.over else {}),
     )
     if processes.is_first():
         with writing(output):
