@@ -284,6 +284,7 @@ def test_what_is_left_for_a_budget_is_counted(monkeypatch: pytest.MonkeyPatch) -
     assert budget.automatic(cuda, held=500, reserve=40_000) == 0
     assert parse_bytes("1.5 kB") == 1_500
     assert parse_bytes("2GiB") == 2**31
+    assert parse_bytes("12G") == parse_bytes("12gi") == 12 * 2**30  # as `fourfold plan --gpu` reads them
     assert budget.choose_streamed([10] * 6, 40, 2) == [False, True, True, False, True, True]
     assert budget.choose_streamed([10] * 6, 60, 2) == [False] * 6
     assert budget.choose_streamed([10] * 6, 10, 2) == [True] * 6

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -11,8 +10,7 @@ from safetensors.torch import save_file
 
 from fourfold.errors import ConfigurationError
 from fourfold.loading.headers import INDEX, SINGLE
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+from fourfold.sizes import bytes_of
 
 
 def parse_size(text: str) -> int:
@@ -21,10 +19,9 @@ def parse_size(text: str) -> int:
     Raises:
         ConfigurationError: it is no size, or not positive.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS:
+    size = bytes_of(text)
+    if size is None:
         raise ConfigurationError(f"{text!r} is no size; write it as 5GB, 200MB or 4GiB")
-    size = int(float(match[1]) * _UNITS[match[2].upper()])
     if size < 1:
         raise ConfigurationError(f"a size of {text!r} holds nothing")
     return size
