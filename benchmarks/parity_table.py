@@ -1,7 +1,7 @@
 """LoRA on packed experts against stock PEFT on the dequantized model, one row for each kind of layout.
 
-    python benchmarks/parity.py                    the table
-    python benchmarks/parity.py --write            the same, and into docs/adapters.md
+    python benchmarks/parity_table.py                    the table
+    python benchmarks/parity_table.py --write            the same, and into docs/adapters.md
 
 Tiny random models on a CPU. `tests/adapters/test_parity.py` and `test_rounding.py` hold the same numbers
 to their bounds.
