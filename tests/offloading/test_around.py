@@ -22,7 +22,7 @@ import own_forward
 import tiny
 from fourfold.errors import ConfigurationError, NoExpertsError
 from fourfold.experts import PackedExperts
-from fourfold.offloading import streamer
+from fourfold.offloading import api, streamer
 from fourfold.offloading.sizes import parse_bytes
 from tiny_chat import make_tokenizer
 
@@ -196,6 +196,18 @@ def test_a_copy_has_no_share_in_the_buffers() -> None:
     stored.seek(0)
     loaded = torch.load(stored, weights_only=False)
     assert torch.equal(tiny.logits(loaded), expected)
+
+
+def test_a_copy_is_computed_where_the_rest_of_it_lies() -> None:
+    """(Its experts lie in host memory, and it has no share in what brings them.)"""
+    model = offloading.packed_model("qwen3_moe")
+    packed = {id(t) for m in experts(model) for t in api._packed(m)}
+    assert api._computing_device(model, experts(model)[0]).type == "cpu"
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in packed:  # to a device that stands for a GPU
+                module.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+    assert {api._computing_device(model, m).type for m in experts(model)} == {"meta"}
 
 
 def test_a_copy_on_two_devices_says_what_to_do() -> None:
