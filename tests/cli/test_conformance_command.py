@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fourfold.cli import main
 from fourfold.planning.conformance import checks, table, tiny_models
@@ -83,3 +84,12 @@ def test_a_row_that_can_be_packed_at_last_is_not_worse() -> None:
     refused = Row("a", "A", "refused: because", {"built": "ok", "packed": "refused"})
     assert table.worse({"a": refused}, [passed("a")], ["a"]) == []
     assert table.worse({"a": passed("a")}, [refused], ["a"])[0] == "a: packed was ok, is refused"
+
+
+def test_as_many_threads_after_it_as_before(conformance, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    _, run = conformance
+    run([passed("a")], "--accept")
+    assert asked == [1, 7]

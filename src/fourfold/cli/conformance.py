@@ -43,19 +43,23 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     from fourfold.planning.conformance.row import Row
     from fourfold.planning.conformance.tiny_models import known_types, model_types
 
-    torch.set_num_threads(1)  # nothing here is large enough for more
     known = known_types()
     unknown = [t for t in args.model_type or () if t not in known]
     if unknown:
         raise ConfigurationError(f"transformers knows no model type {', '.join(unknown)}")
     before = table.read(args.out) if args.out.is_file() else {}
     rows: list[Row] = []
-    for model_type in args.model_type or model_types():
-        row = check_model_type(model_type)
-        if row is None:
-            continue
-        rows.append(row)
-        _print(console, row)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # nothing here is large enough for more
+    try:
+        for model_type in args.model_type or model_types():
+            row = check_model_type(model_type)
+            if row is None:
+                continue
+            rows.append(row)
+            _print(console, row)
+    finally:  # sums of other callers in this process depend on how many threads share them
+        torch.set_num_threads(threads)
     got_worse = table.worse(before, rows, args.model_type or known)
     kept = [row for model_type, row in before.items() if model_type not in known]
     passed = sum(row.passed for row in rows)
