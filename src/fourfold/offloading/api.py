@@ -65,6 +65,23 @@ class OffloadReport:
                 total[name] += value
         return total
 
+    def time_waits(self, timed: bool = True) -> None:
+        """Measure from now on how long computing waits for copies (two events a use), or no more."""
+        for streamer in self.streamers:
+            streamer.time_waits(timed)
+
+    def waited_ms(self) -> float | None:
+        """How long computing waited for copies since the last call, on all devices; waits for them.
+
+        None where that is not measured: on a CPU copies are computing.
+        """
+        found = [streamer.waited_ms() for streamer in self.streamers]
+        measured = [each for each in found if each is not None]
+        return sum(measured) if measured else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"streamers": []}  # (a copy of a model has no share in the buffers)
+
     def to_dict(self) -> dict[str, Any]:
         names = ("resident_bytes", "host_bytes", "buffer_bytes", "buffers", "devices", "pinned", "unpinned")
         counted = {"resident_modules": len(self.resident), "streamed_modules": len(self.streamed)}
