@@ -15,9 +15,9 @@ from fourfold.offloading.budget import (
     AUTO_RESERVE,
     GIB,
     automatic,
+    check_device_room,
     choose_streamed,
     fitting_buffers,
-    free_bytes,
 )
 from fourfold.offloading.host import HostMemory, check_room
 from fourfold.offloading.schedule import Counts
@@ -224,6 +224,8 @@ def _carry_out(plans: _Plan, pin: bool | None, memory: HostMemory | None = None)
     memory = memory or HostMemory(pin)
     copied = {t.data_ptr(): t.nbytes for m in streamed for t in _packed(m) if not memory.has(t.data)}
     check_room(sum(copied.values()), "the packed experts that are to be copied there")
+    for device, group, chosen, buffers in plans:
+        _check_device(device, group, chosen, buffers)
     # Copies first, all of them: what fails here leaves the model as it was.
     copies = {id(t): (t, memory.take(t.data)) for m in streamed for t in _packed(m)}
     for tensor, copy in copies.values():
@@ -250,6 +252,19 @@ def _carry_out(plans: _Plan, pin: bool | None, memory: HostMemory | None = None)
     )
 
 
+def _check_device(
+    device: torch.device, group: list[list[PackedExperts]], chosen: list[bool], buffers: int
+) -> None:
+    """What is to lie there has room, before anything moves."""
+    stay = [m for unit, away in zip(group, chosen, strict=True) if not away for m in unit]
+    go = [unit for unit, away in zip(group, chosen, strict=True) if away]
+    come = {t.data_ptr(): t.nbytes for m in stay for t in _packed(m) if t.device != device}
+    left = {t.data_ptr(): t.nbytes for unit in go for m in unit for t in _packed(m) if t.device == device}
+    wanted = sum(come.values()) + buffers * max((Unit(unit).nbytes for unit in go), default=0)
+    given_back = sum(left.values()) + _buffer_bytes(group)
+    check_device_room(device, wanted, given_back, "packed experts on the device, with buffers,")
+
+
 def attach(
     units: Sequence[Sequence[PackedExperts]], device: torch.device, buffers: int, engine: Any = None
 ) -> Streamer:
@@ -273,13 +288,7 @@ def onload(model: nn.Module) -> None:
     groups = _groups(model)
     for device, group in groups.items():
         modules = [m for unit in group for m in unit if m.fourfold_host is not None]
-        if device.type == "cuda":
-            needed, free = _bytes(modules), free_bytes(device) + _buffer_bytes(group)
-            if needed > free:
-                raise ConfigurationError(
-                    f"the packed experts in host memory take {needed / GIB:.2f} GiB, and {device} has room "
-                    f"for {free / GIB:.2f} GiB; give fourfold.offload a budget to bring some of them back"
-                )
+        check_device_room(device, _bytes(modules), _buffer_bytes(group), "the packed experts in host memory")
         for module in modules:
             _release(module)
         for module in modules:

@@ -19,6 +19,22 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def check_device_room(device: torch.device, nbytes: int, given_back: int, what: str) -> None:
+    """A CUDA device must have room for ``nbytes`` more, when ``given_back`` of what it holds are let go of.
+
+    Raises:
+        ConfigurationError: with both figures.
+    """
+    if device.type != "cuda":
+        return
+    free = free_bytes(device) + given_back
+    if nbytes > free:
+        raise ConfigurationError(
+            f"{what} take {nbytes / GIB:.2f} GiB of {device}, which has room for {max(0, free) / GIB:.2f} "
+            "GiB. Give fourfold.offload a smaller budget, which leaves more of them in host memory"
+        )
+
+
 def automatic(device: torch.device, held: int, reserve: int) -> int:
     """The budget ``"auto"``: what experts hold now and what is free, less ``reserve``.
 

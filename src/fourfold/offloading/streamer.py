@@ -278,7 +278,7 @@ class HostExperts:
     def __init__(self, streamer: Streamer, unit: int, number: int) -> None:
         self.streamer, self._unit = streamer, unit
         module = streamer.units[unit].modules[number]
-        self._name = module.fourfold_name
+        self._name, self._module, self._first = module.fourfold_name, module, module.packed_names()[0]
         self._experts = module.fourfold_layout.projections[0].shape.experts
         self._stacks = {
             p.name: _Streamed(streamer, unit, (number, p.name), module.stack(p))
@@ -316,11 +316,26 @@ class HostExperts:
                 f"states are on {device}. Move the whole model (`model.to`), or call fourfold.onload and "
                 "fourfold.offload again where it computes"
             )
+        self._refuse_moved()
         most = 0 if index_Tk is None or torch.is_grad_enabled() else PART_OF_EXPERTS * self._experts
         if index_Tk is not None and index_Tk.numel() <= most:
             hit = sorted(set(index_Tk.flatten().tolist()))
             return self.streamer.use_part(self._unit, [e for e in hit if 0 <= e < self._experts])
         return self.streamer.use(self._unit)
+
+    def _refuse_moved(self) -> None:
+        """Sharding by another hand moves parameters to the device, and copies from there save nothing."""
+        first = self._module._parameters[self._first]
+        assert first is not None
+        spread = hasattr(first.data, "placements")
+        if spread or (self.device.type != "cpu" and first.device.type != "cpu"):
+            how = "spread over processes" if spread else f"moved to {first.device}"
+            raise ConfigurationError(
+                f"{self._name}: its experts were sent to host memory (fourfold.offload, or experts_device), "
+                f"and their tensors have been {how} since (fully_shard does that). Use one of the two: call "
+                "fourfold.onload before the model is sharded, and fourfold.distributed.shard with "
+                "offload=CPUOffloadPolicy() if shards are to lie in host memory"
+            )
 
 
 def _runs(experts: Sequence[int]) -> list[tuple[int, int]]:
