@@ -16,8 +16,7 @@ from fourfold.offloading.budget import (
     GIB,
     automatic,
     check_device_room,
-    choose_streamed,
-    fitting_buffers,
+    share_out,
 )
 from fourfold.offloading.host import HostMemory, check_room
 from fourfold.offloading.schedule import Counts
@@ -172,18 +171,17 @@ def stay_in_host_memory(
     return _carry_out(_plan(groups, None, BUFFERS, 0), None, memory)
 
 
-def bytes_away(model: nn.Module) -> int:
-    """Bytes of packed experts that the GPU holds no more when all of them but the buffers lie in host memory.
+def units_of(model: nn.Module) -> list[Unit]:
+    """Packed modules as they are brought: one by one, or those together that one forward reads.
 
     Args:
-        model: with packed experts; without weights will do.
+        model: with packed experts or none; without weights will do.
     """
-    sizes = [
-        sum(p.shape.nbytes(m.fourfold_format) for p in m.fourfold_layout.projections)
-        for m in model.modules()
-        if isinstance(m, PackedExperts)
-    ]
-    return max(0, sum(sizes) - BUFFERS * max(sizes, default=0))
+    by_reader: dict[str, list[PackedExperts]] = {}
+    for found in find_experts(model):
+        if isinstance(found.module, PackedExperts):
+            by_reader.setdefault(found.reader, []).append(found.module)
+    return [Unit(modules) for modules in by_reader.values()]
 
 
 _Groups = dict[torch.device, list[list[PackedExperts]]]
@@ -199,8 +197,8 @@ def _plan(groups: _Groups, budget: int | str | None, buffers: int, reserve: int)
         if budget == "auto":
             held = sum(t.nbytes for unit in group for m in unit for t in _packed(m) if t.device == device)
             limit = automatic(device, held + _buffer_bytes(group), reserve)
-        streamed = choose_streamed(sizes, limit, buffers)
-        plans.append((device, group, streamed, fitting_buffers(sizes, streamed, limit, buffers)))
+        share = share_out(sizes, limit, buffers)
+        plans.append((device, group, list(share.streamed), share.buffers))
     return plans
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -47,6 +48,46 @@ def automatic(device: torch.device, held: int, reserve: int) -> int:
             "in bytes, or None"
         )
     return max(0, held + free_bytes(device) - reserve)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which modules stay on a device, and the buffers for the others.
+
+    Attributes:
+        sizes: bytes of each module.
+        streamed: whether it is brought.
+        buffers: of the size of the largest that is.
+    """
+
+    sizes: tuple[int, ...]
+    streamed: tuple[bool, ...]
+    buffers: int
+
+    @property
+    def away(self) -> list[int]:
+        """Bytes of each module that is brought."""
+        return [size for size, is_away in zip(self.sizes, self.streamed, strict=True) if is_away]
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self.buffers * max(self.away, default=0)
+
+
+def share_out(sizes: Sequence[int], budget: int | None, buffers: int) -> Share:
+    """Modules and buffers for a budget; `offload` and the plan both ask here.
+
+    Args:
+        sizes: bytes of each module, in order.
+        budget: bytes that modules and buffers may take on the device together; None is the least.
+        buffers: wanted.
+
+    Raises:
+        ConfigurationError: not even one buffer fits; with both figures.
+    """
+    streamed = choose_streamed(sizes, budget, buffers)
+    fitting = fitting_buffers(sizes, streamed, budget, buffers) if any(streamed) else 0
+    return Share(tuple(sizes), tuple(streamed), fitting)
 
 
 def choose_streamed(sizes: Sequence[int], budget: int | None, buffers: int) -> list[bool]:
