@@ -26,6 +26,7 @@ class LateEngine:
     def __init__(self) -> None:
         self.pending: list[list[Any]] = []
         self.fails = 0
+        self.timed, self.waits = False, 0
 
     def fill(self, copies: Any, after: list[Any]) -> int:
         if self.fails:
@@ -39,6 +40,7 @@ class LateEngine:
         return len(self.pending) - 1
 
     def wait(self, event: int) -> None:
+        self.waits += self.timed
         with torch.no_grad():
             for place, source in self.pending[event]:
                 place.copy_(source)
@@ -47,6 +49,13 @@ class LateEngine:
     def lend(self, memory: torch.Tensor) -> None: ...
 
     def mark(self) -> None: ...
+
+    def line(self) -> None: ...
+
+    def waited_ms(self) -> float:
+        """A millisecond each."""
+        waited, self.waits = float(self.waits), 0
+        return waited
 
 
 def pack_(model: nn.Module, fmt: PackFormat = NF4) -> nn.Module:

@@ -24,11 +24,13 @@ class Device:
         said: all of it.
         holds: module in each buffer, by what was copied.
         fails: whether copies fail.
+        current: the line of computing.
     """
 
     said: list[tuple] = field(default_factory=list)
     holds: dict[int, int] = field(default_factory=dict)
     fails: bool = False
+    current: int = 0
 
     def _say(self, *words: object) -> int:
         self.said.append(words)
@@ -48,6 +50,9 @@ class Device:
 
     def mark(self) -> int:
         return self._say("mark")
+
+    def line(self) -> int:
+        return self.current
 
 
 def made(buffers: int = 2, layers: int = LAYERS) -> tuple[Schedule, Device]:
@@ -139,7 +144,7 @@ def test_the_next_copy_begins_as_soon_as_a_buffer_is_done_with() -> None:
 def test_a_buffer_is_filled_after_all_its_uses_and_used_after_it_is_filled() -> None:
     schedule, device = made()
     filled: dict[int, int] = {}  # buffer -> event of its last filling
-    uses: dict[int, set[int]] = {0: {0}, 1: {0}}  # buffer -> events that its next filling has to wait for
+    uses = {0: {0: 0}, 1: {0: 0}}  # buffer -> the last event of each line, for its next filling to wait for
     assert device.said == [("mark",)]  # (of what was computed before there were buffers)
     seen = 1
 
@@ -150,17 +155,18 @@ def test_a_buffer_is_filled_after_all_its_uses_and_used_after_it_is_filled() -> 
         for place, words in new:
             if words[0] == "fill":
                 _, _, buffer, after = words
-                assert set(after) == uses[buffer]
-                uses[buffer], filled[buffer] = set(), place
+                assert sorted(after) == sorted(uses[buffer].values())
+                uses[buffer], filled[buffer] = {}, place
         return [words for _, words in new]
 
-    for module in [*training(), *training(), *range(LAYERS)]:
+    for count, module in enumerate([*training(), *training(), *range(LAYERS)]):
+        device.current = count % 3 if count > 3 * LAYERS else 0  # (several streams, later on)
         slot = schedule.begin(module)
         assert ("wait", filled_when_asked(read(), filled, slot)) in device.said[-3:]
         place = len(device.said)
         schedule.end(slot)
         assert device.said[place] == ("mark",)
-        uses[slot].add(place)
+        uses[slot][device.current] = place
         read()
 
 
@@ -168,6 +174,25 @@ def filled_when_asked(said: list[tuple], filled: dict[int, int], slot: int) -> i
     """The event that a use of this buffer waits for, which it says exactly once."""
     assert [words for words in said if words[0] == "wait"] == [("wait", filled[slot])]
     return filled[slot]
+
+
+def test_buffers_that_are_never_filled_again_keep_one_event_for_each_line() -> None:
+    schedule, device = made(layers=2)
+    for count in range(200):
+        device.current = count % 3
+        use(schedule, count % 2)
+    assert schedule.counts.fills == 2
+    assert all(set(slot.used) == {0, 1, 2} for slot in schedule.slots)
+    assert max(max(slot.used.values()) for slot in schedule.slots) == len(device.said) - 1
+
+
+def test_a_closed_schedule_begins_no_copy_and_lets_uses_end() -> None:
+    schedule, device = made()
+    slot = schedule.begin(0)
+    before = len(device.said)
+    schedule.close()
+    schedule.end(slot)
+    assert [words[0] for words in device.said[before:]] == ["mark"]
 
 
 def test_nested_uses_count_once_and_keep_the_buffer() -> None:

@@ -143,4 +143,5 @@ def test_a_plan_leaves_out_what_lies_in_host_memory(monkeypatch: pytest.MonkeyPa
     assert away.parts()["experts"] == experts * 2 // 6
     assert away.away == experts - experts * 2 // 6
     assert sum(away.parts().values()) == away.peak
-    assert away.to_dict()["host"] == away.away
+    assert away.to_dict()["offload"]["host_bytes"] == experts
+    assert resident.to_dict()["offload"] is None

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fourfold.cli import plan_offload
 from fourfold.cli.outcome import DONE, SAYS_NO, Outcome
 from fourfold.cli.show import say
 from fourfold.errors import ConfigurationError
@@ -53,6 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--capability", metavar="X.Y", help="of the card, e.g. 9.0 (H100); absent: the one here, or 8.0"
     )
     parser.add_argument("--cpu", action="store_true", help="plan a run without a GPU")
+    plan_offload.configure(parser)
 
 
 def execute(args: argparse.Namespace, console: Console) -> Outcome:
@@ -63,6 +65,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     if args.cpu and (args.gpu or args.capability):
         raise ConfigurationError("--cpu: contradicts --gpu and --capability. Keep one of them.")
     is_run = Path(args.model).suffix in (".yaml", ".yml")
+    named = plan_offload.check(args)
     config = _config(args, is_run)
     from fourfold.cli.libraries import quiet
 
@@ -71,6 +74,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     import torch
 
     from fourfold.planning.fit import room, suggest
+    from fourfold.planning.pace import pace_of
     from fourfold.planning.standins import Target
     from fourfold.training.planned import planner_of
 
@@ -83,18 +87,21 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
             card = card or torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         target = Target("cuda", capability or (8, 0))
     try:
-        planner, settings = planner_of(config, target)
+        planner, settings = planner_of(config, target, card)
     except ConfigurationError as error:
         # (a bare model's experts are trained where it has any that can be; nobody has asked for them)
         asked = is_run or any(text.startswith("lora_target_parameters") for text in args.overrides)
         if asked or not str(error).startswith("lora_target_parameters"):
             raise
-        planner, settings = planner_of(config.model_copy(update={"lora_target_parameters": []}), target)
+        planner, settings = planner_of(config.model_copy(update={"lora_target_parameters": []}), target, card)
     plan = planner.plan(settings, both=True)
     fits = None if card is None else plan.peak <= room(card)
     suggestions = suggest(planner, settings, room(card)) if card is not None and not fits else []
+    found = pace_of(plan, **named)
     show(plan, card, suggestions, console)
+    plan_offload.show(plan, found, console)
     data = plan.to_dict() | {
+        "offload": plan_offload.to_dict(plan, found),
         "card": card,
         "room": None if card is None else room(card),
         "fits": fits,
@@ -107,10 +114,11 @@ def _config(args: argparse.Namespace, is_run: bool) -> TrainConfig:
     """The run: of the file, or of a model with the settings of `OF_A_MODEL`."""
     from fourfold.training.read_config import examine, examine_values
 
+    overrides = [*plan_offload.overrides(args), *args.overrides]
     if is_run:
-        examined = examine(args.model, args.overrides)
+        examined = examine(args.model, overrides)
     else:
-        examined = examine_values({"base_model": args.model, **OF_A_MODEL}, args.overrides)
+        examined = examine_values({"base_model": args.model, **OF_A_MODEL}, overrides)
     if examined.config is None or examined.problems:
         raise ConfigurationError(examined.complaint())
     return examined.config

@@ -15,9 +15,8 @@ from fourfold.offloading.budget import (
     AUTO_RESERVE,
     GIB,
     automatic,
-    choose_streamed,
-    fitting_buffers,
-    free_bytes,
+    check_device_room,
+    share_out,
 )
 from fourfold.offloading.host import HostMemory, check_room
 from fourfold.offloading.schedule import Counts
@@ -64,6 +63,23 @@ class OffloadReport:
             for name, value in asdict(streamer.counts).items():
                 total[name] += value
         return total
+
+    def time_waits(self, timed: bool = True) -> None:
+        """Measure from now on how long computing waits for copies (two events a use), or no more."""
+        for streamer in self.streamers:
+            streamer.time_waits(timed)
+
+    def waited_ms(self) -> float | None:
+        """How long computing waited for copies since the last call, on all devices; waits for them.
+
+        None where that is not measured: on a CPU copies are computing.
+        """
+        found = [streamer.waited_ms() for streamer in self.streamers]
+        measured = [each for each in found if each is not None]
+        return sum(measured) if measured else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"streamers": []}  # (a copy of a model has no share in the buffers)
 
     def to_dict(self) -> dict[str, Any]:
         names = ("resident_bytes", "host_bytes", "buffer_bytes", "buffers", "devices", "pinned", "unpinned")
@@ -155,18 +171,17 @@ def stay_in_host_memory(
     return _carry_out(_plan(groups, None, BUFFERS, 0), None, memory)
 
 
-def bytes_away(model: nn.Module) -> int:
-    """Bytes of packed experts that the GPU holds no more when all of them but the buffers lie in host memory.
+def units_of(model: nn.Module) -> list[Unit]:
+    """Packed modules as they are brought: one by one, or those together that one forward reads.
 
     Args:
-        model: with packed experts; without weights will do.
+        model: with packed experts or none; without weights will do.
     """
-    sizes = [
-        sum(p.shape.nbytes(m.fourfold_format) for p in m.fourfold_layout.projections)
-        for m in model.modules()
-        if isinstance(m, PackedExperts)
-    ]
-    return max(0, sum(sizes) - BUFFERS * max(sizes, default=0))
+    by_reader: dict[str, list[PackedExperts]] = {}
+    for found in find_experts(model):
+        if isinstance(found.module, PackedExperts):
+            by_reader.setdefault(found.reader, []).append(found.module)
+    return [Unit(modules) for modules in by_reader.values()]
 
 
 _Groups = dict[torch.device, list[list[PackedExperts]]]
@@ -182,8 +197,8 @@ def _plan(groups: _Groups, budget: int | str | None, buffers: int, reserve: int)
         if budget == "auto":
             held = sum(t.nbytes for unit in group for m in unit for t in _packed(m) if t.device == device)
             limit = automatic(device, held + _buffer_bytes(group), reserve)
-        streamed = choose_streamed(sizes, limit, buffers)
-        plans.append((device, group, streamed, fitting_buffers(sizes, streamed, limit, buffers)))
+        share = share_out(sizes, limit, buffers)
+        plans.append((device, group, list(share.streamed), share.buffers))
     return plans
 
 
@@ -207,6 +222,8 @@ def _carry_out(plans: _Plan, pin: bool | None, memory: HostMemory | None = None)
     memory = memory or HostMemory(pin)
     copied = {t.data_ptr(): t.nbytes for m in streamed for t in _packed(m) if not memory.has(t.data)}
     check_room(sum(copied.values()), "the packed experts that are to be copied there")
+    for device, group, chosen, buffers in plans:
+        _check_device(device, group, chosen, buffers)
     # Copies first, all of them: what fails here leaves the model as it was.
     copies = {id(t): (t, memory.take(t.data)) for m in streamed for t in _packed(m)}
     for tensor, copy in copies.values():
@@ -233,6 +250,19 @@ def _carry_out(plans: _Plan, pin: bool | None, memory: HostMemory | None = None)
     )
 
 
+def _check_device(
+    device: torch.device, group: list[list[PackedExperts]], chosen: list[bool], buffers: int
+) -> None:
+    """What is to lie there has room, before anything moves."""
+    stay = [m for unit, away in zip(group, chosen, strict=True) if not away for m in unit]
+    go = [unit for unit, away in zip(group, chosen, strict=True) if away]
+    come = {t.data_ptr(): t.nbytes for m in stay for t in _packed(m) if t.device != device}
+    left = {t.data_ptr(): t.nbytes for unit in go for m in unit for t in _packed(m) if t.device == device}
+    wanted = sum(come.values()) + buffers * max((Unit(unit).nbytes for unit in go), default=0)
+    given_back = sum(left.values()) + _buffer_bytes(group)
+    check_device_room(device, wanted, given_back, "packed experts on the device, with buffers,")
+
+
 def attach(
     units: Sequence[Sequence[PackedExperts]], device: torch.device, buffers: int, engine: Any = None
 ) -> Streamer:
@@ -256,13 +286,7 @@ def onload(model: nn.Module) -> None:
     groups = _groups(model)
     for device, group in groups.items():
         modules = [m for unit in group for m in unit if m.fourfold_host is not None]
-        if device.type == "cuda":
-            needed, free = _bytes(modules), free_bytes(device) + _buffer_bytes(group)
-            if needed > free:
-                raise ConfigurationError(
-                    f"the packed experts in host memory take {needed / GIB:.2f} GiB, and {device} has room "
-                    f"for {free / GIB:.2f} GiB; give fourfold.offload a budget to bring some of them back"
-                )
+        check_device_room(device, _bytes(modules), _buffer_bytes(group), "the packed experts in host memory")
         for module in modules:
             _release(module)
         for module in modules:

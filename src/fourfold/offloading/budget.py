@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +20,22 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def check_device_room(device: torch.device, nbytes: int, given_back: int, what: str) -> None:
+    """A CUDA device must have room for ``nbytes`` more, when ``given_back`` of what it holds are let go of.
+
+    Raises:
+        ConfigurationError: with both figures.
+    """
+    if device.type != "cuda":
+        return
+    free = free_bytes(device) + given_back
+    if nbytes > free:
+        raise ConfigurationError(
+            f"{what} take {nbytes / GIB:.2f} GiB of {device}, which has room for {max(0, free) / GIB:.2f} "
+            "GiB. Give fourfold.offload a smaller budget, which leaves more of them in host memory"
+        )
+
+
 def automatic(device: torch.device, held: int, reserve: int) -> int:
     """The budget ``"auto"``: what experts hold now and what is free, less ``reserve``.
 
@@ -31,6 +48,46 @@ def automatic(device: torch.device, held: int, reserve: int) -> int:
             "in bytes, or None"
         )
     return max(0, held + free_bytes(device) - reserve)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which modules stay on a device, and the buffers for the others.
+
+    Attributes:
+        sizes: bytes of each module.
+        streamed: whether it is brought.
+        buffers: of the size of the largest that is.
+    """
+
+    sizes: tuple[int, ...]
+    streamed: tuple[bool, ...]
+    buffers: int
+
+    @property
+    def away(self) -> list[int]:
+        """Bytes of each module that is brought."""
+        return [size for size, is_away in zip(self.sizes, self.streamed, strict=True) if is_away]
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self.buffers * max(self.away, default=0)
+
+
+def share_out(sizes: Sequence[int], budget: int | None, buffers: int) -> Share:
+    """Modules and buffers for a budget; `offload` and the plan both ask here.
+
+    Args:
+        sizes: bytes of each module, in order.
+        budget: bytes that modules and buffers may take on the device together; None is the least.
+        buffers: wanted.
+
+    Raises:
+        ConfigurationError: not even one buffer fits; with both figures.
+    """
+    streamed = choose_streamed(sizes, budget, buffers)
+    fitting = fitting_buffers(sizes, streamed, budget, buffers) if any(streamed) else 0
+    return Share(tuple(sizes), tuple(streamed), fitting)
 
 
 def choose_streamed(sizes: Sequence[int], budget: int | None, buffers: int) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,8 +12,14 @@ Copies = Iterable[tuple[torch.Tensor, torch.Tensor]]
 """Destination and source of each copy; both lie in one piece and are alike."""
 
 
+# Waits whose times are kept as events at most, before those that are over are added up.
+KEPT_WAITS = 256
+
+
 class HostEngine:
-    """Copies at once, within host memory: there is nothing to wait for."""
+    """Copies at once, within host memory: there is nothing to wait for, and no time of it to measure."""
+
+    timed = False
 
     def fill(self, copies: Copies, after: list[Any]) -> None:
         with torch.no_grad():
@@ -24,6 +31,10 @@ class HostEngine:
     def wait(self, event: None) -> None: ...
 
     def mark(self) -> None: ...
+
+    def line(self) -> None: ...
+
+    def waited_ms(self) -> None: ...
 
 
 class CudaEngine:
@@ -37,7 +48,8 @@ class CudaEngine:
     def __init__(self, device: torch.device, *, timed: bool = False) -> None:
         self.device, self.timed = device, timed
         self.stream = torch.cuda.Stream(device)
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._waited = 0.0
 
     def fill(self, copies: Copies, after: list[torch.cuda.Event]) -> torch.cuda.Event:
         with torch.no_grad(), torch.cuda.stream(self.stream):
@@ -65,17 +77,29 @@ class CudaEngine:
         stream.wait_event(event)
         behind.record(stream)
         self._waits.append((before, behind))
+        while len(self._waits) > KEPT_WAITS and self._waits[0][1].query():
+            self._add_up()
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return event
 
+    def line(self) -> int:
+        handle: int = torch.cuda.current_stream(self.device).cuda_stream
+        return handle
+
     def waited_ms(self) -> float:
         """Since the last call, with ``timed``; waits for the device."""
         torch.cuda.synchronize(self.device)
-        waits, self._waits = self._waits, []
-        return sum(before.elapsed_time(behind) for before, behind in waits)
+        while self._waits:
+            self._add_up()
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def _add_up(self) -> None:
+        before, behind = self._waits.popleft()
+        self._waited += before.elapsed_time(behind)
 
 
 def engine_for(device: torch.device) -> HostEngine | CudaEngine:

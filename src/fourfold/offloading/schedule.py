@@ -12,7 +12,7 @@ Uses nest, and may end by an exception: a buffer in use is never chosen, and one
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,7 +21,13 @@ from fourfold.offloading.order import Order
 
 
 class Engine(Protocol):
-    """What orders copies and computing on a device. Events are its own, and opaque."""
+    """What orders copies and computing on a device. Events are its own, and opaque.
+
+    Attributes:
+        timed: note how long computing waits for copies.
+    """
+
+    timed: bool
 
     def fill(self, copies: Any, after: list[Any]) -> Any:
         """Begin copies after all of ``after``; returns the event of their end."""
@@ -35,6 +41,12 @@ class Engine(Protocol):
     def mark(self) -> Any:
         """The event of the end of what has been computed so far."""
 
+    def waited_ms(self) -> float | None:
+        """How long computing waited for copies since the last call, while ``timed``; None if unknown."""
+
+    def line(self) -> Hashable:
+        """Which line of computing is current (a stream): each event of one follows all earlier ones of it."""
+
 
 @dataclass
 class Slot:
@@ -44,7 +56,8 @@ class Slot:
         number: which one.
         content: the module whose weights it holds, or is being filled with.
         filled: event of the end of filling.
-        used: events of the ends of its uses since.
+        used: event of the end of its last use since, by line of computing (a model that has no more modules
+            than buffers uses them for ever without filling them).
         users: uses that have not ended.
         part_of: the thread for which it holds a part of the module; None where it holds all of it.
     """
@@ -52,7 +65,7 @@ class Slot:
     number: int
     content: int | None = None
     filled: Any = None
-    used: list[Any] = field(default_factory=list)
+    used: dict[Hashable, Any] = field(default_factory=dict)
     users: int = 0
     part_of: int | None = None
 
@@ -84,18 +97,25 @@ class Schedule:
         slots: number of buffers.
         engine: orders copies and computing.
         copies: what the engine needs to copy a module (first argument) to a buffer (second).
+        counts: what is counted on; None is from nothing.
     """
 
     def __init__(
-        self, sizes: list[int], slots: int, engine: Engine, copies: Callable[[int, int], Any]
+        self,
+        sizes: list[int],
+        slots: int,
+        engine: Engine,
+        copies: Callable[[int, int], Any],
+        counts: Counts | None = None,
     ) -> None:
         self.order = Order(len(sizes))
-        self.counts = Counts()
+        self.counts = counts or Counts()
         # (a buffer may lie in memory that was something else's a moment ago)
         begun = engine.mark()
-        self.slots = [Slot(number, used=[begun]) for number in range(slots)]
+        self.slots = [Slot(number, used={engine.line(): begun}) for number in range(slots)]
         self._sizes, self._engine, self._copies = sizes, engine, copies
         self._lock = threading.RLock()
+        self._closed = False
 
     def begin(self, module: int) -> int:
         """Number of the buffer that holds the module, for what is computed from now on.
@@ -137,9 +157,9 @@ class Schedule:
             slot = self._holding(module)
             if slot is None:
                 slot = self._free()
-                slot.content, after = None, slot.used
+                slot.content, after = None, list(slot.used.values())
                 slot.filled = self._engine.fill(copies(slot.number), after)
-                slot.content, slot.used, slot.part_of = module, [], threading.get_ident()
+                slot.content, slot.used, slot.part_of = module, {}, threading.get_ident()
                 self.counts.parts += 1
                 self.counts.bytes += nbytes
             self._engine.wait(slot.filled)
@@ -150,7 +170,7 @@ class Schedule:
         """A use of buffer ``number`` has ended, by an exception or not."""
         with self._lock:
             slot = self.slots[number]
-            slot.used.append(self._engine.mark())
+            slot.used[self._engine.line()] = self._engine.mark()
             slot.users -= 1
             if slot.users:
                 return
@@ -165,6 +185,11 @@ class Schedule:
             for slot in self.slots:
                 if slot.content == module and not slot.users:
                     slot.content = None
+
+    def close(self) -> None:
+        """Begin no copy any more; uses that have not ended may end."""
+        with self._lock:
+            self._closed = True
 
     def _holding(self, module: int) -> Slot | None:
         me = threading.get_ident()
@@ -189,14 +214,16 @@ class Schedule:
 
     def _fill(self, module: int, slot: Slot) -> Slot:
         # (empty until the copy was begun: if that raises, nobody takes what is there for a module)
-        slot.content, after = None, slot.used
+        slot.content, after = None, list(slot.used.values())
         slot.filled = self._engine.fill(self._copies(module, slot.number), after)
-        slot.content, slot.used = module, []
+        slot.content, slot.used = module, {}
         self.counts.fills += 1
         self.counts.bytes += self._sizes[module]
         return slot
 
     def _fill_ahead(self) -> None:
+        if self._closed:
+            return
         upcoming = self.order.upcoming(len(self.slots))
         held = {s.content for s in self.slots if s.part_of is None}
         for module in upcoming:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -108,9 +109,12 @@ class Streamer:
         self._given_engine = engine
         self._engine: Engine | None = None
         self._schedule: Schedule | None = None
+        self.counts = Counts()
+        self._timed, self._waited_ms = False, 0.0
         self._memory: list[torch.Tensor] = []
         self._views: dict[tuple[int, int], dict[_Key, PackedStack]] = {}
         self._stamps: dict[int, list[tuple[int, int]]] = {}  # of units when they were last copied
+        self._lock = threading.RLock()  # of buffers that come and go; taken before the schedule's
 
     @property
     def buffer_bytes(self) -> int:
@@ -123,67 +127,92 @@ class Streamer:
         return sum(memory.nbytes for memory in self._memory)
 
     @property
-    def counts(self) -> Counts:
-        return Counts() if self._schedule is None else self._schedule.counts
-
-    @property
     def engine(self) -> Engine:
         if self._engine is None:
             self._engine = self._given_engine or engine_for(self.device)
+            self._engine.timed = self._timed
         return self._engine
+
+    def time_waits(self, timed: bool) -> None:
+        """Measure from now on how long computing waits for copies, or no more."""
+        self._timed = timed
+        if self._engine is not None:
+            self._engine.timed = timed
+
+    def waited_ms(self) -> float | None:
+        """Of that since the last call, after waiting for the device; None where nothing can be measured."""
+        found = self.engine.waited_ms()
+        before, self._waited_ms = self._waited_ms, 0.0
+        return None if found is None else before + found
 
     def schedule(self) -> Schedule:
         """Buffers are allocated when they are first needed: a model may be moved before that."""
-        if self._schedule is None:
-            size = max(unit.nbytes for unit in self.units)
-            with torch.inference_mode(False):  # (what is made there cannot be written to elsewhere)
-                self._memory = [
-                    torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.buffers)
-                ]
-            for memory in self._memory:
-                self.engine.lend(memory)
-            sizes = [unit.nbytes for unit in self.units]
-            self._schedule = Schedule(sizes, self.buffers, self.engine, self._copies)
-        return self._schedule
+        with self._lock:
+            if self._schedule is None:
+                size = max(unit.nbytes for unit in self.units)
+                with torch.inference_mode(False):  # (what is made there cannot be written to elsewhere)
+                    self._memory = [
+                        torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(self.buffers)
+                    ]
+                for memory in self._memory:
+                    self.engine.lend(memory)
+                sizes = [unit.nbytes for unit in self.units]
+                self._schedule = Schedule(sizes, self.buffers, self.engine, self._copies, self.counts)
+            return self._schedule
 
     def move(self, device: torch.device) -> None:
         """Compute on another device from now on."""
-        if device != self.device:
-            self.close()
-            self.device = device
+        with self._lock:
+            if device != self.device:
+                self.close()
+                self.device = device
 
     def close(self) -> None:
-        """Let go of the buffers, in their turn among what was computed and copied."""
-        schedule, self._schedule = self._schedule, None
-        if schedule is not None:
-            for slot in schedule.slots:  # (memory goes back to the stream that computes)
-                if slot.filled is not None:
-                    self.engine.wait(slot.filled)
-        self._engine, self._memory, self._views, self._stamps = None, [], {}, {}
+        """Let go of the buffers, in their turn among what was computed and copied.
+
+        Uses that have not ended keep the memory of theirs until they do.
+        """
+        with self._lock:
+            schedule, self._schedule = self._schedule, None
+            if schedule is not None:
+                schedule.close()
+                for slot in schedule.slots:  # (memory goes back to the stream that computes)
+                    if slot.filled is not None:
+                        self.engine.wait(slot.filled)
+            if self._timed and self._engine is not None:
+                self._waited_ms += self._engine.waited_ms() or 0.0
+            self._engine, self._memory, self._views, self._stamps = None, [], {}, {}
 
     @contextlib.contextmanager
     def use(self, unit: int) -> Iterator[dict[_Key, PackedStack]]:
         """The stacks of a unit on the device, inside the context alone."""
-        schedule = self.schedule()
-        self._forget_if_changed(schedule, unit)
-        slot = schedule.begin(unit)
+        with self._lock:
+            schedule = self.schedule()
+            self._forget_if_changed(schedule, unit)
+            slot = schedule.begin(unit)
+            try:
+                stacks = self._views_of(unit, slot)
+            except BaseException:
+                schedule.end(slot)
+                raise
         try:
-            yield self._views_of(unit, slot)
+            yield stacks
         finally:
             schedule.end(slot)
 
     @contextlib.contextmanager
     def use_part(self, unit: int, experts: Sequence[int]) -> Iterator[None]:
         """As `use`, where these experts (in ascending order) are all that is computed with."""
-        schedule = self.schedule()
-        self._forget_if_changed(schedule, unit)
         runs = _runs(experts)
         share = len(experts) / self.units[unit].modules[0].fourfold_layout.projections[0].shape.experts
         nbytes = sum(
             t.host.nbytes if t.host.nbytes <= WHOLE_BYTES else int(t.host.nbytes * share)
             for t in self.units[unit].tensors
         )
-        slot = schedule.begin_part(unit, lambda slot: self._part_copies(unit, slot, runs), nbytes)
+        with self._lock:
+            schedule = self.schedule()
+            self._forget_if_changed(schedule, unit)
+            slot = schedule.begin_part(unit, lambda slot: self._part_copies(unit, slot, runs), nbytes)
         try:
             yield
         finally:
@@ -249,7 +278,7 @@ class HostExperts:
     def __init__(self, streamer: Streamer, unit: int, number: int) -> None:
         self.streamer, self._unit = streamer, unit
         module = streamer.units[unit].modules[number]
-        self._name = module.fourfold_name
+        self._name, self._module, self._first = module.fourfold_name, module, module.packed_names()[0]
         self._experts = module.fourfold_layout.projections[0].shape.experts
         self._stacks = {
             p.name: _Streamed(streamer, unit, (number, p.name), module.stack(p))
@@ -287,11 +316,26 @@ class HostExperts:
                 f"states are on {device}. Move the whole model (`model.to`), or call fourfold.onload and "
                 "fourfold.offload again where it computes"
             )
+        self._refuse_moved()
         most = 0 if index_Tk is None or torch.is_grad_enabled() else PART_OF_EXPERTS * self._experts
         if index_Tk is not None and index_Tk.numel() <= most:
             hit = sorted(set(index_Tk.flatten().tolist()))
             return self.streamer.use_part(self._unit, [e for e in hit if 0 <= e < self._experts])
         return self.streamer.use(self._unit)
+
+    def _refuse_moved(self) -> None:
+        """Sharding by another hand moves parameters to the device, and copies from there save nothing."""
+        first = self._module._parameters[self._first]
+        assert first is not None
+        spread = hasattr(first.data, "placements")
+        if spread or (self.device.type != "cpu" and first.device.type != "cpu"):
+            how = "spread over processes" if spread else f"moved to {first.device}"
+            raise ConfigurationError(
+                f"{self._name}: its experts were sent to host memory (fourfold.offload, or experts_device), "
+                f"and their tensors have been {how} since (fully_shard does that). Use one of the two: call "
+                "fourfold.onload before the model is sharded, and fourfold.distributed.shard with "
+                "offload=CPUOffloadPolicy() if shards are to lie in host memory"
+            )
 
 
 def _runs(experts: Sequence[int]) -> list[tuple[int, int]]:

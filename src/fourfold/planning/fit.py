@@ -11,12 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fourfold.planning.card import CONTEXT_BYTES, room
 from fourfold.planning.plan import Plan, Planner, Settings
-
-# What a process takes on a card beside what torch allocates (the CUDA context, kernels' code), and the share
-# of the rest that the allocator loses to fragments.
-CONTEXT_BYTES = 640 * 2**20
-FRAGMENTS = 0.03
 
 IN_8BIT = {
     "adamw_torch": "adamw_8bit",
@@ -30,10 +26,7 @@ IN_8BIT = {
 }
 SMALLEST_RANK, SHORTEST = 4, 256
 
-
-def room(card: int) -> int:
-    """What torch can allocate on a card of so many bytes."""
-    return max(0, int((card - CONTEXT_BYTES) * (1 - FRAGMENTS)))
+__all__ = ["CONTEXT_BYTES", "Suggestion", "room", "suggest"]
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,10 @@ from fourfold.experts import expert_targets
 from fourfold.loading.config import MoeBitsAndBytesConfig
 from fourfold.loading.prepare import prepare
 from fourfold.loading.skeleton import build_skeleton, read_config
-from fourfold.offloading.api import bytes_away
+from fourfold.offloading.sizes import parse_bytes
+from fourfold.planning.card import CONTEXT_BYTES, spare
 from fourfold.planning.optimizers import STATES, optimizer_bytes
+from fourfold.planning.placement import ExpertUnits, Placement, check_asked, place
 from fourfold.planning.report import Report, make_report
 from fourfold.planning.simulate import Activations, simulate_step
 from fourfold.planning.standins import Target
@@ -55,6 +57,10 @@ class Settings:
         optimizer: the trainer's name of it.
         padded: whether examples of a batch differ in length.
         loss_positions: how many positions of an example have a loss; None is all.
+        experts_offload: where packed experts lie: "cpu" (host memory), "auto" (as many on the card as fit) or
+            "disk"; None is where ``quantization`` says, which is the card if it says nothing.
+        gpu_budget: with "auto", bytes that experts may take on the card; None is what ``card`` leaves.
+        card: bytes of it.
     """
 
     quantization: MoeBitsAndBytesConfig | None = None
@@ -72,8 +78,12 @@ class Settings:
     optimizer: str = "adamw_torch_fused"
     padded: bool = False
     loss_positions: int | None = None
+    experts_offload: str | None = None
+    gpu_budget: int | None = None
+    card: int | None = None
 
     def __post_init__(self) -> None:
+        check_asked(self.__dict__)
         if self.optimizer not in STATES:
             raise ConfigurationError(f"optimizer: {self.optimizer} is not one of {', '.join(STATES)}")
 
@@ -97,7 +107,8 @@ class Plan:
         otherwise: the same with the other choice of checkpointing.
         accumulates: whether gradients are there when a micro batch begins.
         unknown: why activations are not known; then `peak` is without them, a lower bound.
-        away: of the weights' bytes, those of experts in host memory (the buffers for them are on the device).
+        experts: bytes of packed experts among the weights.
+        placement: where those lie; None is all on the device.
     """
 
     model: str
@@ -115,7 +126,17 @@ class Plan:
     accumulates: bool = False
     unknown: str = ""
     notes: list[str] = field(default_factory=list)
-    away: int = 0
+    experts: int = 0
+    placement: Placement | None = None
+
+    @property
+    def away(self) -> int:
+        """Of the weights' bytes, those that the device does not hold (buffers for them are on it)."""
+        return 0 if self.placement is None else self.experts - self.placement.on_device
+
+    def beside_experts(self, card: int) -> int:
+        """What a card of so many bytes has to keep free for the run, when all but its experts is loaded."""
+        return max(0, self.peak - (self.weights.bytes - self.away) + spare(card))
 
     @property
     def gradients(self) -> int:
@@ -186,7 +207,7 @@ class Plan:
             "activations": None if self.activations is None else asdict(self.activations),
             "activations_otherwise": None if self.otherwise is None else asdict(self.otherwise),
             "activations_unknown": self.unknown or None,
-            "host": self.away,
+            "offload": None if self.placement is None else self.placement.to_dict(),
             "resident": self.resident,
             "peak": self.peak,
             "peak_otherwise": self.peak_otherwise,
@@ -214,6 +235,7 @@ class Planner:
         self._activations: dict[tuple[Any, ...], tuple[Activations | None, str]] = {}
         self._adapted: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
         self._reports: dict[tuple[Any, ...], Report] = {}
+        self._experts: dict[tuple[Any, ...], ExpertUnits] = {}
 
     def skeleton(self, settings: Settings) -> Any:
         """The model as it would be loaded, without weights."""
@@ -259,7 +281,8 @@ class Planner:
             otherwise, _ = self._simulate(settings, not settings.checkpointing)
         trained = sum(torch.Size(shape).numel() for shape in shapes)
         hopper = (self.target.capability or (0, 0)) >= (9, 0)
-        return Plan(
+        units = self._units(settings)
+        plan = Plan(
             model=self.name,
             settings=described(settings),
             target=self.target,
@@ -274,25 +297,57 @@ class Planner:
             otherwise=otherwise,
             accumulates=settings.accumulation > 1,
             unknown=unknown,
-            away=self._away(settings),
+            experts=sum(units.stored),
         )
+        plan.placement = self._placement(settings, units, plan)
+        return plan
 
     def floor(self, settings: Settings) -> int:
         """What the peak cannot be below, whatever its activations: found without running a step."""
         report, shapes = self._weights(settings)
         bytes_ = optimizer_bytes(settings.optimizer, shapes, on_gpu=self.target.is_cuda)
         trained = sum(torch.Size(shape).numel() for shape in shapes)
-        return report.bytes - self._away(settings) + bytes_.states + bytes_.step + 8 * trained
+        away, units = 0, self._units(settings)
+        if self._kind(settings) is not None and units.sizes and self.target.is_cuda:
+            away = sum(units.stored) - max(units.sizes)  # (one buffer is the least)
+        return report.bytes - away + bytes_.states + bytes_.step + 8 * trained
 
-    def _away(self, settings: Settings) -> int:
-        """Bytes of experts that lie in host memory."""
-        if settings.quantization is None or settings.quantization.experts_device != "cpu":
-            return 0
-        return bytes_away(self.skeleton(settings))
+    def _kind(self, settings: Settings) -> str | None:
+        if settings.experts_offload is not None:
+            return settings.experts_offload
+        return None if settings.quantization is None else settings.quantization.experts_device
+
+    def _units(self, settings: Settings) -> ExpertUnits:
+        """The packed experts."""
+        base = _base_key(settings)
+        if base not in self._experts:
+            self._experts[base] = ExpertUnits.of(self.skeleton(settings))
+        return self._experts[base]
+
+    def _placement(self, settings: Settings, units: ExpertUnits, plan: Plan) -> Placement | None:
+        """Where experts lie. ``plan`` is that of all of them on the device.
+
+        Raises:
+            ConfigurationError: nothing is known of the card's memory, or the budget has no room for a module.
+        """
+        kind, is_cuda = self._kind(settings), self.target.is_cuda
+        if kind is None or not units.sizes:
+            return None
+        budget = settings.gpu_budget
+        if kind == "auto" and budget is None:
+            if not is_cuda or settings.card is None:
+                raise ConfigurationError(
+                    "experts_offload: auto keeps as many experts on the card as it has room for, and no card "
+                    "is known. Name its size (--gpu 24GiB), give gpu_budget, or set experts_offload: cpu."
+                )
+            # What `offload` finds free when the rest of the model is loaded, less what the run needs then. (A
+            # card that has not even room for one module is too small, which the peak says.)
+            free = settings.card - CONTEXT_BYTES - (plan.weights.bytes - plan.experts)
+            budget = max(free - plan.beside_experts(settings.card), max(units.sizes))
+        return place(kind, units, budget, checkpointing=settings.checkpointing, is_cuda=is_cuda)
 
     def _weights(self, settings: Settings) -> tuple[Report, list[tuple[int, ...]]]:
-        quantized = None if settings.quantization is None else str(settings.quantization.to_dict())
-        base = (quantized, settings.bf16)
+        base = _base_key(settings)
         if base not in self._reports:
             self._reports[base] = make_report(self.skeleton(settings))
         key = (*base, *_adapters_key(settings))
@@ -302,8 +357,7 @@ class Planner:
         return self._reports[base], self._adapted[key]
 
     def _simulate(self, settings: Settings, checkpointing: bool) -> tuple[Activations | None, str]:
-        quantized = None if settings.quantization is None else str(settings.quantization.to_dict())
-        key = (quantized, settings.bf16, *_adapters_key(settings), settings.batch, settings.length)
+        key = (*_base_key(settings), *_adapters_key(settings), settings.batch, settings.length)
         key += (settings.padded, settings.loss_positions, checkpointing)
         if key not in self._activations:
             model = self.with_adapters(settings)
@@ -323,6 +377,12 @@ class Planner:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self._activations[key] = (None, reason)
         return self._activations[key]
+
+
+def _base_key(settings: Settings) -> tuple[Any, ...]:
+    """Of the model as it is loaded (where its experts lie is no part of what a checkpoint says)."""
+    quantized = None if settings.quantization is None else str(settings.quantization.to_dict())
+    return quantized, settings.bf16
 
 
 def _adapters_key(settings: Settings) -> tuple[Any, ...]:
@@ -388,7 +448,8 @@ def plan(
         model: local folder, bare ``config.json``, hub id, or a configuration.
         quantization_config: as for ``from_pretrained``; None is NF4 with double quantization.
         capability: of the GPU; None is this machine's, or 8.0 where it has none.
-        settings: of `Settings`: ``r``, ``batch``, ``length``, ``checkpointing``, ``optimizer``, ...
+        settings: of `Settings`: ``r``, ``batch``, ``length``, ``checkpointing``, ``optimizer``,
+            ``experts_offload``, ``gpu_budget``, ``card`` (bytes, or ``"24GiB"``), ...
 
     Raises:
         FourfoldError: there is no such model, or a setting has no meaning for it.
@@ -403,5 +464,8 @@ def plan(
     unknown = [name for name in settings if name not in known]
     if unknown:
         raise ConfigurationError(f"plan: {unknown[0]} is no setting; they are {', '.join(known)}")
+    for name in ("gpu_budget", "card"):
+        if isinstance(settings.get(name), str):
+            settings[name] = parse_bytes(settings[name])
     planner = Planner(model, Target("cuda", capability or (8, 0)))
     return planner.plan(Settings(quantization=quantization_config, **settings), both=True)

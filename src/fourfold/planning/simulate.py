@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from fourfold.experts import PackedExperts
 from fourfold.experts.plain import PlainExperts
 from fourfold.experts.shapes import ExpertsLayout
+from fourfold.planning.flops import FlopCount
 from fourfold.planning.live import LiveBytes
 from fourfold.planning.standins import Attention, ChunkedLoss, FrozenLinear, Target, experts_forward
 
@@ -40,6 +41,7 @@ class Activations:
         backward: the most that is alive in the model's backward beside gradients.
         backward_with_gradients: the most that is alive in backward, gradients as they arrive included.
         gradients: of all adapters, when backward is done.
+        flops: no bytes: the floating-point operations of all of it.
     """
 
     kept: int
@@ -48,6 +50,7 @@ class Activations:
     backward: int
     backward_with_gradients: int
     gradients: int
+    flops: int
 
     @property
     def peak(self) -> int:
@@ -106,7 +109,7 @@ def simulate_step(
     trained = [p for p in model.parameters() if p.requires_grad]
     live = LiveBytes(trained, target.grain)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
-    with mode, live:
+    with mode, live, FlopCount() as counted:
         live.ignore(tensor for tensor in (*model.parameters(), *model.buffers()))
         ids = torch.zeros(batch, length, dtype=torch.long)
         head = base.get_output_embeddings()
@@ -130,6 +133,7 @@ def simulate_step(
         backward=live.peak_beside_gradients,
         backward_with_gradients=live.peak,
         gradients=live.gradients,
+        flops=counted.total,
     )
 
 

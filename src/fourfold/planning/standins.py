@@ -24,6 +24,7 @@ from fourfold.kernels import LowRank, ways
 from fourfold.kernels.decode import ROW_MULTIPLE
 from fourfold.kernels.grouped import RANK_MULTIPLE
 from fourfold.kernels.linear import empty_rows
+from fourfold.planning import flops
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -99,6 +100,7 @@ def product(
         target.device, target.capability, dtype, matrices.fmt, S, E, N, K, rank, transposed, matrices.plain
     )
     way = target.way(problem)
+    flops.product(S, N, K, rank, backward=transposed)
     work: torch.Tensor | None = None
     if way == "workspace" and matrices.plain is None:
         extra_rows, extra = (rank, 0) if transposed else (0, rank)
@@ -246,6 +248,9 @@ def _with_low_rank(
     )
     wide = ways.WAYS[way].wide and x_SM.dtype != torch.float32
     rows = empty_rows(x_SM, S, M, rank)[:, :M] if wide else x_SM
+    if not wide:
+        flops.product(S, matrices.rows, matrices.columns, rank, backward=transposed)
+        flops.count(-2 * S * matrices.rows * matrices.columns)  # (which `product` counts)
     return product(x_SM, S, matrices, rank if wide else 0, target, transposed=transposed), h_SR, rows
 
 
@@ -307,6 +312,7 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, out: int, columns: int, bits: int) -> torch.Tensor:
         ctx.sizes = (out, columns)
+        flops.product(x.numel() // columns, out, columns)
         if bits == 8:
             ctx.x = x  # (kept by an attribute)
             codes = x.to(torch.float16).to(torch.int8)
@@ -318,6 +324,7 @@ class FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        flops.product(grad.numel() // ctx.sizes[0], *ctx.sizes)
         work = grad.new_empty(ctx.sizes)
         grad_x = grad.new_empty(*grad.shape[:-1], ctx.sizes[1])
         del work
@@ -335,12 +342,15 @@ class Attention(torch.autograd.Function):
         out = query.new_empty(B, length, heads, value.shape[-1]).transpose(1, 2)
         logsumexp = query.new_empty(B, heads, length, dtype=torch.float32)
         bias = None if mask is None else mask.to(query.dtype)
+        ctx.flops = _attention_flops(query, key, value, mask)
+        flops.count(ctx.flops)
         ctx.save_for_backward(query, key, value, out, logsumexp, bias)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         query, key, value, out, _, _ = ctx.saved_tensors
+        flops.count(5 * ctx.flops // 2)  # (five products for two)
         grad = grad.contiguous()
         # (the kernel sums the query's gradient in fp32, and a key's over the queries that share its head)
         sums = torch.empty_like(query, dtype=torch.float32)
@@ -351,6 +361,13 @@ class Attention(torch.autograd.Function):
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         del sums, by_query, out
         return *grads, None
+
+
+def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> int:
+    """Of both products; half of them where the kernel knows that attention is causal."""
+    B, heads, length, width = query.shape
+    each = 2 * B * heads * length * key.shape[2] * (width + value.shape[-1])
+    return each if mask is not None else each // 2
 
 
 # The tile of the chunked loss: tokens by words of the vocabulary.
@@ -364,6 +381,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, vocabulary: int, target: Target) -> torch.Tensor:
         ctx.save_for_backward(hidden)
         ctx.vocabulary, ctx.target = vocabulary, target
+        flops.product(len(hidden), vocabulary, hidden.shape[1])
         tile = _tile(hidden, vocabulary, target)
         del tile
         return hidden.new_empty(len(hidden), dtype=torch.float32)
@@ -372,6 +390,8 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         (hidden,) = ctx.saved_tensors
         sums = hidden.new_empty(hidden.shape, dtype=torch.float32)
+        for _ in range(2):  # (logits again, and the gradient)
+            flops.product(len(hidden), ctx.vocabulary, hidden.shape[1])
         tile = _tile(hidden, ctx.vocabulary, ctx.target)
         del tile
         return sums.to(hidden.dtype), None, None

@@ -32,6 +32,7 @@ def settings_of(
     target_parameters: Sequence[str],
     *,
     bf16: bool,
+    card: int | None = None,
 ) -> Settings:
     """What the memory of a run depends on, of its configuration and what was found out about it.
 
@@ -41,6 +42,7 @@ def settings_of(
         target_modules: LoRA targets, as `targets.find_targets` finds them.
         target_parameters: likewise.
         bf16: whether the run computes in bf16.
+        card: bytes of the card, where they are known.
     """
 
     def fixed(names: Sequence[str] | str | None) -> Any:
@@ -61,15 +63,21 @@ def settings_of(
         checkpointing=bool(config.gradient_checkpointing),
         optimizer=config.optimizer,
         padded=config.micro_batch_size > 1 and not config.sample_packing,
+        experts_offload=config.experts_offload,
+        gpu_budget=config.gpu_budget if isinstance(config.gpu_budget, int) else None,
+        card=card,
     )
 
 
-def planner_of(config: TrainConfig, target: Target | None = None) -> tuple[Planner, Settings]:
+def planner_of(
+    config: TrainConfig, target: Target | None = None, card: int | None = None
+) -> tuple[Planner, Settings]:
     """Planner and settings of a run, from its configuration and the model's alone.
 
     Args:
         config: the configuration.
         target: what it would run on; None is this machine.
+        card: bytes of the card, where they are known.
 
     Raises:
         FourfoldError: the model is not there, or cannot be loaded or trained like that.
@@ -92,7 +100,7 @@ def planner_of(config: TrainConfig, target: Target | None = None) -> tuple[Plann
     if config.bf16 == "auto" and target != here():
         bf16 = target.is_cuda and (target.capability or (0, 0)) >= (8, 0)
     planner = Planner(config.base_model, target)
-    settings = settings_of(config, quantization_config, modules, parameters, bf16=bf16)
+    settings = settings_of(config, quantization_config, modules, parameters, bf16=bf16, card=card)
     return planner, _resolved(planner, settings)
 
 
@@ -153,6 +161,7 @@ class Memory:
             checked.target_modules,
             checked.target_parameters,
             bf16=checked.bf16 or config.fp16,
+            card=self.card,
         )
         self.settings = _resolved(self.planner, settings)
 
@@ -168,8 +177,7 @@ class Memory:
         """Bytes that the run is planned to need on top of the loaded model; None without a plan."""
         if self.card is None:
             return None
-        plan = self.planner.plan(self.settings)
-        return max(0, plan.peak + plan.away - plan.weights.bytes + CONTEXT_BYTES)
+        return self.planner.plan(self.settings).beside_experts(self.card)
 
     def advice(self) -> str:
         """What to change now that memory ran out."""
