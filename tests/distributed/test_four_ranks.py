@@ -135,7 +135,7 @@ def test_the_program_of_the_docs(tmp_path: Path, machines: int) -> None:
         for agent in agents:
             agent.kill()
     assert [agent.returncode for agent in agents] == [0] * machines, said[0][-3000:]
-    assert (tmp_path / "out" / "checkpoint" / ".metadata").is_file()
+    assert (tmp_path / "out" / "checkpoint" / "checkpoint.json").is_file()
     stored = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert all(tensor.any() for tensor in stored.values())
     assert len(stored) == 2 * 2 * 4
