@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,18 +19,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
 @contextlib.contextmanager
-def together(otherwise: str) -> Iterator[None]:
+def together(otherwise: str, groups: Sequence[dist.ProcessGroup] | None = None) -> Iterator[None]:
     """A part of a job that every rank does; at its end each learns whether all have.
 
     Nothing within may wait for other ranks. Without a process group an error is what it was.
 
     Args:
         otherwise: what is not done if it fails, as a message begins: ``no checkpoint was written``.
+        groups: of the ranks that do it, one for each axis of their mesh; None takes all ranks.
 
     Raises:
         TrainingError: a rank ran out of memory, on every rank and with its number; or a rank is gone.
@@ -45,12 +42,16 @@ def together(otherwise: str) -> Iterator[None]:
         if failure is not None:
             raise failure
         return
-    mine = None if failure is None else (_said(failure), is_out_of_memory(failure))
-    if mine is not None and mine[1] and torch.cuda.is_available():
-        torch.cuda.empty_cache()  # (room to say so)
-    said: list[Any] = [None] * dist.get_world_size()
+    failed: dict[int, tuple[str, bool]] = {}
+    if failure is not None:
+        failed[dist.get_rank()] = (f"{type(failure).__name__}: {failure}", is_out_of_memory(failure))
+        if is_out_of_memory(failure) and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # (room to say so)
     try:
-        dist.all_gather_object(said, mine)
+        for group in [None] if groups is None else groups:  # (along each axis what is known so far)
+            said: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(said, failed, group=group)
+            failed = {rank: text for found in said for rank, text in found.items()}
     except RuntimeError as gone:
         if failure is not None:
             raise failure from gone
@@ -58,17 +59,17 @@ def together(otherwise: str) -> Iterator[None]:
             f"{otherwise}: another rank ended or does not answer, as rank {dist.get_rank()} noticed ({gone})."
             " Its own output says why; a kill without a word is the system's, for want of memory mostly"
         ) from gone
-    failed = [(rank, *found) for rank, found in enumerate(said) if found is not None]
-    short = [(rank, text) for rank, text, memory in failed if memory]
-    if short:
-        raise TrainingError(
-            f"{otherwise}: rank {short[0][0]} ran out of memory ({short[0][1]}). More ranks hold less each; "
-            "`fourfold plan --gpus N` says how much"
-        ) from failure
+    for rank, (text, memory) in sorted(failed.items()):
+        if memory:
+            raise TrainingError(
+                f"{otherwise}: rank {rank} ran out of memory ({text}). More ranks hold less each; "
+                "`fourfold plan --gpus N` says how much"
+            ) from failure
     if failure is not None:
         raise failure
     if failed:
-        raise CheckpointError(f"{otherwise}: rank {failed[0][0]} failed with {failed[0][1]}")
+        rank, (text, _) = min(failed.items())
+        raise CheckpointError(f"{otherwise}: rank {rank} failed with {text}")
 
 
 def from_first(value: Any) -> Any:
