@@ -42,6 +42,8 @@ def _states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
         raise CheckpointError("nothing in the model is trained, so there is nothing to save or to resume")
     if optimizer is not None:
         states["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_TRAINED)
+        # (whole: a scheduler adds to them, and may come before or after loading)
+        states["optimizer"]["param_groups"] = wholes(states["optimizer"]["param_groups"])
     return states
 
 

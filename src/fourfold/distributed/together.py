@@ -31,7 +31,8 @@ def together(otherwise: str, groups: Sequence[dist.ProcessGroup] | None = None) 
 
     Raises:
         TrainingError: a rank ran out of memory, on every rank and with its number; or a rank is gone.
-        CheckpointError: another rank failed, with its number and reason. (That rank raises what it was.)
+        CheckpointError: a rank could not read or write, or another one failed, with its number and reason.
+            (That one raises what it was.)
     """
     failure: Exception | None = None
     try:
@@ -39,6 +40,8 @@ def together(otherwise: str, groups: Sequence[dist.ProcessGroup] | None = None) 
     except Exception as error:
         failure = error
     if not dist.is_initialized():
+        if isinstance(failure, OSError):
+            raise CheckpointError(f"{otherwise}: {failure}") from failure
         if failure is not None:
             raise failure
         return
@@ -65,11 +68,11 @@ def together(otherwise: str, groups: Sequence[dist.ProcessGroup] | None = None) 
                 f"{otherwise}: rank {rank} ran out of memory ({text}). More ranks hold less each; "
                 "`fourfold plan --gpus N` says how much"
             ) from failure
-    if failure is not None:
+    if failure is not None and not isinstance(failure, OSError):
         raise failure
     if failed:
         rank, (text, _) = min(failed.items())
-        raise CheckpointError(f"{otherwise}: rank {rank} failed with {text}")
+        raise CheckpointError(f"{otherwise}: rank {rank} failed with {text}") from failure
 
 
 def from_first(value: Any) -> Any:
