@@ -27,7 +27,7 @@ TRAINED = ("nf4", "nf4_uneven", "int8", "flattened")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("job")
     checks = [f"fsdp:{case}" for case in TRAINED] + [f"loaded:{case}" for case in LOADED]
-    checks += ["replicas_of_shards", "saved_adapter", "resumed", "saved_packed:nf4"]
+    checks += ["replicas_of_shards", "saved_adapter", "resumed", "saved_packed:nf4", "merged", "every_way"]
     ranks.run("sharded_checks", checks, folder, 4, 900)
     return folder
 
@@ -55,6 +55,13 @@ def test_resumed_on_four_ranks_and_in_one_process(job: Path) -> None:
     for found in ranks.outcome(job, "resumed"):
         assert found["sharded"] == 0
         assert found["alone"] < 1e-5
+        assert found["wider"] < 1e-5
+
+
+def test_every_combination_of_ways_equals_one_process(job: Path) -> None:
+    for found in ranks.outcome(job, "every_way"):
+        assert len(found) == 48
+        sharded_checks.equal(list(found.values()))
 
 
 DYING = """
@@ -135,7 +142,7 @@ def test_the_program_of_the_docs(tmp_path: Path, machines: int) -> None:
         for agent in agents:
             agent.kill()
     assert [agent.returncode for agent in agents] == [0] * machines, said[0][-3000:]
-    assert (tmp_path / "out" / "checkpoint" / ".metadata").is_file()
+    assert (tmp_path / "out" / "checkpoint" / "checkpoint.json").is_file()
     stored = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert all(tensor.any() for tensor in stored.values())
     assert len(stored) == 2 * 2 * 4

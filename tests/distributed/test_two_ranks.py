@@ -41,9 +41,61 @@ def test_ddp_sends_no_packed_bytes_when_it_is_made(job: Path) -> None:
 
 def test_ranks_with_other_weights_are_told(job: Path) -> None:
     for said in ranks.outcome(job, "other_weights"):
-        assert "mlp.experts" in said
-        assert "down_proj" in said
-        assert "same checkpoint" in said
+        assert len(said) == 4
+        for text in said[:2]:  # rows exchanged: the same bytes in another order
+            assert "mlp.experts" in text
+            assert "down_proj" in text
+            assert "same checkpoint" in text
+        assert "o_proj.base_layer.weight.absmax" in said[2]
+        assert "other names" in said[3]
+
+
+def test_what_fails_on_one_rank_fails_on_all_and_names_it(job: Path) -> None:
+    first, second = ranks.outcome(job, "one_rank_fails")
+    assert first.keys() == second.keys()
+    assert len(first) == 9
+    for what in first:
+        assert "rank 1" in first[what], first[what]
+        short = what in ("load", "shard", "save short")
+        assert first[what].startswith("TrainingError" if short else "CheckpointError"), first[what]
+        if short:
+            assert "ran out of memory" in first[what]
+            assert first[what] == second[what]
+    assert "disk full" in first["write"]
+    assert "disk full" in first["save"]
+    assert "rank 1 failed with CheckpointError: no config.json" in first["read"]
+    assert second["read"] == "CheckpointError: no config.json"
+
+
+def test_loading_and_saving_take_the_shard_an_expert_and_little_more(job: Path) -> None:
+    """Anonymous memory, where 256 MiB more would be allowed: a rank that held all of it would fail."""
+    for found in ranks.outcome(job, "anonymous_peak"):
+        assert found.keys() == {"big", "big-packed", "saving"}
+        for sizes in found.values():
+            assert sizes["shard"] < 0.52 * sizes["whole"]
+            assert sizes["shard"] + sizes["expert"] + 32 * 2**20 < 0.9 * sizes["whole"]
+        for kind in ("big", "big-packed"):
+            sizes = found[kind]
+            assert 0.8 * sizes["shard"] < sizes["peak"], found
+            assert sizes["peak"] < sizes["shard"] + sizes["expert"] + 32 * 2**20, found
+        assert found["saving"]["peak"] < 16 * 2**20, found
+
+
+def test_8_bit_linears_stay_whole_and_int8_experts_do_not(job: Path) -> None:
+    for found in ranks.outcome(job, "int8_linears"):
+        assert found["linears"] == found["linears_whole"] > 0
+        assert found["experts"] * 2 == found["experts_whole"] > 0
+
+
+def test_examples_of_a_packed_row_do_not_see_each_other(job: Path) -> None:
+    for apart, as_one in ranks.outcome(job, "packing_matters"):
+        assert abs(apart - as_one) > 1e-3
+
+
+def test_an_adapter_trained_in_shards_is_merged_as_one_of_one_process(job: Path) -> None:
+    for changed in ranks.outcome(job, "merged"):
+        assert len([name for name in changed if ".experts." in name]) >= 2
+        assert any("q_proj" in name for name in changed)
 
 
 @pytest.mark.parametrize("stored", ["plain", "packed"])
@@ -97,3 +149,4 @@ def test_resumed_sharded_and_in_one_process(job: Path) -> None:
     for found in ranks.outcome(job, "resumed"):
         assert found["sharded"] == 0
         assert found["alone"] < 1e-5
+        assert found["wider"] < 1e-5

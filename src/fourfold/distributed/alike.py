@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fourfold.distributed.digests import digest
 from fourfold.errors import ConfigurationError
-
-_PRIME = 2_147_483_629  # keeps a sum of sums inside int64
 
 
 def _whole_here(parameter: nn.Parameter) -> bool:
@@ -31,32 +34,59 @@ def make_trained_alike(model: nn.Module, group: dist.ProcessGroup, device: torch
 def check_frozen_alike(model: nn.Module, group: dist.ProcessGroup, device: torch.device | str) -> None:
     """Frozen parameters are never sent; ranks that loaded different ones would each train another model.
 
+    Compared are digests (`digests`) of what each rank holds whole: parameters, the scales of 4-bit and 8-bit
+    Linears, buffers that are saved.
+
     Raises:
-        ConfigurationError: naming the first that differs. Bytes are compared by their sums.
+        ConfigurationError: naming the first that differs, or saying that they are of other names.
     """
-    found = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and _whole_here(parameter)
-    }
+    found = dict(_frozen(model))
+    names = hashlib.sha256("\n".join(found).encode()).digest()
+    said = torch.tensor([int.from_bytes(names[:7], "little"), len(found)], device=device)
+    if _differs(said, group).any():
+        raise ConfigurationError(
+            "the frozen parameters of the ranks have other names, or there are more of them on some; all of "
+            f"them have to load the same checkpoint in the same way (rank {dist.get_rank()} has {len(found)})"
+        )
     if not found:
         return
-    sums = torch.stack([_digest(parameter).to(device) for parameter in found.values()])
-    low, high = sums.clone(), sums.clone()
-    dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
-    dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
-    wrong = (low != high).nonzero().flatten().tolist()
-    if wrong:
+    wrong = _differs(torch.stack([digest(tensor).to(device) for tensor in found.values()]), group)
+    places = wrong.nonzero().flatten().tolist()
+    if places:
         raise ConfigurationError(
-            f"{list(found)[wrong[0]]} and {len(wrong) - 1} more frozen parameters differ between the ranks; "
-            "all of them have to load the same checkpoint in the same way"
+            f"{list(found)[places[0]]} and {len(places) - 1} more frozen parameters differ between the ranks;"
+            " all of them have to load the same checkpoint in the same way"
         )
 
 
-def _digest(parameter: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor's bytes, and how many there are, as one number."""
-    data = torch.Tensor(parameter.data).contiguous().view(-1).view(torch.uint8)
-    return data.sum(dtype=torch.int64) * 31 % _PRIME + data.numel() % _PRIME
+def _differs(numbers: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    low, high = numbers.clone(), numbers.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+    return low != high
+
+
+def _frozen(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is not trained and lies whole on this rank, by name."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad or not _whole_here(parameter):
+                continue
+            yield prefix + leaf, parameter.data
+            if isinstance(scales := getattr(parameter, "SCB", None), torch.Tensor):
+                yield f"{prefix}{leaf}.SCB", scales
+        state: Any = getattr(module, "quant_state", None) or getattr(
+            module._parameters.get("weight"), "quant_state", None
+        )
+        while state is not None:
+            yield f"{prefix}weight.absmax{state.blocksize}", state.absmax
+            if state.nested:
+                yield f"{prefix}weight.offset", state.offset
+            state = state.state2 if state.nested else None
+        for leaf, buffer in module.named_buffers(recurse=False):
+            if leaf not in module._non_persistent_buffers_set and not buffer.is_meta:
+                yield prefix + leaf, buffer
 
 
 __all__ = ["check_frozen_alike", "make_trained_alike"]

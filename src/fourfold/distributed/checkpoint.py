@@ -1,7 +1,8 @@
 """Checkpoints of a sharded run by PyTorch's distributed checkpointing: every rank writes and reads its part.
 
 What is trained and the state of its optimizer; the frozen base comes from its own checkpoint again. Parts are
-cut anew where the number of ranks is another one, one process without sharding included.
+cut anew where the number of ranks is another one, one process without sharding included. What it looks like
+on disk is `storage`'s: nothing in it is a pickle.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -21,7 +24,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fourfold.distributed.blocks import bare
-from fourfold.errors import CheckpointError
+from fourfold.distributed.plain_values import wholes
+from fourfold.distributed.storage import PlainLoadPlanner, PlainReader, PlainSavePlanner, PlainWriter
+from fourfold.distributed.together import is_out_of_memory, together
+from fourfold.errors import CheckpointError, FourfoldError, TrainingError
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
 _PARTLY = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -36,6 +42,8 @@ def _states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[s
         raise CheckpointError("nothing in the model is trained, so there is nothing to save or to resume")
     if optimizer is not None:
         states["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_TRAINED)
+        # (whole: a scheduler adds to them, and may come before or after loading)
+        states["optimizer"]["param_groups"] = wholes(states["optimizer"]["param_groups"])
     return states
 
 
@@ -49,12 +57,25 @@ def save_checkpoint(
         model: sharded, or in one process.
         optimizer: of the trained parameters.
         others: anything else to keep, with a ``state_dict`` and ``load_state_dict`` of its own (a scheduler),
-            or plain values.
+            or tensors and plain values; the same on every rank, of which one writes it.
 
     Raises:
-        CheckpointError: nothing is trained.
+        CheckpointError: nothing is trained, ``others`` holds what is neither tensor nor plain value, or a
+            rank could not write (on every rank, with its number).
+        TrainingError: a rank ran out of memory.
     """
-    dcp.save(_states(bare(model), optimizer) | others, checkpoint_id=str(folder))
+    with together("no checkpoint was written"):
+        states = _states(bare(model), optimizer) | _others(others)
+    place = Path(folder).expanduser()
+    try:
+        dcp.save(
+            states,
+            storage_writer=PlainWriter(place),
+            planner=PlainSavePlanner(),
+            no_dist=not dist.is_initialized(),
+        )
+    except CheckpointException as failed:
+        raise _named(failed, f"{place} was not written") from failed
 
 
 def load_checkpoint(
@@ -72,32 +93,57 @@ def load_checkpoint(
         ``others`` as stored.
 
     Raises:
-        CheckpointError: the folder holds no checkpoint, or one of other adapters.
+        CheckpointError: the folder holds no checkpoint, a damaged one, or one of other adapters, in other
+            dtypes, or of another optimizer.
+        TrainingError: a rank ran out of memory.
     """
     root = bare(model)
-    states = _states(root, optimizer) | others
-    if not (Path(folder) / ".metadata").is_file():
-        raise CheckpointError(f"{folder} holds no checkpoint that fourfold.distributed.save_checkpoint wrote")
+    place = Path(folder).expanduser()
+    reader = PlainReader(place)
+    states: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    with together(f"{place} was not loaded"):
+        states = _states(root, optimizer) | _others(others)
+        stored = reader.read_metadata().state_dict_metadata
+        known = {f"model.{name}" for name in states["model"]}
+        more = sorted(name for name in stored if name.startswith("model.") and name not in known)
+        if more:
+            raise CheckpointError(
+                f"{place} is of other adapters: it holds {more[0]}"
+                + (f" and {len(more) - 1} more" if len(more) > 1 else "")
+                + ", which the model has not. Give the model the adapters that were saved"
+            )
     try:
-        stored = dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    except Exception as error:  # (a pickle of torch's own: anything may be wrong with it)
-        raise CheckpointError(f"{folder} is damaged: {error}. Take an earlier checkpoint") from error
-    known = {f"model.{name}" for name in states["model"]}
-    more = sorted(name for name in stored if name.startswith("model.") and name not in known)
-    if more:
-        raise CheckpointError(
-            f"{folder} is of other adapters: it holds {more[0]}"
-            + (f" and {len(more) - 1} more" if len(more) > 1 else "")
-            + ", which the model has not. Give the model the adapters that were saved"
-        )
-    try:
-        dcp.load(states, checkpoint_id=str(folder))
-    except (RuntimeError, ValueError, dcp.api.CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise CheckpointError(
-            f"{folder} is of another model, other adapters or another optimizer: {reason}"
-        ) from error
+        dcp.load(states, storage_reader=reader, planner=PlainLoadPlanner(), no_dist=not dist.is_initialized())
+    except CheckpointException as failed:
+        raise _named(failed, f"{place} is of another model, other adapters or another optimizer") from failed
     set_model_state_dict(root, states["model"], options=_PARTLY)
     if optimizer is not None:
         set_optimizer_state_dict(root, optimizer, states["optimizer"], options=_TRAINED)
-    return {name: states[name] for name in others}
+    for name, other in others.items():
+        found[name] = states[name]
+        if _has_state(other):
+            other.load_state_dict(found[name])
+            found[name] = other
+    return found
+
+
+def _has_state(other: Any) -> bool:
+    return hasattr(other, "state_dict") and hasattr(other, "load_state_dict")
+
+
+def _others(others: dict[str, Any]) -> dict[str, Any]:
+    """What is saved of each."""
+    return {name: wholes(o.state_dict() if _has_state(o) else o) for name, o in others.items()}
+
+
+def _named(failed: CheckpointException, otherwise: str) -> FourfoldError:
+    """What failed on some rank, as an error with the rank's number."""
+    rank, (error, _) = min(failed.failures.items())
+    where = f"rank {rank}: " if dist.is_initialized() else ""
+    if is_out_of_memory(error):
+        return TrainingError(f"{otherwise}: {where}ran out of memory ({error})")
+    if isinstance(error, CheckpointError):
+        return CheckpointError(f"{where}{error}")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return CheckpointError(f"{otherwise}: {where}{reason}")

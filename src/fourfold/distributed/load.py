@@ -34,6 +34,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from fourfold.distributed.blocks import is_whole_on_every_rank, linear_settings, with_settings
 from fourfold.distributed.cut import CutSlice, Part, as_part
 from fourfold.distributed.sharding import device_mesh, shards_of
+from fourfold.distributed.together import together
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.experts import PackedExperts
 from fourfold.formats import COMPANION_SUFFIXES
@@ -81,15 +82,18 @@ def load_sharded(
     Raises:
         CheckpointError: a tensor is missing, of a wrong shape, or not finite.
         ConfigurationError: ``experts_device="cpu"``, or the checkpoint is not packed and nothing says how to.
-        FourfoldError: what loading with this configuration raises.
+        TrainingError: a rank ran out of memory, with its number.
+        FourfoldError: what loading with this configuration raises; where only another rank failed, a
+            `CheckpointError` with its number.
     """
     mesh = mesh or device_mesh()
     if device is None:
         device = torch.device("cpu")
         if mesh.device_type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
-    cls = model_class or concrete_class(read_config(model), model)
     source = Path(model).expanduser()
+    with together(f"{model} was not loaded", mesh.get_all_groups()):
+        cls = model_class or concrete_class(read_config(model), model)
 
     def load(
         built: PreTrainedModel, state_dict: Any, checkpoint_files: Any, load_config: Any, *_: Any
@@ -119,7 +123,7 @@ def load_sharded(
     own: Any = type(cls.__name__, (cls,), members)
     if quantization_config is not None:
         arguments["quantization_config"] = quantization_config
-    with quiet_bars():
+    with together(f"{model} was not loaded", mesh.get_all_groups()), quiet_bars():
         built = own.from_pretrained(
             str(source if source.is_dir() else model), device_map={"": device}, **arguments
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,38 +20,20 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fourfold.distributed.cut import Part
-from fourfold.errors import CheckpointError, ConfigurationError
+from fourfold.distributed.tensor_file import Entry, Writing, begin, in_order, pieces
+from fourfold.distributed.together import from_first, together
+from fourfold.errors import ConfigurationError
 from fourfold.loading.headers import INDEX, SINGLE
 from fourfold.loading.quantize import DEFAULT_SHARD_SIZE, save_configuration
 from fourfold.loading.shards import parse_size
 from fourfold.loading.workplace import check_target, workplace
 
-_NAMES = {
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
-_PIECE = 64 * 2**20
-
 
 @dataclass(frozen=True)
-class _Entry:
+class _Entry(Entry):
     """One tensor of the checkpoint, whole or this rank's rows of it."""
 
-    key: str
     tensor: torch.Tensor
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def pieces(self, rank: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Where in the tensor bytes of this rank lie, and they; nothing where another rank has them too."""
@@ -68,9 +49,8 @@ class _Entry:
             tensor = tensor.to_local()
         elif rank:
             return
-        data = torch.Tensor(tensor.detach()).contiguous().view(-1).view(torch.uint8)
-        for at in range(0, data.numel(), _PIECE):
-            yield start + at, data[at : at + _PIECE].cpu()
+        for at, piece in pieces(tensor):
+            yield start + at, piece
 
 
 def save_packed(
@@ -95,31 +75,31 @@ def save_packed(
         ConfigurationError: ``folder`` exists, or adapters are on the model.
         CheckpointError: a rank could not write.
     """
-    if getattr(model, "peft_config", None):
-        raise ConfigurationError(
-            "save_packed writes the base model; save adapters with `save_pretrained`, or take them off first "
-            "(`model.unload()`)"
-        )
     rank = dist.get_rank() if dist.is_initialized() else 0
     target = Path(folder).expanduser().absolute()
-    size = parse_size(max_shard_size)
-    files = _files(_entries(model), size)
     with contextlib.ExitStack() as stack:
         place = ""
-        with _together("no checkpoint was written"):
+        files: dict[str, list[_Entry]] = {}
+        with together("no checkpoint was written"):
+            if getattr(model, "peft_config", None):
+                raise ConfigurationError(
+                    "save_packed writes the base model; save adapters with `save_pretrained`, or take them "
+                    "off first (`model.unload()`)"
+                )
+            files = _files(_entries(model), parse_size(max_shard_size))
             if rank == 0:
                 source = Path(model.name_or_path)
                 check_target(target, source, force)
                 place = str(stack.enter_context(workplace(target, source, force, "saving")))
-        place = _from_first(place)
-        with _together("no checkpoint was written"):
+        place = from_first(place)
+        with together("no checkpoint was written"):
             if rank == 0:
                 for name, entries in files.items():
-                    _begin(Path(place) / name, entries)
-        with _together("no checkpoint was written"):
+                    begin(Path(place) / name, entries)
+        with together("no checkpoint was written"):
             for name, entries in files.items():
                 _write(Path(place) / name, entries, rank)
-        with _together("no checkpoint was written"):
+        with together("no checkpoint was written"):
             if rank == 0:
                 _finish(Path(place), files, model)
                 stack.close()
@@ -144,8 +124,8 @@ def _entries(model: PreTrainedModel) -> list[_Entry]:
             dtype = linears[key].quant_storage
             shape = (tensor.numel() // dtype.itemsize, 1)
             for suffix, value in linears[key].quant_state.as_dict(packed=True).items():
-                found.append(_Entry(f"{key}.{suffix}", value, value.dtype, tuple(value.shape)))
-        found.append(_Entry(key, tensor, dtype, shape))
+                found.append(_Entry(f"{key}.{suffix}", value.dtype, tuple(value.shape), value))
+        found.append(_Entry(key, dtype, shape, tensor))
     return found
 
 
@@ -162,53 +142,15 @@ def _files(entries: list[_Entry], size: int) -> dict[str, list[_Entry]]:
     names = [SINGLE]
     if len(groups) > 1:
         names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    # (large elements first, as safetensors lays them out: every tensor is aligned then)
-    return {
-        name: sorted(group, key=lambda e: (-e.dtype.itemsize, e.key))
-        for name, group in zip(names, groups, strict=True)
-    }
-
-
-def _header(entries: list[_Entry]) -> tuple[bytes, dict[str, int], int]:
-    """The beginning of a file, where each tensor begins in it, and how long it is."""
-    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begins: dict[str, int] = {}
-    at = 0
-    for entry in entries:
-        begins[entry.key] = at
-        described[entry.key] = {
-            "dtype": _NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [at, at + entry.nbytes],
-        }
-        at += entry.nbytes
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    return head, {key: len(head) + begin for key, begin in begins.items()}, len(head) + at
-
-
-def _begin(file: Path, entries: list[_Entry]) -> None:
-    head, _, length = _header(entries)
-    with file.open("wb") as handle:
-        handle.write(head)
-        handle.truncate(length)
+    return {name: in_order(group) for name, group in zip(names, groups, strict=True)}
 
 
 def _write(file: Path, entries: list[_Entry], rank: int) -> None:
     """This rank's bytes of a file."""
-    _, begins, _ = _header(entries)
-    handle = os.open(file, os.O_WRONLY)
-    try:
+    with Writing(file, entries) as writing:
         for entry in entries:
             for at, piece in entry.pieces(rank):
-                data = memoryview(piece.numpy())
-                while data:
-                    written = os.pwrite(handle, data, begins[entry.key] + at)
-                    data, at = data[written:], at + written
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+                writing.write(entry.key, at, piece)
 
 
 def _finish(place: Path, files: dict[str, list[_Entry]], model: PreTrainedModel) -> None:
@@ -218,32 +160,3 @@ def _finish(place: Path, files: dict[str, list[_Entry]], model: PreTrainedModel)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (place / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     save_configuration(model, place)  # last of all, since nothing loads without it
-
-
-def _from_first(value: str) -> str:
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, 0)
-    return values[0]
-
-
-@contextlib.contextmanager
-def _together(otherwise: str) -> Iterator[None]:
-    """What fails on one rank fails on all: none waits for one that is gone."""
-    failure: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    if not dist.is_initialized():
-        if failure is not None:
-            raise failure
-        return
-    said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    failed = [(rank, text) for rank, text in enumerate(said) if text is not None]
-    if failed:
-        raise CheckpointError(f"{otherwise}: rank {failed[0][0]} failed with {failed[0][1]}")

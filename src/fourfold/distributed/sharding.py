@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from fourfold.distributed.alike import check_frozen_alike, make_trained_alike
 from fourfold.distributed.blocks import bare, blocks, ends, flatten_linears_, left_whole
+from fourfold.distributed.together import together
 from fourfold.errors import ConfigurationError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -102,9 +103,42 @@ def shard(
         ConfigurationError: it is sharded already; its experts are offloaded; nothing in it is layers;
             adapters have the width of a shard; trained parameters of one layer differ in dtype; a parameter
             that cannot be sharded is to be trained; or the ranks hold different weights.
+        TrainingError: a rank ran out of memory, with its number.
+        CheckpointError: another rank raised one of these, with its number.
     """
     mesh = mesh or device_mesh()
+    groups = mesh.get_all_groups()
     root = bare(model)
+    with together("the model was not sharded", groups):
+        layers = _layers_that_can_be(model, root)
+        whole = left_whole(root, mesh.device_type)
+        flatten_linears_(root, mesh.device_type)
+        _check_dtypes(root, layers, mixed_precision)
+    for group in groups:
+        check_frozen_alike(root, group, mesh.device_type)
+        make_trained_alike(root, group, mesh.device_type)
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": reshard_after_forward,
+        "mp_policy": mixed_precision or MixedPrecisionPolicy(),
+        "offload_policy": offload or OffloadPolicy(),
+        "ignored_params": set(whole.values()),
+    }
+    with together("the model was not sharded", groups):
+        places = _take_out(root)
+        _fully_shard(root, [layer for _, layer in layers], settings)
+        if mixed_precision is not None:
+            _never_cast_integers(root)
+        _put_back(places, on_cpu=isinstance(offload, CPUOffloadPolicy))
+    return model
+
+
+def _layers_that_can_be(model: nn.Module, root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that are gathered one by one.
+
+    Raises:
+        ConfigurationError: the model is sharded or offloaded, has no layers, or adapters of wrong widths.
+    """
     if is_sharded(model):
         raise ConfigurationError("the model is sharded already; call fourfold.distributed.shard once")
     for module in root.modules():
@@ -121,21 +155,11 @@ def shard(
             "torch.distributed.fsdp.fully_shard on its parts yourself"
         )
     _check_widths(root)
-    whole = left_whole(root, mesh.device_type)
-    flatten_linears_(root, mesh.device_type)
-    _check_dtypes(root, layers, mixed_precision)
-    for group in mesh.get_all_groups():
-        check_frozen_alike(root, group, mesh.device_type)
-        make_trained_alike(root, group, mesh.device_type)
-    places = _take_out(root)
-    settings: dict[str, Any] = {
-        "mesh": mesh,
-        "reshard_after_forward": reshard_after_forward,
-        "mp_policy": mixed_precision or MixedPrecisionPolicy(),
-        "offload_policy": offload or OffloadPolicy(),
-        "ignored_params": set(whole.values()),
-    }
-    for _, layer in layers:
+    return layers
+
+
+def _fully_shard(root: nn.Module, layers: list[nn.Module], settings: dict[str, Any]) -> None:
+    for layer in layers:
         fully_shard(layer, **settings)
     for end in ends(root):
         # (backward begins with the output layer: letting it go in between would be for nothing)
@@ -144,10 +168,6 @@ def shard(
     own = type(root)
     fully_shard(root, **settings)
     _keep_name(type(root), own)
-    if mixed_precision is not None:
-        _never_cast_integers(root)
-    _put_back(places, on_cpu=isinstance(offload, CPUOffloadPolicy))
-    return model
 
 
 def _keep_name(made: type, own: type) -> None:
