@@ -77,7 +77,7 @@ def test_layers_are_recomputed_once_where_both_keys_ask_for_it(
     assert examined.sound, examined.complaint()
     [said] = [entry for entry in examined.instead if entry.key.startswith("fsdp_config")]
     assert (said.key, said.where) == (f"fsdp_config.{name}", "line 10")
-    assert said.what.startswith("beside gradient_checkpointing, which recomputes the same layers")
+    assert said.what.startswith("beside gradient_checkpointing, which recomputes the same:")
     assert main(["validate", str(tmp_path / "config.yaml")]) == 0
     assert "that one is used, once; the same results" in capsys.readouterr().out
     alone = both.replace("gradient_checkpointing: true", "gradient_checkpointing: false", 1)

@@ -51,7 +51,7 @@ FSDP_SETTINGS = (
 # Their 8-bit state is in blocks of the whole tensor, or paged by the driver.
 UNSHARDED = ("adamw_8bit", "adamw_bnb_8bit", "lion_8bit", "ademamix_8bit", "rmsprop_bnb_8bit")
 RECOMPUTED = "activation_checkpointing"
-TWICE = "beside gradient_checkpointing, which recomputes the same layers: that one is used, once; the same results"
+TWICE = "beside gradient_checkpointing, which recomputes the same: that one is used, once; the same results"
 WHAT = "a model sharded over several cards"
 REMEDY = (
     "Drop the key; `torchrun --nproc_per_node N -m fourfold train` gives each card the whole packed model."
