@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
+import fourfold
 from fourfold import errors
 from fourfold.cli import main
 from fourfold.cli.main import COMMANDS, explain
@@ -384,6 +385,35 @@ def test_generate_from_a_packed_checkpoint_with_an_adapter(
     assert base["text"] != packed["text"]
 
 
+def test_generate_packs_as_the_base_of_the_adapter_was(
+    capsys: pytest.CaptureFixture[str], moe_folder: Path, settings: Settings, write_config: Write
+) -> None:
+    """Format and skips stand beside the adapter, which is refused on a base packed otherwise."""
+    skips = ["v_proj", "lm_head"]
+    bnb = {"bnb_4bit_quant_type": "fp4", "llm_int8_skip_modules": skips}
+    config = settings(max_steps=2, eval_steps=0, bnb_config_kwargs=bnb)
+    assert main(["train", str(write_config(config))]) == 0
+    question = ["generate", str(moe_folder), "--prompt", "what colour is the snow", "--max-new-tokens", "2"]
+    adapter = ["--adapter", config["output_dir"]]
+    assert main([*question, *adapter]) == 0
+    capsys.readouterr()
+    assert main([*question, *adapter, "--load-in-4bit"]) == 2
+    assert "was trained on experts packed as FP4" in capsys.readouterr().err
+    assert main([*question, *adapter, "--skip-modules", "v_proj"]) == 2
+    capsys.readouterr()
+
+
+def test_generate_leaves_modules_in_high_precision(moe_folder: Path) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from fourfold.training.generation import load_for_generation
+
+    model, _ = load_for_generation(str(moe_folder), None, None, ["v_proj"])
+    kinds = {name.rpartition(".")[2]: type(module) for name, module in model.named_modules()}
+    assert (kinds["v_proj"], kinds["q_proj"]) == (torch.nn.Linear, Linear4bit)
+    assert fourfold.verify(model).experts[0].format.startswith("NF4")
+
+
 def test_bad_input_of_generate(
     capsys: pytest.CaptureFixture[str], moe_folder: Path, packed_folder: Path, tmp_path: Path
 ) -> None:
@@ -391,6 +421,11 @@ def test_bad_input_of_generate(
         ([str(tmp_path / "nowhere"), "--prompt", "a"], "there is no folder"),
         ([str(moe_folder), "--prompt", "a", "--adapter", str(tmp_path)], "no adapter there"),
         ([str(packed_folder), "--prompt", "a", "--load-in-8bit"], "packed already"),
+        ([str(packed_folder), "--prompt", "a", "--skip-modules", "v_proj"], "packed already"),
+        (
+            [str(moe_folder), "--prompt", "a", "--no-quantization", "--skip-modules", "v"],
+            "nothing to be left",
+        ),
         ([str(moe_folder), "--prompt", "a", "--load-in-8bit", "--load-in-4bit"], "not allowed with"),
         ([str(moe_folder), "--prompt", "a", "--max-new-tokens", "0"], "no positive whole number"),
     ]

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.training_args import OptimizerNames
@@ -291,7 +292,7 @@ def test_fp16_is_what_the_model_is_loaded_in(settings: Settings, monkeypatch: py
         raise RuntimeError("far enough")
 
     monkeypatch.setattr(preflight, "check_device", lambda config: None)
-    monkeypatch.setattr(run_module.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(RuntimeError, match="far enough"):
         run(TrainConfig(**settings(fp16=True, bf16="auto")), quiet())
     assert seen["dtype"] == torch.float16

@@ -21,10 +21,10 @@ import re
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from fourfold.errors import ConfigurationError
-from fourfold.loading.skeleton import model_class, read_config
+from fourfold.loading.skeleton import language_class, model_class, read_config
 from fourfold.planning.conformance.tiny_models import build, shrink
 from fourfold.training.packing import packing_collator
 
@@ -98,9 +98,11 @@ def narrow_model(config: PretrainedConfig, attention: str | None) -> Any:
         narrow = type(config).from_dict(_with_depth(settings, shrink(settings)))
         if hasattr(narrow, "quantization_config"):
             del narrow.quantization_config
-        found = model_class(config)
-        if found is AutoModelForCausalLM:
-            found = AutoModelForCausalLM._model_mapping[type(config)]
+        found = language_class(config) or model_class(config)
+        if hasattr(found, "_model_mapping"):
+            found = found._model_mapping[type(config)]
+            if found.config_class is type(narrow.get_text_config()):  # the text alone of a model with images
+                narrow = narrow.get_text_config()
         model = build(narrow, found, device)
         if attention is not None:
             model.set_attn_implementation(attention)

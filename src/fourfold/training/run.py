@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerState, set_seed
+from transformers import PrinterCallback, TrainerState, set_seed
 from transformers.utils import enable_tf32
 
 import fourfold
 from fourfold.errors import ConfigurationError, TrainingError
+from fourfold.loading.skeleton import load_language_model
 from fourfold.planning.report import Report, make_report
 from fourfold.training import collective, processes
 from fourfold.training.adapting import put_on
@@ -242,7 +243,7 @@ def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:
         kwargs["attn_implementation"] = config.attention
     if torch.cuda.is_available():
         kwargs["device_map"] = {"": torch.cuda.current_device()}
-    model = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
+    model = load_language_model(config.base_model, **kwargs)
     report = fourfold.verify(model) if config.quantized else make_report(model)
     return model, report
 
