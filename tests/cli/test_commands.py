@@ -4,6 +4,7 @@ mistake."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -454,3 +455,34 @@ def test_exceptions_become_exit_statuses() -> None:
         assert got == status, error
         assert said in message
         assert "\n" not in message
+
+
+@pytest.mark.parametrize("arguments", [["schema"], ["schema", "--json"], ["validate", "CONFIG"]])
+def test_a_reader_that_goes_ends_a_command_quietly(arguments: list[str], tmp_path: Path) -> None:
+    """As ``| head`` does: no message, neither of the command nor of the interpreter at its end."""
+    config = tmp_path / "config.yaml"
+    config.write_text("base_model: m\nadapter: qlora\nload_in_4bit: true\ndatasets: [{path: d}]\n")
+    command = [sys.executable, "-m", "fourfold", *arguments]
+    command = [str(config) if part == "CONFIG" else part for part in command]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert (process.wait(timeout=60), said) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a connection, say, while standard output is still read."""
+    from fourfold.cli import schema
+
+    def broken(*_: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(schema, "execute", broken)
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as out, os.fdopen(reader) as read:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["schema"]) == 3
+        read.close()
+        assert main(["schema"]) == 141

@@ -26,7 +26,7 @@ from fourfold.training.preflight import check
 from fourfold.training.run import run
 from fourfold.training.schedules import SETTINGS
 from fourfold.training.schema import TrainConfig
-from fourfold.training.summary import RunResult
+from fourfold.training.summary import RunResult, show
 from fourfold.training.templates import FAMILIES, is_of_family
 from fourfold.training.trainer import trainer_arguments
 from fourfold.training.watch import EarlyStop
@@ -164,6 +164,12 @@ def test_merged_after_the_run(settings: Settings, tmp_path: Path) -> None:
     merged = load_file(tmp_path / "out" / "merged" / "model.safetensors")
     assert merged
     assert "merging" in result.seconds
+    assert result.merged == str(tmp_path / "out" / "merged")
+    console = quiet()
+    show(result, console)
+    assert "merged" in console.file.getvalue()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["merged"], "merging" in report["seconds"]) == (result.merged, True)
     by_hand = fourfold.merge(result.config["base_model"], tmp_path / "out", tmp_path / "by-hand")
     for name, tensor in load_file(Path(by_hand.folder) / "model.safetensors").items():
         assert torch.equal(merged[name], tensor), name

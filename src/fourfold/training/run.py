@@ -180,9 +180,14 @@ def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
                 fourfold.merge(
                     config.base_model, output, output / MERGED, force=checked.checkpoint is not None
                 )
+            result.merged = str(output / MERGED)
     if config.hub_model_id is not None:
         with clock("uploading"):
             trainer.push_to_hub()
+        result.uploaded = str(trainer.hub_model_id)
+    if processes.is_first() and (config.merge_lora or config.hub_model_id is not None):
+        with writing(output):
+            write_reports(result.to_dict(), output)  # again: with what came of these two
     return result
 
 
