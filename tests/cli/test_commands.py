@@ -4,6 +4,7 @@ mistake."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
+import fourfold
 from fourfold import errors
 from fourfold.cli import main
 from fourfold.cli.main import COMMANDS, explain
@@ -384,6 +386,35 @@ def test_generate_from_a_packed_checkpoint_with_an_adapter(
     assert base["text"] != packed["text"]
 
 
+def test_generate_packs_as_the_base_of_the_adapter_was(
+    capsys: pytest.CaptureFixture[str], moe_folder: Path, settings: Settings, write_config: Write
+) -> None:
+    """Format and skips stand beside the adapter, which is refused on a base packed otherwise."""
+    skips = ["v_proj", "lm_head"]
+    bnb = {"bnb_4bit_quant_type": "fp4", "llm_int8_skip_modules": skips}
+    config = settings(max_steps=2, eval_steps=0, bnb_config_kwargs=bnb)
+    assert main(["train", str(write_config(config))]) == 0
+    question = ["generate", str(moe_folder), "--prompt", "what colour is the snow", "--max-new-tokens", "2"]
+    adapter = ["--adapter", config["output_dir"]]
+    assert main([*question, *adapter]) == 0
+    capsys.readouterr()
+    assert main([*question, *adapter, "--load-in-4bit"]) == 2
+    assert "was trained on experts packed as FP4" in capsys.readouterr().err
+    assert main([*question, *adapter, "--skip-modules", "v_proj"]) == 2
+    capsys.readouterr()
+
+
+def test_generate_leaves_modules_in_high_precision(moe_folder: Path) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    from fourfold.training.generation import load_for_generation
+
+    model, _ = load_for_generation(str(moe_folder), None, None, ["v_proj"])
+    kinds = {name.rpartition(".")[2]: type(module) for name, module in model.named_modules()}
+    assert (kinds["v_proj"], kinds["q_proj"]) == (torch.nn.Linear, Linear4bit)
+    assert fourfold.verify(model).experts[0].format.startswith("NF4")
+
+
 def test_bad_input_of_generate(
     capsys: pytest.CaptureFixture[str], moe_folder: Path, packed_folder: Path, tmp_path: Path
 ) -> None:
@@ -391,6 +422,11 @@ def test_bad_input_of_generate(
         ([str(tmp_path / "nowhere"), "--prompt", "a"], "there is no folder"),
         ([str(moe_folder), "--prompt", "a", "--adapter", str(tmp_path)], "no adapter there"),
         ([str(packed_folder), "--prompt", "a", "--load-in-8bit"], "packed already"),
+        ([str(packed_folder), "--prompt", "a", "--skip-modules", "v_proj"], "packed already"),
+        (
+            [str(moe_folder), "--prompt", "a", "--no-quantization", "--skip-modules", "v"],
+            "nothing to be left",
+        ),
         ([str(moe_folder), "--prompt", "a", "--load-in-8bit", "--load-in-4bit"], "not allowed with"),
         ([str(moe_folder), "--prompt", "a", "--max-new-tokens", "0"], "no positive whole number"),
     ]
@@ -419,3 +455,34 @@ def test_exceptions_become_exit_statuses() -> None:
         assert got == status, error
         assert said in message
         assert "\n" not in message
+
+
+@pytest.mark.parametrize("arguments", [["schema"], ["schema", "--json"], ["validate", "CONFIG"]])
+def test_a_reader_that_goes_ends_a_command_quietly(arguments: list[str], tmp_path: Path) -> None:
+    """As ``| head`` does: no message, neither of the command nor of the interpreter at its end."""
+    config = tmp_path / "config.yaml"
+    config.write_text("base_model: m\nadapter: qlora\nload_in_4bit: true\ndatasets: [{path: d}]\n")
+    command = [sys.executable, "-m", "fourfold", *arguments]
+    command = [str(config) if part == "CONFIG" else part for part in command]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert (process.wait(timeout=60), said) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a connection, say, while standard output is still read."""
+    from fourfold.cli import schema
+
+    def broken(*_: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(schema, "execute", broken)
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as out, os.fdopen(reader) as read:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["schema"]) == 3
+        read.close()
+        assert main(["schema"]) == 141

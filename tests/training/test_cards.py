@@ -57,11 +57,6 @@ def test_nulls_ask_for_nothing(tmp_path: Path) -> None:
             "optimizer",
             "paged_adamw_8bit keeps its state in a form that FSDP cannot shard. Write adamw_torch_8bit",
         ),
-        (
-            "fsdp_config: {activation_checkpointing: true}\ngradient_checkpointing: true",
-            "gradient_checkpointing",
-            "true, and activation_checkpointing in fsdp_config recomputes the same",
-        ),
     ],
 )
 def test_what_is_wrong_in_them(tmp_path: Path, lines: str, key: str, said: str) -> None:
@@ -70,6 +65,23 @@ def test_what_is_wrong_in_them(tmp_path: Path, lines: str, key: str, said: str) 
     assert (problem.key, problem.not_yet) == (key, False)
     assert f"{problem.what}. {problem.remedy}".startswith(said)
     assert text.splitlines()[int(problem.where.removeprefix("line ")) - 1].startswith(key.split(".")[0])
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "fsdp_activation_checkpointing"])
+def test_layers_are_recomputed_once_where_both_keys_ask_for_it(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers refuses both at once; published files have both."""
+    both = SOUND + f"gradient_checkpointing: true\nfsdp_version: 2\nfsdp_config:\n  {name}: true\n"
+    examined = look(tmp_path, both)
+    assert examined.sound, examined.complaint()
+    [said] = [entry for entry in examined.instead if entry.key.startswith("fsdp_config")]
+    assert (said.key, said.where) == (f"fsdp_config.{name}", "line 10")
+    assert said.what.startswith("beside gradient_checkpointing, which recomputes the same:")
+    assert main(["validate", str(tmp_path / "config.yaml")]) == 0
+    assert "that one is used, once; the same results" in capsys.readouterr().out
+    alone = both.replace("gradient_checkpointing: true", "gradient_checkpointing: false", 1)
+    assert not [entry for entry in look(tmp_path, alone).instead if entry.key.startswith("fsdp_config")]
 
 
 def test_eight_bit_without_cards_is_no_matter(tmp_path: Path) -> None:

@@ -171,7 +171,9 @@ def test_a_template_that_refuses_a_role(tokenizer: Any, monkeypatch: pytest.Monk
 
 def test_a_tokenizer_without_template(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", None)
-    with pytest.raises(DataError, match="has no chat template"):
+    monkeypatch.setattr(tokenizer, "name_or_path", "some/model")
+    said = "here: a conversation, and the tokenizer of some/model has no chat template"
+    with pytest.raises(DataError, match=said):
         tokenize([Conversation(turns("what", "red"), "here")], tokenizer, 64, "datasets")
 
 
@@ -269,7 +271,7 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path: Path, row: Any, said: s
     with pytest.raises(DataError) as caught:
         read_records(DatasetConfig(path=str(path)))
     assert f"{path}, line 2: {said}" in str(caught.value)
-    assert "1 bad rows" in str(caught.value)
+    assert "1 bad row of " in str(caught.value)
 
 
 def test_many_bad_rows_are_counted(tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def look(tmp_path: Path, text: str, *overrides: str) -> Any:
         (COMMON, []),
         (COMMON + KERNELS, []),
         (sharded(COMMON), []),
+        (sharded(COMMON).replace("checkpointing: false", "checkpointing: true"), []),
         (COMMON + "context_parallel_size: 2\n", ["context_parallel_size"]),
         (COMMON + "deepspeed: zero3.json\n", []),
         (COMMON + "processor_type: AutoProcessor\nskip_prepare_dataset: true\n", None),

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.training_args import OptimizerNames
@@ -25,7 +26,7 @@ from fourfold.training.preflight import check
 from fourfold.training.run import run
 from fourfold.training.schedules import SETTINGS
 from fourfold.training.schema import TrainConfig
-from fourfold.training.summary import RunResult
+from fourfold.training.summary import RunResult, show
 from fourfold.training.templates import FAMILIES, is_of_family
 from fourfold.training.trainer import trainer_arguments
 from fourfold.training.watch import EarlyStop
@@ -163,6 +164,12 @@ def test_merged_after_the_run(settings: Settings, tmp_path: Path) -> None:
     merged = load_file(tmp_path / "out" / "merged" / "model.safetensors")
     assert merged
     assert "merging" in result.seconds
+    assert result.merged == str(tmp_path / "out" / "merged")
+    console = quiet()
+    show(result, console)
+    assert "merged" in console.file.getvalue()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["merged"], "merging" in report["seconds"]) == (result.merged, True)
     by_hand = fourfold.merge(result.config["base_model"], tmp_path / "out", tmp_path / "by-hand")
     for name, tensor in load_file(Path(by_hand.folder) / "model.safetensors").items():
         assert torch.equal(merged[name], tensor), name
@@ -291,7 +298,7 @@ def test_fp16_is_what_the_model_is_loaded_in(settings: Settings, monkeypatch: py
         raise RuntimeError("far enough")
 
     monkeypatch.setattr(preflight, "check_device", lambda config: None)
-    monkeypatch.setattr(run_module.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     with pytest.raises(RuntimeError, match="far enough"):
         run(TrainConfig(**settings(fp16=True, bf16="auto")), quiet())
     assert seen["dtype"] == torch.float16

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import tiny
 from fourfold.errors import (
@@ -18,7 +19,6 @@ from fourfold.errors import (
     FourfoldError,
     UnsupportedExpertsError,
 )
-from fourfold.training import run as run_module
 from fourfold.training.generation import load_for_generation
 from fourfold.training.preflight import check, load_tokenizer, make_quantization_config, stored_bits
 from fourfold.training.run import run
@@ -65,7 +65,7 @@ def test_bad_input_is_found_before_weights_are_read(
     def must_not_load(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(run_module.AutoModelForCausalLM, "from_pretrained", must_not_load)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", must_not_load)
     monkeypatch.chdir(Path(__file__).parents[2])
     empty, merged = tmp_path / "empty", tmp_path / "merged"
     empty.mkdir()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from fourfold.errors import (
@@ -284,11 +285,11 @@ def test_experts_that_stayed_unquantized_stop_the_run(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As if the loader had left them alone and nobody said so.
-    plain = run_module.AutoModelForCausalLM.from_pretrained
+    plain = transformers.AutoModelForCausalLM.from_pretrained
 
     def forgetful(name: str, quantization_config: Any = None, **kwargs: Any) -> Any:
         return plain(name, **kwargs)
 
-    monkeypatch.setattr(run_module.AutoModelForCausalLM, "from_pretrained", forgetful)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", forgetful)
     with pytest.raises(UnquantizedExpertsError, match=r"mlp\.experts\.gate_up_proj"):
         run(TrainConfig(**settings()), quiet())

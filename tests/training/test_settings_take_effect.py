@@ -100,6 +100,10 @@ def test_all_linears_and_dropout(settings: Settings) -> None:
             {"chat_template": "jinja", "chat_template_jinja": "none.jinja"},
             "chat_template_jinja: there is no file none.jinja",
         ),
+        (
+            {"chat_template": "jinja", "chat_template_jinja": "{% for m in messages %}\n{{ m. }}"},
+            "chat_template_jinja: the text given, line 2: expected name or number",
+        ),
         ({"optimizer": "adamw_torch_4bit"}, "optimizer: adamw_torch_4bit needs the package torchao"),
         ({"use_wandb": True}, "use_wandb: wandb needs the package wandb, which is not installed"),
     ],
@@ -221,6 +225,12 @@ def test_templates_and_tokens(settings: Settings, tmp_path: Path) -> None:
     path.write_text(CHAT_TEMPLATE.replace("m['role']", "'user' if m['role'] == 'system' else m['role']"))
     given = {"chat_template": "jinja", "chat_template_jinja": str(path)}
     assert check(config_of(settings, **given)).tokenizer.chat_template == path.read_text()
+    path.write_text("{% for m in messages %}\n{% endfor")
+    with pytest.raises(ConfigurationError, match=f"chat_template_jinja: {path}, line 2: "):
+        check(config_of(settings, **given))
+    path.write_bytes(b"\xff\xfe{{")
+    with pytest.raises(ConfigurationError, match=f"{path} cannot be read as text"):
+        check(config_of(settings, **given))
     given["chat_template_jinja"] = CHAT_TEMPLATE
     assert check(config_of(settings, **given)).tokenizer.chat_template == CHAT_TEMPLATE
     own = check(config_of(settings, chat_template="tokenizer_default_fallback_chatml")).tokenizer

@@ -198,5 +198,5 @@ def test_few_bad_rows_of_many_are_left_out_and_named(tmp_path: Path) -> None:
     assert len(found.records) == 99
     assert all(isinstance(record, Text) for record in found.records)
     assert found.bad == [f"{path}, line 41: `text` is empty"]
-    with pytest.raises(DataError, match=r"1 bad rows of 100; mend or remove them:\n  .*line 41: `text` is"):
+    with pytest.raises(DataError, match=r"1 bad row of 100; mend or remove it:\n  .*line 41: `text` is"):
         read_records(entry, max_bad=0.009)

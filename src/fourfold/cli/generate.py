@@ -25,9 +25,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--sample", action="store_true", help="sample, rather than take the likeliest token each time"
     )
     held = parser.add_mutually_exclusive_group()
-    held.add_argument("--load-in-4bit", action="store_true", help="NF4, double-quantized (the default)")
+    held.add_argument(
+        "--load-in-4bit",
+        action="store_true",
+        help="NF4, double-quantized (the default, unless the adapter was trained on another format)",
+    )
     held.add_argument("--load-in-8bit", action="store_true", help="INT8")
     held.add_argument("--no-quantization", action="store_true", help="as stored")
+    parser.add_argument(
+        "--skip-modules",
+        nargs="+",
+        metavar="NAME",
+        help="modules to leave in high precision, beside the head (llm_int8_skip_modules)",
+    )
 
 
 def execute(args: argparse.Namespace, console: Console) -> Outcome:
@@ -39,7 +49,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     from fourfold.training.generation import load_for_generation, stream
 
     bits = 8 if args.load_in_8bit else 4 if args.load_in_4bit else 0 if args.no_quantization else None
-    model, tokenizer = load_for_generation(args.model, bits, args.adapter)
+    model, tokenizer = load_for_generation(args.model, bits, args.adapter, args.skip_modules)
     started = time.perf_counter()
     text, tokens = stream(model, tokenizer, args.prompt, args.max_new_tokens, args.sample)
     seconds = time.perf_counter() - started

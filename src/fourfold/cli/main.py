@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
+import os
+import select
 import sys
 import time
 import traceback
@@ -19,7 +22,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from fourfold.cli.outcome import BROKEN, INTERRUPTED, WRONG_INPUT, Outcome
+from fourfold.cli.outcome import BROKEN, INTERRUPTED, PIPE_CLOSED, WRONG_INPUT, Outcome
 from fourfold.errors import FourfoldError
 from fourfold.training import processes
 from fourfold.training.strict_json import dumps
@@ -48,7 +51,19 @@ OUT_OF_MEMORY_ADVICE = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read standard output has gone (`fourfold schema | head`): nothing is left to be said,
+        # neither here nor by the interpreter, which flushes once more when it ends.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+def _main(arguments: list[str]) -> int:
     stdout = sys.stdout
     try:
         args = parse(arguments)
@@ -62,10 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # With --json standard output is for the result alone; whatever a library prints goes to standard error.
     first = processes.is_first()
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        outcome = _execute(args, Console(stderr=args.json, quiet=not first))
+        outcome = _execute(args, _Console(stderr=args.json, quiet=not first))
     if args.json and first:
         print(dumps(outcome.data), file=stdout)
     return outcome.status
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """(rich would leave the program here, with the status of a check that says no.)"""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class UsageError(Exception):
@@ -126,6 +147,8 @@ def _execute(args: argparse.Namespace, console: Console) -> Outcome:
         outcome: Outcome = importlib.import_module(f"fourfold.cli.{args.command}").execute(args, console)
         return outcome
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            raise
         if args.debug:
             traceback.print_exc()
         status, message = explain(error)
@@ -136,6 +159,16 @@ def _execute(args: argparse.Namespace, console: Console) -> Outcome:
             who = f"process {processes.rank()}: "
         print(f"fourfold {args.command}: {who}{message}", file=sys.stderr)
         return Outcome(status, _problem(error, status, message))
+
+
+def _reader_has_gone() -> bool:
+    """Whether it is standard output that cannot be written to (and no connection of a library's)."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # (no such call on this system; no file behind it)
+        return True
 
 
 def _problem(error: BaseException, status: int, message: str) -> dict[str, Any]:

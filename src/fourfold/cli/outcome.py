@@ -10,6 +10,7 @@ SAYS_NO = 1
 WRONG_INPUT = 2
 BROKEN = 3
 INTERRUPTED = 130
+PIPE_CLOSED = 141  # as of a program that the system ends for it
 
 
 @dataclass

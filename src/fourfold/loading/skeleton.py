@@ -7,13 +7,21 @@ weight is read or downloaded.
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from fourfold.errors import CheckpointError
@@ -53,9 +61,42 @@ def model_class(config: PretrainedConfig) -> Any:
         found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):  # (any name may stand there)
             return found
-    brings_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    known = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForCausalLM if known or brings_code else AutoModel
+    return language_class(config) or AutoModel
+
+
+def language_class(config: PretrainedConfig) -> Any:
+    """The auto class that loads a model to train and to answer with.
+
+    Returns:
+        `AutoModelForCausalLM`, which takes the text alone of some models with images; for models that it does
+        not know `AutoModelForImageTextToText`, which takes them whole; None where neither does.
+    """
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
+    return next((auto for auto in _LANGUAGE if type(config) in auto._model_mapping), None)
+
+
+def load_language_model(name: str, **kwargs: Any) -> Any:
+    """``from_pretrained`` of that class.
+
+    Args:
+        name: a folder, or a model's id on the hub.
+        kwargs: of ``from_pretrained``.
+
+    Raises:
+        CheckpointError: nothing readable is there, or no model that writes text.
+    """
+    config = read_config(name, bool(kwargs.get("trust_remote_code")))
+    auto = language_class(config)
+    if auto is None:
+        raise CheckpointError(
+            f"{name} is a {config.model_type}, and transformers has no class of that type that writes text. "
+            "Name a model that does; its code, where it brings some, is run with trust_remote_code."
+        )
+    return auto.from_pretrained(os.path.expanduser(name), **kwargs)
+
+
+_LANGUAGE: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
 
 
 def build_skeleton(
@@ -73,8 +114,8 @@ def build_skeleton(
         quantization_config: how it would be loaded; a checkpoint that is packed already says so itself.
         trust_remote_code: run the code that comes with the model, where it is no class of transformers.
         dtype: to load in; None is the checkpoint's.
-        causal: the class that `AutoModelForCausalLM` would load (of a checkpoint with images, its text
-            alone), not the one that the configuration names.
+        causal: the class that a run would load (see `language_class`), not the one that the configuration
+            names.
 
     Returns:
         A model whose parameters have their shapes and dtypes as after loading, without storage.
@@ -87,8 +128,7 @@ def build_skeleton(
     config = model if isinstance(model, PretrainedConfig) else read_config(model, trust_remote_code)
     if dtype is None:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    causal = causal and type(config) in AutoModelForCausalLM._model_mapping
-    cls: Any = AutoModelForCausalLM if causal else model_class(config)
+    cls: Any = (language_class(config) if causal else None) or model_class(config)
     remote = {"trust_remote_code": True} if trust_remote_code else {}
     stored = getattr(config, "quantization_config", None)
     packed = isinstance(stored, dict) and stored.get("quant_method") == QUANT_METHOD
@@ -96,7 +136,7 @@ def build_skeleton(
         built = (
             cls._from_config(config, dtype=dtype)
             if hasattr(cls, "_from_config")
-            else cls.from_config(config, **remote)
+            else cls.from_config(config, dtype=dtype, **remote)
         )
     settings = stored if packed else quantization_config
     if isinstance(settings, MoeBitsAndBytesConfig) and settings.experts_device is not None:

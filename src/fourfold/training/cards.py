@@ -50,6 +50,8 @@ FSDP_SETTINGS = (
 )
 # Their 8-bit state is in blocks of the whole tensor, or paged by the driver.
 UNSHARDED = ("adamw_8bit", "adamw_bnb_8bit", "lion_8bit", "ademamix_8bit", "rmsprop_bnb_8bit")
+RECOMPUTED = "activation_checkpointing"
+TWICE = "beside gradient_checkpointing, which recomputes the same: that one is used, once; the same results"
 WHAT = "a model sharded over several cards"
 REMEDY = (
     "Drop the key; `torchrun --nproc_per_node N -m fourfold train` gives each card the whole packed model."
@@ -86,7 +88,7 @@ def card_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
 def _fsdp_contradictions(
     values: Mapping[str, Any], given: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Iterator[Problem]:
-    """What FSDP cannot shard, or would do twice."""
+    """What FSDP cannot shard."""
     where = next((key for key in ("fsdp_version", "fsdp_config", "fsdp") if key in given), None)
     if where is None:
         return
@@ -99,10 +101,15 @@ def _fsdp_contradictions(
     if isinstance(optimizer, str) and (optimizer in UNSHARDED or optimizer.startswith("paged_")):
         what = f"{optimizer} keeps its state in a form that FSDP cannot shard"
         yield Problem("optimizer", what, "Write adamw_torch_8bit, or adamw_torch_fused.")
-    twice = config.get("activation_checkpointing", config.get("fsdp_activation_checkpointing"))
-    if twice is True and values.get("gradient_checkpointing") is True:
-        what = "true, and activation_checkpointing in fsdp_config recomputes the same"
-        yield Problem("gradient_checkpointing", what, "Keep one of the two.")
+
+
+def given_differently(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, what happens instead) of those whose work another key does already."""
+    config = asked(values).get("fsdp_config")
+    if isinstance(config, Mapping) and values.get("gradient_checkpointing"):
+        for name in (RECOMPUTED, f"fsdp_{RECOMPUTED}"):
+            if config.get(name) is True:
+                yield f"fsdp_config.{name}", TWICE
 
 
 def _is_off(value: Any) -> bool:

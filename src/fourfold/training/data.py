@@ -159,8 +159,9 @@ def tokenize(
             template = templates[record.template] if record.template else tokenizer.chat_template
             if not template:
                 raise DataError(
-                    f"{type(tokenizer).__name__} has no chat template, so turns cannot be told apart. "
-                    "Use the model's chat variant, or put a chat_template.jinja beside its tokenizer."
+                    f"{record.source}: a conversation, and the tokenizer of {tokenizer.name_or_path or what} "
+                    "has no chat template, so turns cannot be told apart. Use the model's chat variant, or put "
+                    "a chat_template.jinja beside its tokenizer."
                 )
         for ids, labels in _examples(record, tokenizer, template, sequence_len):
             total += 1

@@ -6,22 +6,29 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, TextStreamer
+from transformers import TextStreamer
 
 import fourfold
 from fourfold.adapters.peft_lora import load_adapter
+from fourfold.adapters.provenance import read as read_provenance
+from fourfold.adapters.provenance import settings_for
 from fourfold.errors import AdapterError, ConfigurationError
+from fourfold.loading.skeleton import load_language_model
 from fourfold.training.evaluate import evaluating
 from fourfold.training.preflight import check_model_folder, load_tokenizer, packed_already
 
 
-def load_for_generation(name: str, bits: int | None, adapter: str | None = None) -> tuple[Any, Any]:
+def load_for_generation(
+    name: str, bits: int | None, adapter: str | None = None, skip_modules: list[str] | None = None
+) -> tuple[Any, Any]:
     """Model and tokenizer.
 
     Args:
         name: a folder, or a model's id on the hub.
-        bits: 4, 8, 0 for as stored; None for 4 unless the checkpoint is packed already.
+        bits: 4, 8, 0 for as stored; None for as the adapter's base was packed, where that is known, and
+            else 4, unless the checkpoint is packed already.
         adapter: the folder of a LoRA adapter.
+        skip_modules: modules to leave in high precision, beside the head.
 
     Raises:
         ConfigurationError: there is no such model, or it is packed already in spite of ``bits``.
@@ -33,31 +40,58 @@ def load_for_generation(name: str, bits: int | None, adapter: str | None = None)
             f"{adapter}: no adapter there (no adapter_config.json). Name the folder that `train` wrote."
         )
     packed = packed_already(name)
-    if packed is not None and bits is not None:
+    if packed is not None and (bits is not None or skip_modules):
         raise ConfigurationError(
-            f"{name} is packed already ({packed.get('quant_method')}): leave the choice of bits out."
+            f"{name} is packed already ({packed.get('quant_method')}): leave the choice of bits and of "
+            "modules to skip out."
         )
+    if bits == 0 and skip_modules:
+        raise ConfigurationError("--skip-modules with --no-quantization: there is nothing to be left out of.")
+    trained_on = None
+    if adapter is not None and packed is None and bits is None and not skip_modules:
+        stored = read_provenance(adapter)
+        trained_on = None if stored is None else settings_for(stored)
     tokenizer = load_tokenizer(name)
-    model = load_model(name, 4 if bits is None and packed is None else bits or 0)
+    if packed is None and bits is None:
+        bits = 4
+    model = load_model(name, bits or 0, skip_modules=skip_modules, quantization_config=trained_on)
     if adapter is not None:
         model = load_adapter(model, adapter)
     return model, tokenizer
 
 
-def load_model(name: str, bits: int, dtype: torch.dtype | None = None) -> Any:
-    """The model with its experts packed to ``bits`` (0: as stored), in bf16 on a GPU and fp32 without one."""
+def load_model(
+    name: str,
+    bits: int,
+    dtype: torch.dtype | None = None,
+    *,
+    skip_modules: list[str] | None = None,
+    quantization_config: fourfold.MoeBitsAndBytesConfig | None = None,
+) -> Any:
+    """The model with its experts packed, in bf16 on a GPU and fp32 without one.
+
+    Args:
+        name: a folder, or a model's id on the hub.
+        bits: 4 (NF4, double-quantized), 8, or 0 for as stored.
+        dtype: another than that of the machine.
+        skip_modules: modules to leave in high precision, beside the head.
+        quantization_config: how to pack, instead of ``bits`` and ``skip_modules``.
+    """
     kwargs: dict[str, Any] = {
         "dtype": dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     }
     if torch.cuda.is_available():
         kwargs["device_map"] = {"": torch.cuda.current_device()}
-    if bits == 4:
+    skips: dict[str, Any] = {"llm_int8_skip_modules": skip_modules}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    elif bits == 4:
         kwargs["quantization_config"] = fourfold.MoeBitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **skips
         )
     elif bits == 8:
-        kwargs["quantization_config"] = fourfold.MoeBitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForCausalLM.from_pretrained(os.path.expanduser(name), **kwargs)
+        kwargs["quantization_config"] = fourfold.MoeBitsAndBytesConfig(load_in_8bit=True, **skips)
+    return load_language_model(name, **kwargs)
 
 
 def stream(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, sample: bool) -> tuple[str, int]:

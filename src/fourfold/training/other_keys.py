@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from reprlib import repr as brief
 from typing import Any
 
-from fourfold.training.cards import CARDS, card_problems
+from fourfold.training.cards import CARDS, card_problems, given_differently
 from fourfold.training.yaml_file import Problem, nearest, short
 
 _PRODUCTS = "Fourfold's own kernels multiply experts and their LoRA (`fourfold inspect MODEL --ways`)"
@@ -359,6 +359,7 @@ def take_others(
         else:
             rest[key] = value
     missing += card_problems(values)
+    instead += given_differently(values)
     return rest, missing, instead
 
 

@@ -387,4 +387,4 @@ def make_skeleton(config: TrainConfig, quantization_config: Any) -> Any:
     """The model without weights, as loading would prepare it."""
     from fourfold.loading.skeleton import build_skeleton
 
-    return build_skeleton(config.base_model, quantization_config, config.trust_remote_code)
+    return build_skeleton(config.base_model, quantization_config, config.trust_remote_code, causal=True)

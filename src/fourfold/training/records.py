@@ -103,8 +103,9 @@ def read_records(entry: DatasetConfig, train_on_inputs: bool = False, max_bad: f
             result.records.append(record)
     total = len(result.records) + len(result.bad)
     if len(result.bad) > max_bad * total:
+        rows, them = ("1 bad row", "it") if len(result.bad) == 1 else (f"{len(result.bad)} bad rows", "them")
         raise DataError(
-            f"{entry.path}: {len(result.bad)} bad rows of {total}; mend or remove them:\n  "
+            f"{entry.path}: {rows} of {total}; mend or remove {them}:\n  "
             + "\n  ".join(shown_problems(result.bad))
         )
     if not total:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from fourfold.training.cards import CARDS
+from fourfold.training.cards import CARDS, RECOMPUTED, TWICE
 from fourfold.training.dataset_keys import DatasetConfig, PromptFormat, Turn
 from fourfold.training.model_keys import SpecialTokens
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, NOT_YET, PLUGINS, NotYet
@@ -50,6 +50,7 @@ count the entries of a list from 0 (`datasets.0.path=other.jsonl`).
 
 def render() -> str:
     """The page."""
+    different = DIFFERENT | {f"fsdp_config.{RECOMPUTED}": TWICE}
     parts = [HEAD, "## Done\n", _fields(TrainConfig)]
     for title, model in (
         ("An entry of `datasets` and `test_datasets`", DatasetConfig),
@@ -59,7 +60,7 @@ def render() -> str:
         ("`gradient_checkpointing_kwargs`", Checkpointing),
     ):
         parts += [f"### {title}\n", _fields(model)]
-    parts += ["## Given differently\n", _table(("key", "what happens instead"), DIFFERENT.items())]
+    parts += ["## Given differently\n", _table(("key", "what happens instead"), different.items())]
     parts += ["### Plugins\n", _table(("plugin", "what happens instead"), PLUGINS.items())]
     parts += ["## Not yet\n", _not_yet(NOT_YET), "### In an entry of `datasets`\n", _not_yet(DATASET_NOT_YET)]
     heading = "## Several cards\n\nAccepted, and refused by name at the start of a run.\n"

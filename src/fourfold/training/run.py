@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerState, set_seed
+from transformers import PrinterCallback, TrainerState, set_seed
 from transformers.utils import enable_tf32
 
 import fourfold
 from fourfold.errors import ConfigurationError, TrainingError
+from fourfold.loading.skeleton import load_language_model
 from fourfold.planning.report import Report, make_report
 from fourfold.training import collective, processes
 from fourfold.training.adapting import put_on
@@ -179,9 +180,14 @@ def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
                 fourfold.merge(
                     config.base_model, output, output / MERGED, force=checked.checkpoint is not None
                 )
+            result.merged = str(output / MERGED)
     if config.hub_model_id is not None:
         with clock("uploading"):
             trainer.push_to_hub()
+        result.uploaded = str(trainer.hub_model_id)
+    if processes.is_first() and (config.merge_lora or config.hub_model_id is not None):
+        with writing(output):
+            write_reports(result.to_dict(), output)  # again: with what came of these two
     return result
 
 
@@ -242,7 +248,7 @@ def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:
         kwargs["attn_implementation"] = config.attention
     if torch.cuda.is_available():
         kwargs["device_map"] = {"": torch.cuda.current_device()}
-    model = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
+    model = load_language_model(config.base_model, **kwargs)
     report = fourfold.verify(model) if config.quantized else make_report(model)
     return model, report
 

@@ -38,6 +38,8 @@ class RunResult:
         sample: one prompt, the data's answer, the model's before and after.
         seconds: where the time went.
         journal: figures along the run (``fourfold.training.journal.Journal.to_dict``).
+        merged: the folder with base and adapter merged (``merge_lora``).
+        uploaded: where the adapter lies on the hub (``hub_model_id``).
         offload: where experts lay (``fourfold.OffloadReport.to_dict``); None for where the model computed.
     """
 
@@ -59,6 +61,8 @@ class RunResult:
     seconds: dict[str, float]
     journal: dict[str, Any]
     offload: dict[str, Any] | None = None
+    merged: str | None = None
+    uploaded: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What report.json holds."""
@@ -86,6 +90,8 @@ class RunResult:
             "unused_gpus": self.unused_gpus,
             "bf16": self.bf16,
             "offload": self.offload,
+            "merged": self.merged,
+            "uploaded": self.uploaded,
             "sample": self.sample,
             "seconds": self.seconds,
             **self.journal,
@@ -178,6 +184,8 @@ def _facts(result: RunResult) -> list[tuple[str, str]]:
         ("answer after", result.sample["after"]),
         ("in the data", result.sample["reference"]),
         ("adapter", result.adapter),
+        *([("merged", result.merged)] if result.merged is not None else []),
+        *([("uploaded to", result.uploaded)] if result.uploaded is not None else []),
         ("loss curve", str(Path(result.adapter) / "loss.png")),
         ("report", str(Path(result.adapter) / "report.html")),
         ("all of this", str(Path(result.adapter) / "report.json")),

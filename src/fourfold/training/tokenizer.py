@@ -73,6 +73,28 @@ def _check_family(config: TrainConfig, name: str, own: str | None) -> None:
         )
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"chat_template_jinja: {path} cannot be read as text ({error}).") from None
+
+
+def _check_jinja(tokenizer: Any, template: str, where: str) -> None:
+    """What is no Jinja at all is said of the template, not of the first conversation that it meets."""
+    from jinja2 import TemplateSyntaxError
+
+    turns = [{"role": "user", "content": "a"}]
+    try:
+        tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ConfigurationError(
+            f"chat_template_jinja: {where}, line {error.lineno}: {error.message}. Mend the template."
+        ) from None
+    except Exception:  # (whatever it makes of this one turn: the data's own are what counts)
+        return
+
+
 def choose_template(config: TrainConfig, tokenizer: Any, entry: DatasetConfig | None = None) -> str | None:
     """The chat template that ``chat_template`` means for this tokenizer: the run's, or that of one dataset.
 
@@ -88,7 +110,9 @@ def choose_template(config: TrainConfig, tokenizer: Any, entry: DatasetConfig | 
         is_file = "{" not in given and path.is_file()
         if not is_file and "{" not in given:
             raise ConfigurationError(f"chat_template_jinja: there is no file {given}. Name one.")
-        return path.read_text(encoding="utf-8") if is_file else given
+        text = _read(path) if is_file else given
+        _check_jinja(tokenizer, text, str(path) if is_file else "the text given")
+        return text
     if name in FAMILIES:
         _check_family(config, name, own)
         return own
