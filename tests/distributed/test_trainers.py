@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import ranks
-import sharded_checks
+import sharded_models
 import trainer_checks
 from trainer_checks import CASES
 
@@ -21,15 +21,15 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_trainer_equals_a_loop_in_one_process(job: Path, case: str) -> None:
-    sharded_checks.equal(ranks.outcome(job, f"trainer:{case}"))
+    sharded_models.equal(ranks.outcome(job, f"trainer:{case}"))
 
 
 def test_sft_trainer_equals_a_loop_in_one_process(job: Path) -> None:
-    sharded_checks.equal(ranks.outcome(job, "sft"))
+    sharded_models.equal(ranks.outcome(job, "sft"))
 
 
 def test_a_model_loaded_in_shards_is_taken(job: Path) -> None:
-    sharded_checks.equal(ranks.outcome(job, "loaded_in_shards"))
+    sharded_models.equal(ranks.outcome(job, "loaded_in_shards"))
 
 
 def test_bf16_leaves_packed_experts_alone(job: Path) -> None:
@@ -39,7 +39,7 @@ def test_bf16_leaves_packed_experts_alone(job: Path) -> None:
 
 @pytest.mark.parametrize("state", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_resumed(job: Path, state: str) -> None:
-    sharded_checks.equal(ranks.outcome(job, f"resumed:{state}"), 1e-6)
+    sharded_models.equal(ranks.outcome(job, f"resumed:{state}"), 1e-6)
 
 
 def test_what_cannot_be_followed_is_refused_by_name(job: Path) -> None:

@@ -1,4 +1,4 @@
-"""accelerate shards on accelerators only: on a CPU it forgets FSDP, and makes it DDP. Here the CPU passes for one.
+"""accelerate shards on accelerators only: on a CPU it makes DDP of FSDP. Here the CPU passes for one.
 
 Import this before a trainer or an `Accelerator` is made.
 """

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 import accelerate_on_cpu  # noqa: F401
 import fourfold
-import sharded_checks as checks
+import sharded_models as checks
 from fourfold.adapters import gather
 from fourfold.distributed.load import load_sharded
 from fourfold.distributed.sharding import is_sharded, shard
@@ -205,7 +205,7 @@ def mixed_precision(job: Job) -> dict[str, Any]:
             parameter.data = parameter.data.bfloat16()
     made = PlainTrainer(model=adapted, args=arguments(job, {}, bf16=True, max_steps=3), train_dataset=rows())
     made.train()
-    now = {n: p for n, p in made.model.named_parameters()}
+    now = dict(made.model.named_parameters())
     assert {p.dtype for p in now.values() if p.requires_grad} == {torch.float32}
     for name, tensor in stored.items():
         (ours,) = [p for n, p in now.items() if n.replace("base_layer.", "").endswith(name)]

@@ -114,13 +114,13 @@ def _refuse(plugin: Any, model: nn.Module) -> None:
     """What stock would follow and `shard` does not."""
     if plugin.ignored_modules is not None:
         raise ConfigurationError(
-            "fsdp_ignored_modules: gradients of what is not sharded would differ between ranks. Drop it; what "
-            "cannot be sharded is left whole by itself"
+            "fsdp_ignored_modules: gradients of what is not sharded would differ between ranks. Drop it; "
+            "what cannot be sharded is left whole by itself"
         )
     if plugin.min_num_params is not None and plugin.min_num_params > 0:
         raise ConfigurationError(
-            "fsdp_min_num_params: a model with packed experts is sharded layer by layer, whatever their size. "
-            "Set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"
+            "fsdp_min_num_params: a model with packed experts is sharded layer by layer, whatever their "
+            "size. Set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"
         )
     root = bare(model)
     known = {type(layer).__name__ for _, layer in blocks(root)}

@@ -180,8 +180,8 @@ def _fully_shard(root: nn.Module, layers: list[nn.Module], settings: dict[str, A
 def _shard_keeping_name(module: nn.Module, settings: dict[str, Any]) -> None:
     """`fully_shard`, which makes a class of its own of the module's, called ``FSDP...``.
 
-    Adapters and configurations are saved with the name of a class, and what loads them looks it up; accelerate
-    looks for the classes of layers by name.
+    Adapters and configurations are saved with the name of a class, and what loads them looks it up;
+    accelerate looks for the classes of layers by name.
     """
     own = type(module)
     fully_shard(module, **settings)
