@@ -100,6 +100,13 @@ def _register_with_hotswap(_: Any) -> None:
     install_hotswap()
 
 
+@wrapt.when_imported("accelerate.accelerator")
+def _register_with_accelerate(_: Any) -> None:
+    from fourfold.distributed.accelerated import install
+
+    install()
+
+
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,15 +16,8 @@ from fourfold.training.run import run
 from fourfold.training.sampler import LengthGroupedSampler
 from fourfold.training.schema import TrainConfig
 from fourfold.training.trainer import with_filler
+from launching import torchrun
 from tiny_chat import Settings, conversation, quiet, write_jsonl
-
-
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=240, env=environment, check=False
-    )
 
 
 def test_two_processes_are_one_with_twice_the_batch(

@@ -104,7 +104,8 @@ def install_provenance() -> None:
         for name in names:
             if name in self.peft_config:  # (stock answers for the others)
                 provenance.name_the_original(self, self.peft_config[name])
-        if gather.has_distributed_parameters(self) and "state_dict" not in bound.arguments["kwargs"]:
+        given = bound.arguments["kwargs"].get("state_dict")  # (a trainer passes a None)
+        if gather.has_distributed_parameters(self) and given is None:
             bound.arguments["kwargs"]["state_dict"] = gather.gathered_adapters(self)
             bound.arguments["is_main_process"] = gather.is_first_rank()
             result = save(*bound.args, **bound.kwargs) if gather.is_first_rank() else None

@@ -9,6 +9,7 @@ keep their scales where a gathered weight finds them, 8-bit Linears stay whole o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -117,6 +118,8 @@ def shard(
     for group in groups:
         check_frozen_alike(root, group, mesh.device_type)
         make_trained_alike(root, group, mesh.device_type)
+    if isinstance(offload, CPUOffloadPolicy) and mesh.device_type == "cpu":
+        offload = CPUOffloadPolicy(pin_memory=False)  # (pinning asks for an accelerator)
     settings: dict[str, Any] = {
         "mesh": mesh,
         "reshard_after_forward": reshard_after_forward,
@@ -129,7 +132,7 @@ def shard(
         _fully_shard(root, [layer for _, layer in layers], settings)
         if mixed_precision is not None:
             _never_cast_integers(root)
-        _put_back(places, on_cpu=isinstance(offload, CPUOffloadPolicy))
+        _put_back(places, _offloaded(root), mesh.device_type)
     return model
 
 
@@ -159,22 +162,47 @@ def _layers_that_can_be(model: nn.Module, root: nn.Module) -> list[tuple[str, nn
 
 
 def _fully_shard(root: nn.Module, layers: list[nn.Module], settings: dict[str, Any]) -> None:
-    for layer in layers:
-        fully_shard(layer, **settings)
-    for end in ends(root):
-        # (backward begins with the output layer: letting it go in between would be for nothing)
-        last = end is root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else False
-        fully_shard(end, **settings | ({"reshard_after_forward": False} if last else {}))
-    own = type(root)
-    fully_shard(root, **settings)
-    _keep_name(type(root), own)
+    """Layers, embeddings, and all that is left.
 
-
-def _keep_name(made: type, own: type) -> None:
-    """`fully_shard` makes a class of its own of the model's, called ``FSDP...``; adapters and configurations
-    are saved with the name of the class, and what loads them looks it up.
+    The output layer stays on the device also where shards are offloaded: losses that never form all logits
+    (TRL's) take its weight by themselves, and compute where they find it. Backward begins with it: letting it
+    go in between would be for nothing.
     """
+    on_device = settings | {"offload_policy": OffloadPolicy()}
+    for layer in layers:
+        _shard_keeping_name(layer, settings)
+    for end in ends(root):
+        last = end is root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else False
+        _shard_keeping_name(end, on_device | {"reshard_after_forward": False} if last else settings)
+    _shard_keeping_name(root, on_device)  # (shared embeddings are here)
+
+
+def _shard_keeping_name(module: nn.Module, settings: dict[str, Any]) -> None:
+    """`fully_shard`, which makes a class of its own of the module's, called ``FSDP...``.
+
+    Adapters and configurations are saved with the name of a class, and what loads them looks it up;
+    accelerate looks for the classes of layers by name.
+    """
+    own = type(module)
+    fully_shard(module, **settings)
+    made = type(module)
     made.__name__, made.__qualname__, made.__module__ = own.__name__, own.__qualname__, own.__module__
+
+
+def _sharded_parameters(root: nn.Module) -> Iterator[Any]:
+    """What FSDP2 knows of each parameter."""
+    for module in root.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state: Any = module._get_fsdp_state()
+        one = getattr(state, "_fsdp_param_group", None)  # several in torch 2.13
+        for group in getattr(state, "_fsdp_param_groups", None) or ([one] if one is not None else []):
+            yield from group.fsdp_params
+
+
+def _offloaded(root: nn.Module) -> set[int]:
+    """Of which parameters (by ``id``) shards lie in CPU memory."""
+    return {id(p.sharded_param) for p in _sharded_parameters(root) if p.offload_to_cpu}
 
 
 def _never_cast_integers(root: nn.Module) -> None:
@@ -183,16 +211,10 @@ def _never_cast_integers(root: nn.Module) -> None:
     In torch 2.11 `fully_shard` casts every parameter, integers too, to the dtype of its policy: bytes become
     rounded numbers, and scales are lost. 2.13 leaves integers alone by itself.
     """
-    for module in root.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        state: Any = module._get_fsdp_state()
-        one = getattr(state, "_fsdp_param_group", None)  # several in torch 2.13
-        for group in getattr(state, "_fsdp_param_groups", None) or ([one] if one is not None else []):
-            for parameter in group.fsdp_params:
-                if not parameter.sharded_param.dtype.is_floating_point:
-                    stock = parameter.init_dtype_attrs
-                    parameter.init_dtype_attrs = lambda _, stock=stock: stock(MixedPrecisionPolicy())
+    for parameter in _sharded_parameters(root):
+        if not parameter.sharded_param.dtype.is_floating_point:
+            stock = parameter.init_dtype_attrs
+            parameter.init_dtype_attrs = lambda _, stock=stock: stock(MixedPrecisionPolicy())
 
 
 def _check_widths(root: nn.Module) -> None:
@@ -252,15 +274,15 @@ def _take_out(root: nn.Module) -> list[_Place]:
     return list(places.values())
 
 
-def _put_back(places: list[_Place], on_cpu: bool) -> None:
-    """Give every place that `fully_shard` made its shard."""
+def _put_back(places: list[_Place], offloaded: set[int], device_type: str) -> None:
+    """Give every place that `fully_shard` made its shard, where FSDP2 looks for it."""
     for place in places:
         module, leaf = place.holders[0]
         made: Any = module._parameters[leaf]
         if place.local.shape != made.to_local().shape:
             raise AssertionError(f"{leaf}: {place.local.shape} read, {made.to_local().shape} wanted")
         tensor = DTensor.from_local(
-            place.local.cpu() if on_cpu else place.local,
+            place.local.to("cpu" if id(made) in offloaded else device_type),
             made.device_mesh,
             made.placements,
             run_check=False,

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fourfold.errors import TrainingError
 from fourfold.planning.units import format_bytes
+from fourfold.training import collective
 from fourfold.training.evaluate import AnswerLosses
 
 SHOWN_NAMES = 8
@@ -108,7 +109,7 @@ class FirstStepGradients(TrainerCallback):
             return
         self.checked = True
         trainable = {name: p for name, p in kwargs["model"].named_parameters() if p.requires_grad}
-        without = [name for name, p in trainable.items() if p.grad is None or _stays_zero(name, p, trainable)]
+        without = _without_gradient(kwargs["model"], trainable)
         if without:
             more = f" and {len(without) - SHOWN_NAMES} more" if len(without) > SHOWN_NAMES else ""
             raise TrainingError(
@@ -119,12 +120,30 @@ class FirstStepGradients(TrainerCallback):
             )
 
 
-def _stays_zero(name: str, factor: nn.Parameter, trainable: dict[str, nn.Parameter]) -> bool:
-    """Whether a LoRA factor has a gradient of zeros alone although its partner passes one on."""
+def _without_gradient(model: nn.Module, trainable: dict[str, nn.Parameter]) -> list[str]:
+    """Names of parameters that no gradient reaches; of a sharded model, in any process."""
+    gradients = [p.grad is not None and bool(collective.here(p.grad).any()) for p in trainable.values()]
+    values = [bool(collective.here(p.detach()).any()) for p in trainable.values()]
+    if collective.is_sharded(model):
+        flags = [float(flag) for flag in (*gradients, *values)]
+        found = [flag > 0 for flag in collective.sum_of(flags, collective.device_of(model))]
+        gradients, values = found[: len(gradients)], found[len(gradients) :]
+    moves, weighs = dict(zip(trainable, gradients, strict=True)), dict(zip(trainable, values, strict=True))
+    return [name for name, p in trainable.items() if p.grad is None or _stays_zero(name, moves, weighs)]
+
+
+def _stays_zero(name: str, moves: dict[str, bool], weighs: dict[str, bool]) -> bool:
+    """Whether a LoRA factor has a gradient of zeros alone although its partner passes one on.
+
+    Args:
+        name: of the factor.
+        moves: of each parameter, whether its gradient is anything but zeros.
+        weighs: the same of its values.
+    """
     for own, other in (("lora_A.", "lora_B."), ("lora_B.", "lora_A.")):
-        partner = trainable.get(name.replace(own, other)) if own in name else None
-        if partner is not None and factor.grad is not None:
-            return not bool(factor.grad.any()) and bool(partner.detach().any())
+        partner = name.replace(own, other)
+        if own in name and partner in weighs:
+            return not moves[name] and weighs[partner]
     return False
 
 
@@ -149,11 +168,15 @@ class FiniteGradients(TrainerCallback):
         Raises:
             TrainingError: a norm is NaN or infinite.
         """
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        model = kwargs["model"]
+        gradients = [collective.here(p.grad) for p in model.parameters() if p.grad is not None]
         if not gradients:
             return
         norms = torch.stack([norm.float().to(gradients[0].device) for norm in torch._foreach_norm(gradients)])
-        if bool(torch.isfinite(norms).all()):
+        sound = bool(torch.isfinite(norms).all())
+        if collective.is_sharded(model):  # (all stop, or none)
+            sound = collective.sum_of([float(not sound)], collective.device_of(model)) == [0.0]
+        if sound:
             self.in_a_row = 0
             return
         self.in_a_row += 1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fourfold.training.bnb_settings import bnb_contradictions
 from fourfold.training.dataset_contradictions import dataset_contradictions
+from fourfold.training.fsdp_keys import fsdp_contradictions
 from fourfold.training.offload_keys import offload_contradictions
 from fourfold.training.schedules import schedule_contradictions
 from fourfold.training.yaml_file import Problem
@@ -51,6 +52,7 @@ def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Probl
         yield found(keys, what, "Set load_in_4bit: true or load_in_8bit: true, or drop this key.")
     yield from bnb_contradictions(config)
     yield from offload_contradictions(config)
+    yield from fsdp_contradictions(config)
     yield from _lora_contradictions(config)
     yield from _trainer_contradictions(config)
     yield from _loftq_contradictions(config)

@@ -102,7 +102,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     weight = next(p for p in model.parameters() if p.is_floating_point())
     low = weight.dtype in (torch.bfloat16, torch.float16)
     try:
-        with torch.no_grad(), torch.autocast(weight.device.type, weight.dtype if low else None, enabled=low):
+        with (
+            torch.no_grad(),
+            torch.autocast(collective.device_of(model).type, weight.dtype if low else None, enabled=low),
+        ):
             yield
     finally:
         for module, mode in modes.items():
@@ -138,23 +141,40 @@ def evaluate_answers(
     if packed is not None:
         batches = list(fill(lengths, order, packed[1]))
     with evaluating(model):
-        for chosen in batches[processes.rank() :: processes.count()]:
+        for chosen, counts in _shares(batches, collective.is_sharded(model)):
             members = [rows[i] for i in chosen]
             if packed is not None:
                 found = _packed_losses(model, packed[0](members), [lengths[i] for i in chosen])
             else:
                 found = _batch_losses(model, collate(members))
+            if not counts:
+                continue
             for index, loss, count in zip(chosen, *found, strict=True):
                 if not math.isfinite(loss):
                     raise TrainingError(f"The loss on held-out row {index} is {loss}. Are the weights sound?")
                 losses[index], tokens[index] = loss, count
-    device = next(model.parameters()).device
+    device = collective.device_of(model)
     everyone = collective.sum_of([*losses, *(float(count) for count in tokens)], device)
     return AnswerLosses(everyone[: len(rows)], [round(count) for count in everyone[len(rows) :]])
 
 
+def _shares(batches: list[list[int]], together: bool) -> Iterator[tuple[list[int], bool]]:
+    """This process's batches, and whether each counts.
+
+    The processes of a sharded model compute ``together``, each as many batches as any other: who has none
+    left takes the first once more, for nothing.
+    """
+    count, rank = processes.count(), processes.rank()
+    for number in range(math.ceil(len(batches) / count)):
+        index = number * count + rank
+        if index < len(batches):
+            yield batches[index], True
+        elif together:
+            yield batches[0], False
+
+
 def _batch_losses(model: Any, batch: dict[str, torch.Tensor]) -> tuple[list[float], list[int]]:
-    device = next(model.parameters()).device
+    device = collective.device_of(model)
     labels_BT = batch["labels"].to(device)[:, 1:]
     used_T = (labels_BT != IGNORED).any(dim=0)
     positions_P = used_T.nonzero().squeeze(1)
@@ -180,7 +200,7 @@ def _packed_losses(
     model: Any, batch: dict[str, Any], lengths: Sequence[int]
 ) -> tuple[list[float], list[int]]:
     """As ``_batch_losses``, of examples laid end to end in one row."""
-    device = next(model.parameters()).device
+    device = collective.device_of(model)
     labels_T = batch.pop("labels")[0, 1:].to(device)
     positions_P = (labels_T != IGNORED).nonzero().squeeze(1)
     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -204,7 +224,7 @@ def _takes_positions(model: Any) -> bool:
 
 def answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int = 64) -> str:
     """The model's greedy answer to the tokens of a prompt."""
-    ids_BT = torch.tensor([ids], device=next(model.parameters()).device)
+    ids_BT = torch.tensor([ids], device=collective.device_of(model))
     inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
     with evaluating(model):
         output = model.generate(

@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerState
 
 from fourfold.errors import FourfoldError
 from fourfold.experts import find_experts
+from fourfold.training import collective
 from fourfold.training.callbacks import Curve, peak_memory
 from fourfold.training.report_page import write_page
 from fourfold.training.schema import TrainConfig
@@ -168,12 +169,17 @@ class Journal(TrainerCallback):
         if step % max(1, int(args.logging_steps)) and not (args.logging_first_step and step == 1):
             return
         norms = {
-            kind: torch.stack([p.grad.float().norm() for p in parameters if p.grad is not None]).norm()
+            kind: torch.stack(
+                [collective.here(p.grad).float().norm() for p in parameters if p.grad is not None]
+            ).norm()
             for kind, parameters in self._kinds.items()
             if any(p.grad is not None for p in parameters)
         }
         if norms:
             values = torch.stack([norm.cpu() if norm.is_cpu else norm for norm in norms.values()]).tolist()
+            if collective.is_sharded(kwargs["model"]):  # (each process has seen its own shards)
+                squares = collective.sum_of([v * v for v in values], collective.device_of(kwargs["model"]))
+                values = [square**0.5 for square in squares]
             self._norms = dict(zip(norms, values, strict=True))
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from reprlib import repr as brief
 from typing import Any
 
 from fourfold.training.cards import CARDS, card_problems, given_differently
+from fourfold.training.fsdp_keys import FSDP, fsdp_instead, fsdp_problems, is_off
 from fourfold.training.yaml_file import Problem, nearest, short
 
 _PRODUCTS = "Fourfold's own kernels multiply experts and their LoRA (`fourfold inspect MODEL --ways`)"
@@ -336,11 +337,12 @@ def take_others(
     """
     rest: dict[str, Any] = {}
     missing: list[Problem] = []
-    instead: list[tuple[str, str]] = []
+    instead: list[tuple[str, str]] = list(fsdp_instead(values))
+    faulty = any(True for _ in fsdp_problems(values))  # (said below, by line: not again as a contradiction)
     for key, value in values.items():
         if key in NOT_YET:
             missing += _refused(key, value, NOT_YET[key])
-        elif key in CARDS:
+        elif key in CARDS or (key in FSDP and (is_off(value) or faulty)):
             continue
         elif key == "plugins" and value is not None:
             for full_name in value if isinstance(value, list) else [value]:

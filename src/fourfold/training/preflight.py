@@ -37,6 +37,7 @@ from fourfold.training.resume import (
     run_settings,
 )
 from fourfold.training.schema import TrainConfig
+from fourfold.training.sharding_checks import check_sharding
 from fourfold.training.targets import check_patterns, find_targets
 from fourfold.training.tokenizer import choose_template, load_tokenizer
 
@@ -117,6 +118,7 @@ def check(config: TrainConfig) -> Checked:
     modules, parameters = find_targets(config, skeleton) if saved is None else saved
     if saved is None:
         check_patterns(config, skeleton, modules, parameters)
+    check_sharding(config, skeleton)
     check_adapters(config, skeleton, modules, parameters)
     if config.sample_packing or config.eval_sample_packing:
         check_isolation(config.base_model, config.attention, config.trust_remote_code)

@@ -19,6 +19,11 @@ def rank() -> int:
     return _number("RANK", 0)
 
 
+def local_rank() -> int:
+    """Which of those on this machine this one is; its card has that number."""
+    return _number("LOCAL_RANK", 0)
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
     return rank() == 0

@@ -12,6 +12,7 @@ older checkpoints are deleted only afterwards.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -19,11 +20,14 @@ from typing import Any
 
 from fourfold.errors import ConfigurationError
 from fourfold.training import processes
+from fourfold.training.fsdp_keys import sharding
 from fourfold.training.schema import TrainConfig
 
 RUN_FILE, STATE_FILE = "run.json", "trainer_state.json"
 FILES = "files"
-NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", RUN_FILE)
+SHARDS = "shards"  # (of a sharded run: its adapters' and its optimizer's, a file for each process)
+OPTIMIZER = "optimizer.pt"
+NEEDED = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", RUN_FILE)
 # Batches, the optimizer's state and the adapters hang on these. From learning_rate on: the stored state
 # brings its own, so that another one in the file would be ignored.
 FIXED = (
@@ -60,8 +64,10 @@ FIXED = (
     "adam_epsilon",
     "seed",
 )
+BATCH = ("micro_batch_size", "gradient_accumulation_steps")
 # How many processes share a step: a batch is that many micro batches.
 PROCESSES = "processes (torchrun --nproc_per_node)"
+SHARDED = "fsdp_version (sharded)"
 Settings = dict[str, Any]
 
 
@@ -86,6 +92,7 @@ def run_settings(
         "bf16": bf16,
         "datasets": digest,
         PROCESSES: processes.count(),
+        SHARDED: sharding(config) is not None,
     }
     result: Settings = json.loads(json.dumps(settings, default=str))
     return result
@@ -93,7 +100,11 @@ def run_settings(
 
 def commit(folder: Path, settings: Settings) -> None:
     """Mark a checkpoint as whole: ``run.json``, with the sizes of all that lies there."""
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != RUN_FILE}
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / RUN_FILE
+    }
     text = json.dumps({**settings, FILES: files}, indent=2) + "\n"
     unfinished = folder / f"{RUN_FILE}.part"
     unfinished.write_text(text, encoding="utf-8")
@@ -179,6 +190,8 @@ def _trouble(folder: Path) -> ConfigurationError | None:
             "Name a folder such as output_dir/checkpoint-20."
         )
     missing = [name for name in NEEDED if not (folder / name).is_file()]
+    if not (folder / OPTIMIZER).is_file() and not (folder / SHARDS / "checkpoint.json").is_file():
+        missing.append(OPTIMIZER)
     if missing:
         return ConfigurationError(
             f"resume_from_checkpoint: {folder} has no {', '.join(missing)}, so it is no whole checkpoint of "
@@ -215,6 +228,9 @@ def check_unchanged(checkpoint: str, settings: Settings) -> None:
     """
     stored = _read(Path(checkpoint) / RUN_FILE)
     stored.setdefault(PROCESSES, 1)  # (older ones were of one process)
+    stored.setdefault(SHARDED, False)
+    if stored[SHARDED] and settings.get(SHARDED, True) and _batch(stored) == _batch(settings):
+        settings = {key: value for key, value in settings.items() if key not in (*BATCH, PROCESSES)}
     changed = [
         "datasets (not the same tokens)" if key == "datasets" else f"{key} ({_stored(stored, key)} there)"
         for key, value in settings.items()
@@ -225,6 +241,11 @@ def check_unchanged(checkpoint: str, settings: Settings) -> None:
             f"resume_from_checkpoint: {checkpoint} was written with other settings: {', '.join(changed)}. "
             "Set them as they were, or start anew with resume_from_checkpoint: false and another output_dir."
         )
+
+
+def _batch(settings: Settings) -> int:
+    """Rows of a step over all processes: shards are cut anew for another number of them."""
+    return math.prod(int(settings[key]) for key in BATCH) * int(settings.get(PROCESSES, processes.count()))
 
 
 def _stored(settings: Settings, key: str) -> Any:

@@ -35,6 +35,7 @@ from fourfold.training.callbacks import (
     peak_memory,
 )
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
+from fourfold.training.fsdp_keys import sharding
 from fourfold.training.isolation import refuse_leaks
 from fourfold.training.journal import Journal, figures_left, write_reports
 from fourfold.training.offloaded import bring_back, loading_there
@@ -49,6 +50,7 @@ from fourfold.training.watch import AtTheEnd, EarlyStop, Saved
 try:
     import matplotlib.figure  # noqa: F401  (the loss curve, drawn when the run is over)
 
+    from fourfold.training.sharded import ShardedTrainer, load_shares, shard_model
     from fourfold.training.trainer import MoeTrainer, interval, make_collator, trainer_arguments
 except ImportError as error:  # TRL, datasets and matplotlib are the extra `train`
     raise ConfigurationError(
@@ -71,7 +73,7 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
         UnquantizedExpertsError: an expert stayed in high precision although nobody asked for that.
         TrainingError: a loss is not finite, or a trainable parameter gets no gradient.
     """
-    collective.join()
+    collective.join(sharding(config) is not None)
     console = console or Console()
     if not processes.is_first():
         console = Console(quiet=True)
@@ -107,10 +109,15 @@ def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
             return evaluate_answers(model, checked.held_out.dataset, collate, size, packed)
 
     # A run that goes on with an adapter (lora_model_dir) is compared with what that one gave.
-    begins_with = config.lora_model_dir is not None
+    # So is one whose model is sharded: that is done once, with adapters, which begin as nothing.
+    wanted = sharding(config)
+    begins_with = config.lora_model_dir is not None or wanted is not None
     lost = None
     if begins_with:
         model = with_adapters(model, config, checked)
+    if wanted is not None:
+        with clock("sharding the model"):
+            model = shard_model(model, wanted)
     before = evaluate("before training")
     with clock("a sample answer", "samples"):
         answer_before = answer(model, checked.tokenizer, checked.sample.ids, SAMPLE_TOKENS)
@@ -193,9 +200,10 @@ def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
 
 def save(model: Any, tokenizer: Any, output: Path) -> None:
     """The adapter and the tokenizer, written by the first process."""
-    if processes.is_first():
-        with writing(output):
+    with writing(output):
+        if processes.is_first() or collective.is_sharded(model):  # (put together by all)
             model.save_pretrained(str(output))
+        if processes.is_first():
             tokenizer.save_pretrained(str(output))
 
 
@@ -246,18 +254,24 @@ def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:
         kwargs["quantization_config"] = quantization_config
     if config.attention is not None:
         kwargs["attn_implementation"] = config.attention
-    if torch.cuda.is_available():
-        kwargs["device_map"] = {"": torch.cuda.current_device()}
-    model = load_language_model(config.base_model, **kwargs)
+    wanted = sharding(config)
+    if wanted is not None:
+        model = load_shares(config, wanted, kwargs)
+    else:
+        if torch.cuda.is_available():
+            kwargs["device_map"] = {"": torch.cuda.current_device()}
+        model = load_language_model(config.base_model, **kwargs)
     report = fourfold.verify(model) if config.quantized else make_report(model)
     return model, report
 
 
 def with_adapters(model: Any, config: TrainConfig, checked: Checked) -> Any:
     """The model made ready for training, with fp32 LoRA factors on the checked targets."""
+    wanted = sharding(config)
+    recomputed = wanted is not None and wanted.activation_checkpointing
     model = fourfold.prepare(
         model,
-        gradient_checkpointing=bool(config.gradient_checkpointing),
+        gradient_checkpointing=bool(config.gradient_checkpointing) or recomputed,
         use_reentrant=config.gradient_checkpointing_kwargs.use_reentrant,
     )
     set_seed(config.seed)  # the factors' initial values depend on the seed alone, not on what ran before
@@ -279,7 +293,8 @@ def make_trainer(
         config, bf16=checked.bf16, use_cpu=not torch.cuda.is_available(), examples=examples
     )
     set_tracker_environment(config)
-    trainer = MoeTrainer(
+    kind = MoeTrainer if sharding(config) is None else ShardedTrainer
+    trainer = kind(
         model=model,
         args=arguments,
         data_collator=collate,

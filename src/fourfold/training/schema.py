@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from fourfold.training.adapter_keys import AdapterKeys
 from fourfold.training.contradictions import ContradictionError, contradictions
 from fourfold.training.dataset_keys import DatasetConfig
+from fourfold.training.fsdp_keys import FsdpKeys
 from fourfold.training.key_types import (
     BelowOne,
     PathText,
@@ -28,7 +29,7 @@ from fourfold.training.templates import TEMPLATES
 from fourfold.training.tracker_keys import TrackerKeys
 
 
-class TrainConfig(TrackerKeys, RunKeys, AdapterKeys, OffloadKeys, ModelKeys):
+class TrainConfig(TrackerKeys, FsdpKeys, RunKeys, AdapterKeys, OffloadKeys, ModelKeys):
     """A training run. Field names are the YAML keys; see ``load_config``."""
 
     datasets: list[DatasetConfig] = Field(

@@ -26,6 +26,7 @@ from fourfold.adapters.peft_lora import loraplus_optimizer
 from fourfold.errors import TrainingError
 from fourfold.training import collective, processes
 from fourfold.training.encode import IGNORED
+from fourfold.training.fsdp_keys import sharding
 from fourfold.training.packing import lies_within
 from fourfold.training.resume import RUN_FILE, Settings, commit, first_line, keep_newest
 from fourfold.training.sampler import LengthGroupedSampler
@@ -230,6 +231,10 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool, example
     """
     known = {f.name for f in dataclasses.fields(SFTConfig)}
     # transformers renamed the switch on the way to version 6, where the old name ends.
+    wanted = sharding(config)
+    recompute = bool(config.gradient_checkpointing) or (
+        wanted is not None and wanted.activation_checkpointing
+    )
     checkpointing = "gradient_checkpointing"
     if "activation_checkpointing" in known:
         checkpointing = "activation_checkpointing"
@@ -279,11 +284,9 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool, example
         shuffle_dataset=False,
         router_aux_loss_coef=config.router_aux_loss_coef or 0.0,  # (None would mean the model's own)
         **{
-            checkpointing: bool(config.gradient_checkpointing),
+            checkpointing: recompute,
             f"{checkpointing}_kwargs": (
-                {"use_reentrant": config.gradient_checkpointing_kwargs.use_reentrant}
-                if config.gradient_checkpointing
-                else None
+                {"use_reentrant": config.gradient_checkpointing_kwargs.use_reentrant} if recompute else None
             ),
         },
         **saving,
@@ -295,7 +298,8 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool, example
 
 
 def _compilation(config: TrainConfig, use_cpu: bool) -> dict[str, Any]:
-    wanted = not use_cpu if config.torch_compile == "auto" else config.torch_compile
+    auto = not use_cpu and sharding(config) is None
+    wanted = auto if config.torch_compile == "auto" else config.torch_compile
     if not wanted:
         return {}
     return {
