@@ -77,6 +77,19 @@ def test_an_unknown_command_lists_the_valid_ones(capsys: pytest.CaptureFixture[s
     assert main([]) == 2
 
 
+def test_what_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "validate", "data"):
+        assert main([name]) == 2
+        assert capsys.readouterr().err.endswith("the following arguments are required: config\n")
+
+
+def test_libraries_are_silent(moe_folder: Path) -> None:
+    """Also what they say when they are imported."""
+    command = [sys.executable, "-m", "fourfold", "generate", str(moe_folder), "--prompt", "a"]
+    done = subprocess.run([*command, "--max-new-tokens", "1"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_wrong_file_is_answered_without_torch(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     lines = ["base_model: m", "adapter: qlora", "load_in_4bit: true", "lora_rank: 8", "datasets: [{path: d}]"]

@@ -87,7 +87,8 @@ def test_a_file_is_planned_with_its_settings(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--gpu", "big"], "'big' is no size of memory"),
+        (["--gpu", "big"], "'big' is no size of a card's memory"),
+        (["--gpu", "24"], "'24' is no size of a card's memory. Write 24GiB"),
         (["--capability", "nine"], "'nine' is none"),
         (["--cpu", "--gpu", "1GiB"], "--cpu: contradicts --gpu"),
         (["lora_rr=4"], "lora_r"),

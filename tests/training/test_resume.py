@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +15,11 @@ from safetensors.torch import load_file
 from fourfold.errors import (
     ConfigurationError,
 )
+from fourfold.training.journal import KEPT, MOST_ROWS, Journal
 from fourfold.training.preflight import check
 from fourfold.training.run import run
 from fourfold.training.schema import TrainConfig
-from fourfold.training.summary import RunResult
+from fourfold.training.summary import RunResult, show
 from tiny_chat import Settings, quiet
 
 
@@ -33,7 +35,18 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     losses, expected = dict(resumed.curve.train), dict(result.curve.train)
     assert losses == expected  # of the steps before the checkpoint too, as that remembers them
     assert resumed.curve.held_out == result.curve.held_out
-    assert [row["step"] for row in resumed.journal["series"]] == list(range(step + 1, 13))
+    # The report is of the whole run: rows, gradients, experts, tokens and time.
+    figures, of_whole = resumed.journal, result.journal
+    assert (figures["resumed_at"], figures["counted_from_step"]) == ([step], 0)
+    assert (of_whole["resumed_at"], figures["started"]) == ([], of_whole["started"])
+    for key in ("step", "loss", "learning_rate", "grad_norm"):
+        assert [row[key] for row in figures["series"]] == [row[key] for row in of_whole["series"]], key
+    assert [row["seconds"] for row in figures["series"]] == sorted(r["seconds"] for r in figures["series"])
+    assert figures["series"][:step] == of_whole["series"][:step]
+    assert figures["gradient_norms"] == of_whole["gradient_norms"]
+    assert figures["expert_load"] == of_whole["expert_load"]
+    tokens = figures["tokens_per_second"] * figures["training_seconds"]
+    assert tokens == pytest.approx(of_whole["tokens_per_second"] * of_whole["training_seconds"])
     whole, halves = (
         load_file(Path(folder) / "adapter_model.safetensors") for folder in (result.adapter, resumed.adapter)
     )
@@ -43,6 +56,40 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
     assert resumed.before is not None
     assert result.before is not None
     assert resumed.before.per_answer == result.before.per_answer  # "before" is the base model, here too
+
+
+def test_a_checkpoint_without_figures_is_said(
+    trained: tuple[RunResult, str], settings: Settings, tmp_path: Path
+) -> None:
+    """Those of earlier releases: what counts from there on only is named, on the page and on the terminal."""
+    checkpoint = copied(trained, tmp_path, 8)
+    (checkpoint / KEPT).unlink()
+    stored = json.loads((checkpoint / "run.json").read_text())
+    assert stored["files"].pop(KEPT) > 0  # (part of what makes a checkpoint whole)
+    (checkpoint / "run.json").write_text(json.dumps(stored))
+    resumed = run(TrainConfig(**settings(resume_from_checkpoint=str(checkpoint), save_steps=0)), quiet())
+    assert [row["step"] for row in resumed.journal["series"]] == [9, 10, 11, 12]
+    assert resumed.journal["counted_from_step"] == 8
+    page = (Path(resumed.adapter) / "report.html").read_text()
+    assert "speed, memory, gradients and expert load count from step 8 on" in page
+    console = quiet()
+    show(resumed, console)
+    assert "resumed at step 8, time and speed from step 8 on" in " ".join(console.file.getvalue().split())
+
+
+def test_what_a_checkpoint_keeps_of_a_long_run_is_bounded(tmp_path: Path) -> None:
+    journal = Journal()
+    journal.rows = [{"step": step, "loss": 1.0} for step in range(1, 100_001)]
+    journal.gradient_norms = {"q_proj": [(step, 1.0) for step in range(1, 100_001)]}
+    journal.keep(tmp_path)
+    other = Journal()
+    other.go_on_from(tmp_path, 100_000)
+    steps = [row["step"] for row in other.rows]
+    assert len(steps) == MOST_ROWS
+    assert (steps[0], steps[-1]) == (50, 100_000)
+    assert {b - a for a, b in itertools.pairwise(steps)} == {50}
+    assert [step for step, _ in other.gradient_norms["q_proj"]] == steps
+    assert other.resumed_at == [100_000]
 
 
 def test_resume_true_takes_the_last_checkpoint(trained: tuple[RunResult, str], settings: Settings) -> None:

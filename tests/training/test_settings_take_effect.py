@@ -214,7 +214,8 @@ def test_a_run_that_goes_on_by_itself(settings: Settings) -> None:
     again = config_of(settings, max_steps=3, save_steps=1, auto_resume_from_checkpoints=True)
     second = run(again, quiet())
     assert [step for step, _ in second.curve.train] == [1, 2, 3]  # the curve of the whole run
-    assert [row["step"] for row in second.journal["series"]] == [3]  # one step was trained
+    assert [row["step"] for row in second.journal["series"]] == [1, 2, 3]
+    assert second.journal["resumed_at"] == [2]
     other = {**again.model_dump(), "weight_decay": 0.1, "max_steps": 4}
     with pytest.raises(ConfigurationError, match=r"weight_decay \(0.0 there\)"):
         check(TrainConfig(**other))

@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("config", help="a YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="replace a key, e.g. sequence_len=64"
+        "overrides", nargs="*", default=[], metavar="key=value", help="replace a key, e.g. sequence_len=64"
     )
     parser.add_argument("--examples", type=int, default=3, metavar="N", help="how many to show (3)")
 

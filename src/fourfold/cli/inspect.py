@@ -44,20 +44,21 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
         columns = list(dict.fromkeys(name for group in found.groups for name in group.bytes))
         columns.sort(key=lambda name: (name != "bf16", name))
         result = Table(title="experts", title_justify="left")
-        for heading in ("where", "kind", "shapes"):
-            result.add_column(heading, overflow="fold")
+        result.add_column("modules", justify="right")
         for heading in columns:
             result.add_column(heading.replace("_", " "), justify="right")
         for group in found.groups:
-            shapes = "\n".join(f"{name} {shape}" for name, shape in group.shapes.items())
             sizes = [format_bytes(group.bytes[name]) if name in group.bytes else "-" for name in columns]
-            kind = group.kind if group.can_be_packed else f"cannot be packed: {group.kind}"
-            result.add_row(f"{group.count} x {group.pattern}", kind, shapes, *sizes)
+            result.add_row(str(group.count), *sizes)
         return result
 
     found = inspect_model(args.model)
     share = found.expert_params / found.total_params
     say(console, f"{found.architecture}: {found.total_params:,} parameters, {share:.0%} of them in experts")
+    for group in found.groups:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in group.shapes.items())
+        kind = group.kind if group.can_be_packed else f"cannot be packed: {group.kind}"
+        say(console, f"{group.count} x {group.pattern} ({kind}): {shapes}")
     if found.groups:
         console.print(table(found))
         targets = ", ".join(found.targets) or "none"

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -48,7 +49,9 @@ WIDTH = 64
 def configure(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("model", help="a YAML file of a run, or a model: a folder, a config.json, or an id")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key, e.g. lora_r=16")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="replace a key, e.g. lora_r=16"
+    )
     parser.add_argument("--gpu", metavar="SIZE", help="memory of the card, e.g. 24GiB; absent: the one here")
     parser.add_argument(
         "--capability", metavar="X.Y", help="of the card, e.g. 9.0 (H100); absent: the one here, or 8.0"
@@ -221,13 +224,13 @@ def bar(plan: Plan, card: int | None) -> Text:
     return text
 
 
-def legend(plan: Plan) -> Text:
+def legend(plan: Plan) -> Columns:
     """The colours of the bar."""
-    text = Text()
-    for name, count in plan.parts().items():
-        text.append("■ ", style=COLOURS[name])
-        text.append(f"{name} {_size(count)}   ")
-    return text
+    parts = plan.parts().items()
+    return Columns(
+        [Text.assemble(("■ ", COLOURS[name]), f"{name} {_size(count)}") for name, count in parts],
+        padding=(0, 2),
+    )
 
 
 def _targets(settings: dict[str, Any]) -> str:

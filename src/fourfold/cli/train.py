@@ -16,7 +16,9 @@ from fourfold.training.read_config import examine
 def configure(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key, e.g. max_steps=20")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="replace a key, e.g. max_steps=20"
+    )
 
 
 def execute(args: argparse.Namespace, console: Console) -> Outcome:

@@ -18,7 +18,9 @@ from fourfold.training.yaml_file import Problem
 def configure(parser: argparse.ArgumentParser) -> None:
     """The verb's arguments."""
     parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a key, e.g. max_steps=20")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="replace a key, e.g. max_steps=20"
+    )
 
 
 def execute(args: argparse.Namespace, console: Console) -> Outcome:

@@ -160,8 +160,8 @@ def tokenize(
             if not template:
                 raise DataError(
                     f"{record.source}: a conversation, and the tokenizer of {tokenizer.name_or_path or what} "
-                    "has no chat template, so turns cannot be told apart. Use the model's chat variant, or put "
-                    "a chat_template.jinja beside its tokenizer."
+                    "has no chat template, so turns cannot be told apart. Use the model's chat variant, or "
+                    "put a chat_template.jinja beside its tokenizer."
                 )
         for ids, labels in _examples(record, tokenizer, template, sequence_len):
             total += 1

@@ -2,7 +2,8 @@
 load of each expert; and the report that a run leaves, also one that broke on the way.
 
 Nothing here waits for the device at a step that is not logged: experts are counted where they are, and read
-once at the end.
+once at each checkpoint, where all of it is kept (`KEPT`), and at the end: the report of a run that was
+resumed is of the whole run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from fourfold.training.schema import TrainConfig
 from fourfold.training.strict_json import dumps
 
 REPORT, PAGE = "report.json", "report.html"
+# In a checkpoint. Of a long run it holds fewer rows, evenly: a few hundred bytes each.
+KEPT, MOST_ROWS = "journal.json", 2000
 PACKAGES = (
     "fourfold",
     "torch",
@@ -72,8 +75,9 @@ class ExpertLoad:
     A forward that backward repeats (checkpointing) counts once; padding counts as the tokens that it is.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, earlier: Mapping[str, list[int]] | None = None) -> None:
         self.counts: dict[str, torch.Tensor] = {}
+        self.earlier = dict(earlier or {})
         self._hooks = []
         for found in find_experts(model):
             if found.layout is not None and found.layout.num_experts:
@@ -89,7 +93,8 @@ class ExpertLoad:
                 return
             if name not in self.counts:
                 # (one more place, for what a model may send to no expert)
-                self.counts[name] = torch.zeros(experts + 1, dtype=torch.int64, device=index.device)
+                begun = [*self.earlier.get(name, [0] * experts), 0]
+                self.counts[name] = torch.tensor(begun, dtype=torch.int64, device=index.device)
             flat = index.detach().reshape(-1).long().clamp(0, experts)
             self.counts[name].scatter_add_(0, flat, torch.ones_like(flat))
 
@@ -103,7 +108,8 @@ class ExpertLoad:
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Name and counts of each layer."""
-        return [{"name": name, "tokens": counts[:-1].tolist()} for name, counts in self.counts.items()]
+        counted = {name: counts[:-1].tolist() for name, counts in self.counts.items()}
+        return [{"name": name, "tokens": tokens} for name, tokens in {**self.earlier, **counted}.items()]
 
 
 def projection_kinds(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -135,6 +141,8 @@ class Journal(TrainerCallback):
         gradient_norms: of each kind of projection, (step, norm before clipping) at each logging step.
         facts: what else is known of the run so far.
         doing: what it was doing last.
+        resumed_at: the steps at which it went on from a checkpoint.
+        counted_from: the step that rows and experts are counted from: 0, or that of a checkpoint without any.
     """
 
     def __init__(self) -> None:
@@ -145,6 +153,9 @@ class Journal(TrainerCallback):
         self.curve = Curve()
         self.started = time.time()
         self.load: ExpertLoad | None = None
+        self.resumed_at: list[int] = []
+        self.counted_from = 0
+        self._earlier: dict[str, Any] = {}
         self._kinds: dict[str, list[nn.Parameter]] = {}
         self._norms: dict[str, float] = {}
         self._before = (0.0, 0)
@@ -160,8 +171,57 @@ class Journal(TrainerCallback):
         """Begin to count experts."""
         model = kwargs["model"]
         self._kinds = projection_kinds(model)
-        self.load = ExpertLoad(model)
+        self.load = ExpertLoad(model, self._earlier.get("experts"))
         self._steps = (state.global_step, state.max_steps)
+
+    def keep(self, folder: Path) -> None:
+        """Write all of it into a checkpoint."""
+
+        def few(rows: list[Any]) -> list[Any]:
+            every = -(-len(rows) // MOST_ROWS)
+            return rows[-1::-every][::-1] if rows else rows  # (the last one always)
+
+        seconds, tokens = self._whole()
+        kept = {
+            "started": self.started,
+            "resumed_at": self.resumed_at,
+            "counted_from": self.counted_from,
+            "rows": few(self.rows),
+            "gradient_norms": {kind: few(points) for kind, points in self.gradient_norms.items()},
+            "experts": {entry["name"]: entry["tokens"] for entry in self._experts()},
+            "training_seconds": seconds,
+            "tokens": tokens,
+            "peak_memory_bytes": self._peak(),
+        }
+        (folder / KEPT).write_text(dumps(kept) + "\n", encoding="utf-8")
+
+    def go_on_from(self, folder: Path, step: int) -> None:
+        """Take over what a checkpoint holds; where it holds none, all is counted from its step on."""
+        try:
+            kept = json.loads((folder / KEPT).read_text(encoding="utf-8"))
+            self.rows = list(kept["rows"])
+            self.gradient_norms = {kind: [*map(tuple, p)] for kind, p in kept["gradient_norms"].items()}
+            self.started, self.counted_from = float(kept["started"]), int(kept["counted_from"])
+            self.resumed_at = [*kept["resumed_at"], step]
+            self._earlier = kept
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            self.rows, self.gradient_norms, self._earlier = [], {}, {}
+            self.resumed_at, self.counted_from = [step], step
+
+    def _whole(self) -> tuple[float, int]:
+        """Seconds and tokens of the run, those before it was resumed included."""
+        earlier = self._earlier
+        seconds = self.curve.training_seconds + float(earlier.get("training_seconds", 0.0))
+        return seconds, self.curve.tokens + int(earlier.get("tokens", 0))
+
+    def _peak(self) -> int:
+        return max(peak_memory(), int(self._earlier.get("peak_memory_bytes", 0)))
+
+    def _experts(self) -> list[dict[str, Any]]:
+        with contextlib.suppress(RuntimeError):  # (a device that failed gives nothing back)
+            if self.load is not None:
+                return self.load.to_dict()
+        return [{"name": name, "tokens": t} for name, t in self._earlier.get("experts", {}).items()]
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Norms of gradients by kind, where this step will be logged; one transfer from the device."""
@@ -197,13 +257,13 @@ class Journal(TrainerCallback):
         self.rows.append(
             {
                 "step": step,
-                "seconds": round(curve.training_seconds, 3),
+                "seconds": round(self._whole()[0], 3),
                 "loss": float(logs["loss"]),
                 "learning_rate": logs.get("learning_rate"),
                 "grad_norm": None if norm is None else float(norm),
                 "tokens_per_second": tokens / seconds if seconds > 0 else None,
                 "memory_bytes": held,
-                "peak_memory_bytes": max(held, peak_memory()),  # (the system counts pages a little late)
+                "peak_memory_bytes": max(held, self._peak()),  # (the system counts pages a little late)
             }
         )
         # The trainer has clipped before the norms were taken; it says what the whole was.
@@ -221,14 +281,17 @@ class Journal(TrainerCallback):
 
     def to_dict(self) -> dict[str, Any]:
         """What report.json holds of it."""
-        load: list[dict[str, Any]] = []
-        with contextlib.suppress(RuntimeError):  # (a device that failed gives nothing back)
-            load = [] if self.load is None else self.load.to_dict()
+        seconds, tokens = self._whole()
         return {
             "started": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self.started)),
+            "resumed_at": self.resumed_at,
+            "counted_from_step": self.counted_from,
+            "tokens_per_second": tokens / seconds if seconds else 0.0,
+            "training_seconds": seconds,
+            "peak_memory_bytes": self._peak(),
             "series": self.rows,
             "gradient_norms": self.gradient_norms,
-            "expert_load": load,
+            "expert_load": self._experts(),
             "versions": versions(),
         }
 
@@ -265,9 +328,6 @@ class Journal(TrainerCallback):
             **self.facts,
             "steps": step,
             "loss_curve": curve,
-            "tokens_per_second": self.curve.tokens_per_second,
-            "training_seconds": self.curve.training_seconds,
-            "peak_memory_bytes": peak_memory(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             **self.to_dict(),
         }
@@ -277,6 +337,8 @@ class Journal(TrainerCallback):
 # What a report says of the training itself, which a run that had ended already does not do again.
 _OF_TRAINING = (
     "started",
+    "resumed_at",
+    "counted_from_step",
     "series",
     "gradient_norms",
     "expert_load",

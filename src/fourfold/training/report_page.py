@@ -49,7 +49,7 @@ def page(report: Report) -> str:
         f'<header><p class="over">fourfold train · {_text(report.get("started", ""))}</p>'
         f"<h1>{_text(_short(model))}</h1>"
         f'<p><span class="badge {"ok" if status == "done" else "bad"}">{_text(status)}</span> '
-        f"<code>{_text(report.get('adapter', ''))}</code></p></header>\n<main>\n"
+        f"<code>{_text(report.get('adapter', ''))}</code></p>{_resumed(report)}</header>\n<main>\n"
         + "\n".join(section for section in sections if section)
         + "\n</main>\n</body>\n</html>\n"
     )
@@ -96,6 +96,22 @@ def _failure(report: Report) -> str:
         f'<section class="failure"><h2>{_text(failure["type"])}</h2><p>{_text(failure["message"])}</p>'
         f"<p>{_text(where.lstrip(', ').capitalize())}</p></section>"
     )
+
+
+def _resumed(report: Report) -> str:
+    """Where the run went on from checkpoints, and from which step on its figures count."""
+    steps = report.get("resumed_at") or []
+    if not steps:
+        return ""
+    text = f"Resumed at step {', '.join(str(step) for step in steps)}; "
+    first = report.get("counted_from_step")
+    text += (
+        "the checkpoint kept no figures: speed, memory, gradients and expert load count from step "
+        f"{first} on."
+        if first
+        else "all figures are of the whole run."
+    )
+    return f'<p class="over">{_text(text)}</p>'
 
 
 def _tiles(report: Report) -> str:

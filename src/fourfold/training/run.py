@@ -32,7 +32,6 @@ from fourfold.training.callbacks import (
     HeldOut,
     Metrics,
     Progressing,
-    peak_memory,
 )
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
 from fourfold.training.fsdp_keys import sharding
@@ -133,9 +132,11 @@ def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
         curve.held_out.append((0, before.mean))
     if checked.checkpoint is not None:
         earlier_losses(checked.checkpoint, curve)
+        journal.go_on_from(Path(checked.checkpoint), step_of(checked.checkpoint))
     batch_of = flatten if config.sample_packing else collate
     trainer = make_trainer(model, config, checked, batch_of, curve, console, evaluate)
     trainer.add_callback(journal)
+    trainer.beside = journal.keep
     output, after = Path(config.output_dir), None
 
     def at_the_end() -> None:
@@ -425,7 +426,6 @@ def _facts(model: Any, config: TrainConfig, checked: Checked) -> dict[str, Any]:
             "train": {**checked.train.to_dict(), "bad_records": len(checked.bad)},
             "held_out": None if held_out is None else held_out.to_dict(),
         },
-        "peak_memory_bytes": peak_memory(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "unused_gpus": max(0, torch.cuda.device_count() - 1),
         "bf16": checked.bf16,

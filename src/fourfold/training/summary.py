@@ -31,7 +31,6 @@ class RunResult:
         after: the same after it.
         improvement: the paired difference of the two.
         curve: losses along the run and its speed.
-        peak_memory_bytes: GPU memory, or the process's resident set on a CPU.
         device: the GPU's name, or "cpu".
         unused_gpus: how many other GPUs are visible; a run uses one.
         bf16: whether it computed in bf16.
@@ -53,7 +52,6 @@ class RunResult:
     after: AnswerLosses | None
     improvement: Improvement | None
     curve: Curve
-    peak_memory_bytes: int
     device: str
     unused_gpus: int
     bf16: bool
@@ -63,6 +61,11 @@ class RunResult:
     offload: dict[str, Any] | None = None
     merged: str | None = None
     uploaded: str | None = None
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """GPU memory, or the process's resident set on a CPU."""
+        return int(self.journal["peak_memory_bytes"])
 
     def to_dict(self) -> dict[str, Any]:
         """What report.json holds."""
@@ -83,9 +86,6 @@ class RunResult:
             "steps": self.steps,
             "held_out_loss": held_out,
             "loss_curve": {"train": self.curve.train, "held_out": self.curve.held_out},
-            "tokens_per_second": self.curve.tokens_per_second,
-            "training_seconds": self.curve.training_seconds,
-            "peak_memory_bytes": self.peak_memory_bytes,
             "device": self.device,
             "unused_gpus": self.unused_gpus,
             "bf16": self.bf16,
@@ -152,6 +152,7 @@ def packed_table(report: dict[str, Any]) -> Table:
 
 
 def _facts(result: RunResult) -> list[tuple[str, str]]:
+    figures = result.journal
     where = "GPU memory" if result.device != "cpu" else "resident set"
     facts = [
         (
@@ -161,8 +162,8 @@ def _facts(result: RunResult) -> list[tuple[str, str]]:
         ),
         ("targets", ", ".join(_targets(result.adapters))),
         ("data", _data_fact(result.data)),
-        ("steps", f"{result.steps} ({result.curve.training_seconds:.0f} s)"),
-        ("speed", f"{result.curve.tokens_per_second:,.0f} tokens/s"),
+        ("steps", f"{result.steps} ({figures['training_seconds']:.0f} s{_resumed(figures)})"),
+        ("speed", f"{figures['tokens_per_second']:,.0f} tokens/s"),
         ("peak memory", f"{format_bytes(result.peak_memory_bytes)} ({where})"),
     ]
     if result.unused_gpus:
@@ -190,6 +191,16 @@ def _facts(result: RunResult) -> list[tuple[str, str]]:
         ("report", str(Path(result.adapter) / "report.html")),
         ("all of this", str(Path(result.adapter) / "report.json")),
     ]
+
+
+def _resumed(figures: dict[str, Any]) -> str:
+    """Where a run went on from checkpoints, and what its figures leave out."""
+    if not figures.get("resumed_at"):
+        return ""
+    said = f"; resumed at step {', '.join(str(step) for step in figures['resumed_at'])}"
+    if figures.get("counted_from_step"):
+        said += f", time and speed from step {figures['counted_from_step']} on"
+    return said
 
 
 def _data_fact(data: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class MoeTrainer(SFTTrainer):
 
     Attributes:
         tokens_seen: tokens of training batches so far in this process, padding not counted.
+        beside: writes further files into a checkpoint's folder, before it counts; None for none.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class MoeTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         self.tokens_seen = 0
+        self.beside: Callable[[Path], None] | None = None
         self.run_settings, self.loraplus = settings or {}, loraplus
         self.step_inputs: tuple[int, list[dict[str, Any]]] = (-1, [])
         self.examples = len(kwargs["train_dataset"]) if kwargs.get("train_dataset") is not None else 0
@@ -131,6 +133,8 @@ class MoeTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
             collective.wait()
             if processes.is_first():
+                if self.beside is not None:
+                    self.beside(folder)
                 commit(folder, self.run_settings)
                 keep_newest(output, limit)
         except (OSError, RuntimeError, SafetensorError) as error:
