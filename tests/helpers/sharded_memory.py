@@ -12,13 +12,15 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fourfold
 import tiny
 from fourfold.distributed.load import load_sharded
 from fourfold.distributed.save import save_packed
 from fourfold.distributed.sharding import shard
-from fourfold.experts import expert_targets
 from fourfold.planning.plan import Planner, Settings
 from fourfold.planning.ranks import cut_shares, plan_ranks
 from fourfold.planning.standins import Target
@@ -146,42 +148,76 @@ def held(model: Any) -> int:
     return found
 
 
-def planned_peak(job: Job, stay: str) -> dict[str, int]:
-    """The most that steps of training take on this rank, measured, and as planned."""
+class Live(TorchDispatchMode):
+    """The most bytes of storages that live at a time while it is open, those of a model included.
+
+    Counted after every operation, at the size that a storage has then: FSDP2 lets gathered weights go by
+    making their storages empty. (What collectives of the CPU copy for themselves is not counted.)
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.peak = 0
+        self._known: dict[int, StorageWeakRef] = {}
+        self._add(tensor_leaves(model))
+
+    def _add(self, tensors: Any) -> None:
+        for tensor in tensors:
+            local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+            reference = StorageWeakRef(local.untyped_storage())
+            self._known[reference.cdata] = reference
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._add(t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and not t.is_meta)
+        now = 0
+        for key, reference in list(self._known.items()):
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if storage is None:
+                del self._known[key]
+            else:
+                now += storage.nbytes()
+        self.peak = max(self.peak, now)
+        return out
+
+
+def tensor_leaves(model: Any) -> list[torch.Tensor]:
+    """All that a model holds, the scales of its Linears included."""
+    found = [parameter.data for parameter in model.parameters()] + list(model.buffers())
+    for module in model.modules():
+        state = getattr(module, "quant_state", None)
+        while state is not None:
+            found.append(state.absmax)
+            state = state.state2 if state.nested else None
+    return found
+
+
+def planned_peak(job: Job, way: str) -> dict[str, int]:
+    """The most bytes that live in steps of training on this rank, counted, and as planned."""
     quantization = fourfold.MoeBitsAndBytesConfig(**NF4)
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, 128 * 1024)
-    lora = {"target_modules": ("q_proj", "v_proj"), "r": 4}
-
-    def run(folder: Path) -> tuple[int, int]:
-        gc.collect()
-        libc.malloc_trim(0)
-        with Anonymous() as memory:
-            model = load_sharded(folder, quantization_config=quantization, device="cpu", dtype=torch.bfloat16)
-            fourfold.prepare(model)
-            config = LoraConfig(
-                r=4, target_modules=list(lora["target_modules"]), target_parameters=expert_targets(model)
-            )
-            model = get_peft_model(model, config).train()
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-            shard(model, reshard_after_forward=stay != "stay")
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-            gc.collect()
-            libc.malloc_trim(0)
-            memory.peak = 0
-            ids = torch.randint(3, 90, (1, 64))
-            for _ in range(3):
-                with torch.autocast("cpu", torch.bfloat16):
-                    model(input_ids=ids, labels=ids).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        return memory.peak - memory.before, held(model)
-
-    run(checkpoint(job, "qwen3_moe"))
-    peak, _ = run(big(job))
+    modules = ["q_proj", "v_proj"]
+    common = {"device": "cpu", "dtype": torch.bfloat16}
+    model = load_sharded(big(job), quantization_config=quantization, **common)
+    fourfold.prepare(model)
+    targets = fourfold.expert_targets(model)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=modules, target_parameters=targets)).train()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    shard(model, reshard_after_forward=way != "stay")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ids = torch.randint(3, 90, (1, 64))
+    counted = 0
+    for _ in range(2):
+        with Live(model) as live, torch.autocast("cpu", torch.bfloat16):
+            live._add(t for state in optimizer.state.values() for t in state.values())
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        counted = live.peak
     planner = Planner(BIG, Target("cpu", None))
-    settings = Settings(quantization=quantization, length=64, optimizer="adamw_torch", **lora)
+    settings = Settings(
+        quantization=quantization, length=64, optimizer="adamw_torch", target_modules=tuple(modules), r=4
+    )
     ways = plan_ranks(planner, settings, planner.plan(settings), job.world)
-    return {"measured": peak} | {way.way: way.peak for way in ways} | {"resident": ways[0].resident}
+    planned = ways[1 if way == "stay" else 0]
+    return {"counted": counted, "planned": planned.peak, "resident": planned.resident, "ddp": ways[2].peak}

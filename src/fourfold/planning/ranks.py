@@ -4,11 +4,11 @@ Weights are cut as `shard` cuts them: rows of the first axis, experts of packed 
 their scales and 8-bit Linears stay whole. A *unit* is what is gathered together: a layer, an embedding, the
 output layer, and what is left over (norms, tied embeddings), which stays gathered from forward to backward.
 
-While FSDP2 gathers a unit, the bytes as they arrive and the tensors that they are copied into both lie there;
-and what has arrived of the next unit lies beside the one that computes. So two of the largest layers are
-counted beside a rank's shard, forward and backward, and three times the largest layer's gradients, which are
-there as they come, as they are sent, and as those of the layer before were sent. Without resharding all
-layers stay. DDP holds all, and the adapters' gradients once more, in the buckets that it sends.
+While FSDP2 gathers a unit in forward, three lie there: the bytes as they arrive, the tensors that they are
+copied into, and the bytes that had arrived of the unit before. In backward it is the tensors of one and what
+has arrived of the next, and of the largest layer's gradients three, as they come, as they are sent, and as
+those of the layer before were sent. Without resharding all layers stay. DDP holds all, and the adapters'
+gradients once more, in the buckets that it sends.
 
 A ring of N sends (N - 1)/N of what is gathered or scattered, and twice that of what is added up everywhere.
 """
@@ -209,15 +209,15 @@ def _sharded(plan: Plan, shares: Shares, settings: Settings, stay: bool) -> Rank
     rest, end, layer = (shares.bytes_of(kind) for kind in ("rest", "end", "layer"))
     layers = sum(unit.gathered for unit in shares.units if unit.kind == "layer")
     trained = max((unit.trained for unit in shares.units), default=0)
-    computing = (layers if stay else layer) + layer
+    computing = layers if stay else layer
     resident = shares.shard + bytes_.states + plan.libraries
     moments = {"step": (0, gradients + bytes_.step)}
     if plan.activations is not None:
         found = plan.activations
         held = gradients if plan.accumulates else 0
-        moments["forward"] = (rest + computing, held + found.forward)
-        moments["loss"] = (rest + 2 * end + (layers if stay else layer), held + found.kept + found.loss)
-        moments["backward"] = (rest + computing + 3 * trained, gradients + found.backward)
+        moments["forward"] = (rest + computing + layer + max(layer, end), held + found.forward)
+        moments["loss"] = (rest + computing + 2 * end, held + found.kept + found.loss)
+        moments["backward"] = (rest + computing + layer + 3 * trained, gradients + found.backward)
     gathered, _ = max(moments.values(), key=sum)
     frozen = sum(unit.frozen for unit in shares.units if unit.kind != "end")
     of_ends = sum(unit.frozen for unit in shares.units if unit.kind == "end")
