@@ -114,3 +114,22 @@ def test_a_dense_model_is_planned_without_experts(tmp_path: Path, capsys: pytest
     assert data["settings"]["target_parameters"] == []
     assert main(["plan", str(tmp_path), "lora_target_parameters=all"]) == 2
     assert "dense" in capsys.readouterr().err
+
+
+def test_several_gpus(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(model), "lora_r=4", "--gpu", "24GiB", "--gpus", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "each of 4 GPUs" in shown
+    assert "fits by: FSDP2; FSDP2, layers stay; DDP" in " ".join(shown.split())
+    status, found = _json(capsys, str(model), "lora_r=4", "--gpus", "4")
+    assert status == 0
+    assert [way["way"] for way in found["gpus"]] == ["FSDP2", "FSDP2, layers stay", "DDP"]
+    sharded, _, replicated = found["gpus"]
+    assert sharded["weights"] < replicated["weights"] == found["weights"]["bytes"]
+    assert sharded["resident"] < found["resident"]
+    assert sharded["gpus"] == 4
+    # as much as FSDP2 takes is too little for all of it on one card
+    tight = ["--gpu", str(sharded["peak"] + 2**30)]
+    assert _json(capsys, str(model), "lora_r=4", "--gpus", "4", *tight)[1]["fits"] is True
+    assert main(["plan", str(model), "--gpus", "1"]) == 2
+    assert "Write 2 or more" in capsys.readouterr().err

@@ -64,6 +64,15 @@ def test_every_combination_of_ways_equals_one_process(job: Path) -> None:
         sharded_checks.equal(list(found.values()))
 
 
+@pytest.mark.parametrize("way", ["let_go", "stay"])
+def test_the_peak_of_training_is_as_planned(tmp_path: Path, way: str) -> None:
+    """All storages that live at a time, on two ranks."""
+    ranks.run("sharded_checks", [f"planned_peak:{way}"], tmp_path, 2, 300)
+    for found in ranks.outcome(tmp_path, f"planned_peak:{way}"):
+        assert found["resident"] < 0.35 * found["counted"]
+        assert found["counted"] <= found["planned"] < 1.03 * found["counted"], found
+
+
 DYING = """
 import datetime, os, signal, sys
 sys.path.insert(0, sys.argv[2])

@@ -81,6 +81,14 @@ def test_loading_and_saving_take_the_shard_an_expert_and_little_more(job: Path) 
         assert found["saving"]["peak"] < 16 * 2**20, found
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_shards_are_of_the_sizes_that_are_planned(job: Path, case: str) -> None:
+    first, second = ranks.outcome(job, f"planned_shares:{case}")
+    assert first["found"] == first["wanted"] == first["planned"] > 0
+    assert second["found"] <= first["planned"]
+    assert first["gathered"] == first["units"]
+
+
 def test_8_bit_linears_stay_whole_and_int8_experts_do_not(job: Path) -> None:
     for found in ranks.outcome(job, "int8_linears"):
         assert found["linears"] == found["linears_whole"] > 0

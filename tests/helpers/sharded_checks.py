@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sharded_loading import anonymous_peak, foreign, loaded, peak, read_share
+from sharded_loading import foreign, loaded, peak, read_share
+from sharded_memory import anonymous_peak, planned_peak, planned_shares
 from sharded_models import CASES, NF4, adapted, checkpoint, equal, load, train
 from sharded_refusals import one_rank_fails, other_weights, refusals
 from sharded_saving import merged, resumed, saved_adapter, saved_packed
@@ -50,6 +51,7 @@ CHECKS = (
     *(f"fsdp:{case}" for case in CASES),
     *(f"ddp:{case}" for case in REPLICATED),
     *(f"loaded:{case}" for case in LOADED),
+    *(f"planned_shares:{case}" for case in CASES),
     *OTHERS,
 )
 
@@ -78,6 +80,8 @@ __all__ = [
     "other_weights",
     "packing_matters",
     "peak",
+    "planned_peak",
+    "planned_shares",
     "read_share",
     "refusals",
     "replicas_of_shards",

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +16,6 @@ import fourfold.distributed.load as load_module
 import tiny
 from fourfold.distributed.cut import CutSlice
 from fourfold.distributed.load import load_sharded
-from fourfold.distributed.save import save_packed
 from fourfold.distributed.sharding import shard
 from ranks import Job
 from sharded_models import (
@@ -35,12 +30,6 @@ from sharded_models import (
     train,
     trained,
     whole,
-)
-
-_MMAP_THRESHOLD = -3  # of mallopt
-# Packed 110 MiB, nearly all of it experts.
-BIG = tiny.qwen3_moe(
-    hidden_size=512, moe_intermediate_size=512, num_experts=128, num_experts_per_tok=2, vocab_size=96
 )
 
 
@@ -171,77 +160,6 @@ def read_share(job: Job, stored: str) -> dict[str, int]:
         "experts_held": sum(p.to_local().nbytes for n, p in model.named_parameters() if ".experts." in n),
         "experts_whole": sum(p.nbytes for n, p in wanted.named_parameters() if ".experts." in n),
     }
-
-
-class Anonymous:
-    """The most anonymous memory that this process has while it is open, beyond what it had before.
-
-    (Mapped files are not counted: the system takes their pages back when it needs room.) Looked at all the
-    time by a thread; what comes and goes within half a millisecond may be missed.
-    """
-
-    def __enter__(self) -> Anonymous:
-        self.before = self.peak = self.now()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    @staticmethod
-    def now() -> int:
-        text = Path("/proc/self/status").read_text()
-        return int(text.split("RssAnon:")[1].split()[0]) * 1024
-
-    def _look(self) -> None:
-        while not self._ended.wait(0.0005):
-            self.peak = max(self.peak, self.now())
-
-
-def big(job: Job) -> Path:
-    """A folder with the model of `BIG`, made by rank 0."""
-    folder = job.shared("big")
-    if job.rank == 0 and not folder.exists():
-        torch.manual_seed(0)
-        made = transformers.AutoModelForCausalLM.from_config(BIG, dtype=torch.bfloat16)
-        made.save_pretrained(folder)
-    job.wait()
-    return folder
-
-
-def anonymous_peak(job: Job) -> dict[str, dict[str, int]]:
-    """Memory that loading takes on this rank beyond what the process had, from both kinds of checkpoint; and
-    what writing the packed one takes beside the shard.
-    """
-    config = fourfold.MoeBitsAndBytesConfig(**NF4)
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, 128 * 1024)  # what is freed goes back to the system, and is not counted
-    small, source, packed = checkpoint(job, "qwen3_moe"), big(job), job.shared("big-packed")
-    common = {"device": "cpu", "dtype": torch.bfloat16}
-    save_packed(load_sharded(small, quantization_config=config, **common), job.shared("small-packed"))
-    load_sharded(job.shared("small-packed"), **common)  # (what libraries allocate once is there now)
-    found: dict[str, dict[str, int]] = {}
-    for folder, settings in ((source, {"quantization_config": config}), (packed, {})):
-        gc.collect()
-        libc.malloc_trim(0)
-        with Anonymous() as memory:
-            model = load_sharded(folder, **settings, **common)
-        parameters = list(model.parameters())
-        found[folder.name] = {
-            "peak": memory.peak - memory.before,
-            "shard": sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in parameters),
-            "whole": sum(p.numel() * p.element_size() for p in parameters),
-            "expert": 3 * BIG.hidden_size * BIG.moe_intermediate_size * 2,
-        }
-        if folder == source:
-            with Anonymous() as memory:
-                save_packed(model, packed)
-            found["saving"] = found[source.name] | {"peak": memory.peak - memory.before}
-        del model, parameters
-    return found
 
 
 def peak(job: Job, kind: str) -> dict[str, int]:

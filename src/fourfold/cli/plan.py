@@ -56,12 +56,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--capability", metavar="X.Y", help="of the card, e.g. 9.0 (H100); absent: the one here, or 8.0"
     )
+    parser.add_argument("--gpus", metavar="N", type=int, help="also plan for several such cards, 2 or more")
     parser.add_argument("--cpu", action="store_true", help="plan a run without a GPU")
     plan_offload.configure(parser)
 
 
 def execute(args: argparse.Namespace, console: Console) -> Outcome:
-    """Exit status 1 where it does not fit the card."""
+    """Exit status 1 where it does not fit the card, nor several where they were asked for."""
     from fourfold.planning.size import parse_size
 
     card = None if args.gpu is None else parse_size(args.gpu)
@@ -78,6 +79,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
 
     from fourfold.planning.fit import room, suggest
     from fourfold.planning.pace import pace_of
+    from fourfold.planning.ranks import plan_ranks
     from fourfold.planning.standins import Target
     from fourfold.training.planned import planner_of
 
@@ -99,16 +101,23 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
         planner, settings = planner_of(config.model_copy(update={"lora_target_parameters": []}), target, card)
     plan = planner.plan(settings, both=True)
     fits = None if card is None else plan.peak <= room(card)
+    ways = plan_ranks(planner, settings, plan, args.gpus) if args.gpus is not None else []
     suggestions = suggest(planner, settings, room(card)) if card is not None and not fits else []
     found = pace_of(plan, **named)
     show(plan, card, suggestions, console)
     plan_offload.show(plan, found, console)
+    if ways:
+        from fourfold.cli.plan_ranks import show_ranks
+
+        show_ranks(ways, card, console)
+        fits = None if card is None else any(way.peak <= room(card) for way in ways)
     data = plan.to_dict() | {
         "offload": plan_offload.to_dict(plan, found),
         "card": card,
         "room": None if card is None else room(card),
         "fits": fits,
         "suggestions": [{"keys": s.keys, "peak": s.plan.peak} for s in suggestions],
+        "gpus": [way.to_dict() for way in ways],
     }
     return Outcome(SAYS_NO if fits is False else DONE, data)
 
