@@ -20,6 +20,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _precision():
+    """A run with ``tf32`` sets it for its process."""
+    before = torch.backends.fp32_precision
+    yield
+    torch.backends.fp32_precision = before
+
+
 @pytest.fixture
 def poison_memory():
     """Fill uninitialised memory with NaN, so that a value nobody wrote cannot pass for a right one."""

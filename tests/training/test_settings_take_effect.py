@@ -136,14 +136,12 @@ def test_the_attention_asked_for_is_the_one_used(settings: Settings) -> None:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_tf32(settings: Settings, wanted: bool) -> None:
     before = torch.backends.fp32_precision
-    try:
-        for setting, after in ((wanted, "tf32" if wanted else "ieee"), ("auto", before)):
-            torch.backends.fp32_precision = before
-            config = config_of(settings, tf32=setting)
-            run_module.load(config, check(config))
-            assert torch.backends.fp32_precision == after
-    finally:
+    named = "tf32" if wanted else "ieee"
+    for setting, after in ((wanted, named), ("auto", before), (wanted, named)):
         torch.backends.fp32_precision = before
+        config = config_of(settings, tf32=setting)
+        run_module.load(config, check(config))
+        assert torch.backends.fp32_precision == after
 
 
 def test_reentrant_checkpointing_gives_the_same_losses(settings: Settings) -> None:

@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerState, set_seed
-from transformers.utils import enable_tf32
 
 import fourfold
 from fourfold.errors import ConfigurationError, TrainingError
@@ -244,8 +243,8 @@ def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:
         UnquantizedExpertsError: see ``fourfold.verify``.
     """
     set_seed(config.seed)
-    if config.tf32 != "auto":
-        enable_tf32(config.tf32)
+    if config.tf32 != "auto":  # (transformers' own `enable_tf32` does it once in a process for each value)
+        torch.backends.fp32_precision = "tf32" if config.tf32 else "ieee"
     half = torch.bfloat16 if checked.bf16 else torch.float16
     kwargs: dict[str, Any] = {"dtype": half if checked.bf16 or config.fp16 else torch.float32}
     if config.trust_remote_code:

@@ -250,6 +250,7 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool, example
     else:
         saving = {"save_strategy": "steps", "save_steps": save_steps if save_steps < 1 else int(save_steps)}
     arguments = SFTConfig(
+        loss_type="chunked_nll",  # the same loss; no tensor of [tokens, vocabulary] is ever held
         output_dir=config.output_dir,
         per_device_train_batch_size=config.micro_batch_size,
         per_device_eval_batch_size=config.micro_batch_size,
