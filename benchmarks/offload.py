@@ -1,4 +1,5 @@
-"""Training a Qwen3-30B-A3B-shaped model, its packed experts on the GPU, in host memory, and half and half.
+"""Training a Qwen3-30B-A3B-shaped model, its packed experts on the GPU, in host memory, half and half, on
+disk.
 
     python benchmarks/offload.py --layers 48 --out benchmarks/results/offload.json
     python benchmarks/offload.py --layers 2 --smoke --device cpu --out /tmp/offload.json     (seconds, no GPU)
@@ -8,25 +9,34 @@ made layer by layer (one layer's experts are packed, the others hold the same ma
 that no two layers are alike and bf16 weights of one layer at most exist at a time). LoRA on attention and
 experts, 8-bit AdamW, non-reentrant checkpointing, autocast bf16, loss on the last 256 positions.
 
-For each of ``resident``, ``half`` and ``streamed``: the same factors from the same seed; one step with
-deterministic algorithms, whose loss and gradients are compared with the first variant's bit by bit (the first
-repeats it: gradients that differ from themselves, as those of some attention kernels do, tell nothing); timed
-steps; one more step in which the time that computing waited for copies is measured. The floor of a streamed
-step is the bytes that it copied over the measured bandwidth of the link. What is measured is written to
-``--out`` after each variant.
+For each of ``resident``, ``half``, ``streamed``, ``cached`` and ``disk``: the same factors from the same
+seed; one step with deterministic algorithms, whose loss and gradients are compared with the first variant's
+bit by bit (the first repeats it: gradients that differ from themselves, as those of some attention kernels
+do, tell nothing); timed steps; one more step in which the time that computing waited for copies is measured.
+The floor of a streamed step is the bytes that it copied over the measured bandwidth of the link. What is
+measured is written to ``--out`` after each variant.
+
+For the last two the experts are written to ``--folder`` as a packed checkpoint, layer by layer, and mapped
+from there: ``cached`` reads what the system keeps in memory of those files, and ``disk`` has the system drop
+each piece as soon as it was read, as it would where memory is short. Their floor is the bytes read over the
+speed at which the same threads read the same files.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import os
 import resource
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +53,16 @@ from fourfold.experts import PackedExperts, prepare_module_
 from fourfold.experts.packed import set_stack_
 from fourfold.formats import PackedStack, PackFormat
 from fourfold.formats.quantize import pack_stack
+from fourfold.loading.shards import ShardWriter
+from fourfold.offloading.disk import DiskStreamer
 from fourfold.offloading.engine import CudaEngine
 from fourfold.offloading.host import HostMemory
+from fourfold.offloading.mapped import MappedFile
+from fourfold.offloading.read_ahead import PIECE_BYTES, THREADS, ReadingEngine
 
-VARIANTS = ("resident", "half", "streamed")
+VARIANTS = ("resident", "half", "streamed", "cached", "disk")
+ON_DISK = ("cached", "disk")
+SHARD_BYTES = 2 * 10**9
 NF4 = PackFormat("nf4", 64, True)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 COUNTED = 256
@@ -217,16 +233,72 @@ def timed(run: Run, steps: int) -> dict[str, Any]:
 
 def waiting(run: Run, report: fourfold.OffloadReport) -> dict[str, Any]:
     """Bytes copied in a step, and how long computing waited for them."""
-    engines = [s.engine for s in report.streamers if isinstance(s.engine, CudaEngine)]
-    before = report.counts()
+    engines = [s.engine for s in report.streamers if isinstance(s.engine, CudaEngine | ReadingEngine)]
+    before, read = report.counts(), read_bytes(report)
     for engine in engines:
         engine.timed = True
     run.step()
-    waited = sum(engine.waited_ms() for engine in engines)
+    waited = sum(engine.waited_ms() or 0.0 for engine in engines)
     for engine in engines:
         engine.timed = False
     after = report.counts()
-    return {"waited_ms": waited, "per_step": {name: after[name] - before[name] for name in after}}
+    per_step = {name: after[name] - before[name] for name in after}
+    return {"waited_ms": waited, "per_step": per_step | {"read": read_bytes(report) - read}}
+
+
+def read_bytes(report: fourfold.OffloadReport) -> int:
+    return sum(s.read_bytes for s in report.streamers if isinstance(s, DiskStreamer))
+
+
+def write_checkpoint(experts: Iterable[PackedExperts], folder: Path) -> None:
+    """The packed tensors as the files of a checkpoint, one shard in memory at a time."""
+    writer = ShardWriter(folder, SHARD_BYTES)
+    for module in experts:
+        for leaf in module.packed_names():
+            writer.add(f"{module.fourfold_name}.{leaf}", module._parameters[leaf].data)
+    writer.finish()
+    os.sync()  # (pages that are not written yet cannot be forgotten)
+
+
+def forget(file: MappedFile, offset: int = 0, nbytes: int = 0) -> None:
+    """Have the system drop what it keeps of a file in memory."""
+    os.posix_fadvise(file._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+class Forgetting:
+    """While it lasts, what is read from files is dropped from the system's memory at once."""
+
+    def __enter__(self) -> None:
+        self.original = original = MappedFile.read_into
+
+        def read_into(file: MappedFile, place: memoryview, offset: int) -> None:
+            original(file, place, offset)
+            forget(file, offset, len(place))
+
+        MappedFile.read_into = read_into  # type: ignore[method-assign]
+
+    def __exit__(self, *_: Any) -> None:
+        MappedFile.read_into = self.original  # type: ignore[method-assign]
+
+
+def read_speed(folder: Path, most: int = 8 * 10**9) -> float:
+    """Bytes a second from the files of a folder into memory, as the reading thread does it."""
+    pieces = []
+    for path in sorted(folder.glob("*.safetensors")):
+        file = MappedFile(path)
+        size = path.stat().st_size
+        pieces += [(file, at, min(PIECE_BYTES, size - at)) for at in range(0, size, PIECE_BYTES)]
+    pieces = pieces[: max(1, most // PIECE_BYTES)]
+    places = [memoryview(torch.empty(PIECE_BYTES, dtype=torch.uint8).numpy()) for _ in range(THREADS)]
+
+    def read(number: int) -> None:
+        for file, at, nbytes in pieces[number::THREADS]:
+            file.read_into(places[number][:nbytes], at)
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(read, range(THREADS)))
+    return sum(nbytes for *_, nbytes in pieces) / (time.perf_counter() - start)
 
 
 def bandwidth(nbytes: int, device: torch.device, repeats: int = 10) -> float:
@@ -243,14 +315,34 @@ def bandwidth(nbytes: int, device: torch.device, repeats: int = 10) -> float:
 
 
 def measure(variant: str, model: nn.Module, arguments: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device(arguments.device)
     experts = [m for m in model.modules() if isinstance(m, PackedExperts)]
     start, report = time.perf_counter(), None
-    if variant != "resident":
-        total = sum(p.nbytes for m in experts for p in m.parameters(recurse=False))
+    total = sum(p.nbytes for m in experts for p in m.parameters(recurse=False))
+    if variant in ON_DISK:
+        if not list(arguments.folder.glob("*.safetensors")):
+            write_checkpoint(experts, arguments.folder)
+        from_there = {"device": "disk", "checkpoint": arguments.folder}
+        report = fourfold.offload(model, buffers=arguments.buffers, **from_there)
+    elif variant != "resident":
         report = fourfold.offload(model, total // 2 if variant == "half" else None, buffers=arguments.buffers)
+    with Forgetting() if variant == "disk" else contextlib.nullcontext():
+        return measured(variant, model, report, time.perf_counter() - start, arguments)
+
+
+def measured(
+    variant: str,
+    model: nn.Module,
+    report: fourfold.OffloadReport | None,
+    offload_seconds: float,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    device = torch.device(arguments.device)
     synchronize(device)
-    result: dict[str, Any] = {"variant": variant, "offload_seconds": time.perf_counter() - start}
+    result: dict[str, Any] = {"variant": variant, "offload_seconds": offload_seconds}
+    if variant in ON_DISK:
+        for path in arguments.folder.glob("*.safetensors") if variant == "disk" else ():
+            forget(MappedFile(path))
+        result["read_bytes_per_second"] = read_speed(arguments.folder)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -281,22 +373,26 @@ def summarize(results: list[dict[str, Any]], bytes_per_second: float | None) -> 
         checked = zip(first["names"], equal, repeated, strict=True)
         result["unequal"] = [name for name, a, b in checked if b and not a]
         result["times_first"] = result["step_ms"] / first["step_ms"]
-        if "per_step" in result and bytes_per_second:
-            result["floor_ms"] = result["per_step"]["bytes"] / bytes_per_second * 1e3
+        if "per_step" in result:
+            reading = result.get("read_bytes_per_second")
+            floors = [result["per_step"]["bytes"] / bytes_per_second] if bytes_per_second else []
+            floors += [result["per_step"]["read"] / reading] if reading else []
+            result["floor_ms"] = 1e3 * max(floors, default=0.0)
 
 
 def table(results: Iterable[dict[str, Any]]) -> str:
     lines = [
         "| experts | peak GPU GiB | peak host GiB | step ms | x resident | waited ms | copied GiB a step | "
-        "floor ms | misses | loss equal | gradients equal |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|",
+        "read GiB a step | floor ms | misses | loss equal | gradients equal |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
     for r in results:
-        per_step = r.get("per_step", {"bytes": 0, "misses": 0})
+        per_step = r.get("per_step", {"bytes": 0, "misses": 0, "read": 0})
         lines.append(
             f"| {r['variant']} | {r.get('peak_bytes', 0) / GIB:.2f} | {r['peak_host_bytes'] / GIB:.1f} | "
             f"{r['step_ms']:.0f} | {r['times_first']:.2f} | {r.get('waited_ms', 0):.0f} | "
-            f"{per_step['bytes'] / GIB:.2f} | {r.get('floor_ms', 0):.0f} | {per_step['misses']} | "
+            f"{per_step['bytes'] / GIB:.2f} | {per_step['read'] / GIB:.2f} | {r.get('floor_ms', 0):.0f} | "
+            f"{per_step['misses']} | "
             f"{r['loss_is_equal']} | {r['gradients_equal']} of {r['factors']} |"
         )
     return "\n".join(lines)
@@ -315,8 +411,21 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--folder", type=Path, help="for the checkpoint; by default a temporary one")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/offload.json"))
     arguments = parser.parse_args()
+    if arguments.folder is not None:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        return compared(arguments)
+    arguments.folder = Path(tempfile.mkdtemp(prefix="offload-"))
+    try:
+        return compared(arguments)
+    finally:
+        shutil.rmtree(arguments.folder, ignore_errors=True)
+
+
+def compared(arguments: argparse.Namespace) -> int:
+    """Every variant; 0 where all have the numbers of the first."""
     device = torch.device(arguments.device)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import offload
 
 from fourfold.experts import PackedExperts
+from fourfold.offloading import disk
 
 
 def run(out: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> tuple[int, dict[str, Any]]:
@@ -24,20 +25,26 @@ def run(out: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> tuple[int, di
 
 
 def test_every_variant_has_the_numbers_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "COMPUTES_IN_PLACE", ())  # (as on a GPU)
     status, record = run(tmp_path / "out.json", monkeypatch)
     assert status == 0
-    assert [r["variant"] for r in record["results"]] == ["resident", "half", "streamed"]
+    assert [r["variant"] for r in record["results"]] == ["resident", "half", "streamed", "cached", "disk"]
     for result in record["results"]:
         assert result["loss_is_equal"]
         assert result["deterministic"]
         assert result["unequal"] == []
         assert result["gradients_equal"] == result["factors"] == result["factors_with_gradient"] == 8 * 12
-    _, half, streamed = record["results"]
+    _, half, streamed, *on_disk = record["results"]
     assert half["offload"]["resident_modules"] > 0
     assert half["offload"]["streamed_modules"] > 0
     assert streamed["offload"]["streamed_modules"] == 8
     assert streamed["per_step"]["misses"] == 0
     assert streamed["per_step"]["fills"] == 2 * (8 - 2)
+    for result in on_disk:
+        assert result["offload"]["disk_bytes"] > 0
+        assert result["per_step"]["fills"] == 2 * (8 - 2)
+        assert result["per_step"]["read"] > 0
+        assert result["floor_ms"] > 0
 
 
 def test_other_numbers_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

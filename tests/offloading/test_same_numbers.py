@@ -18,6 +18,7 @@ from fourfold.formats import PackFormat
 from fourfold.kernels import linear
 from fourfold.offloading import streamer
 from fourfold.offloading.api import offload
+from offloading import assert_equal, steps
 
 needs.triton()
 FORMATS = [PackFormat("nf4"), PackFormat("nf4", 64, True), PackFormat("fp4", 32), PackFormat("int8")]
@@ -30,28 +31,6 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "late":
         monkeypatch.setattr(streamer, "engine_for", lambda device: offloading.LateEngine())
     return request.param
-
-
-def steps(model: nn.Module, number: int = 2) -> list[torch.Tensor]:
-    """Outputs, gradients of the factors and the factors after each of some steps of training, flat."""
-    factors = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(factors, lr=1e-2)
-    found = []
-    for _ in range(number):
-        y = own_forward.output(model, tiny.IDS)
-        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-        found.append(y.detach().clone())
-        found += [p.grad.clone() for p in factors if p.grad is not None]
-        optimizer.step()
-        optimizer.zero_grad()
-        found += [p.detach().clone() for p in factors]
-    return found
-
-
-def assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
-    assert len(ours) == len(theirs) > 3
-    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        assert torch.equal(a, b), number
 
 
 def trained(model: nn.Module, checkpointing: str | None, **arguments: Any) -> list[torch.Tensor]:

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 import fourfold
 import tiny
-from fourfold.errors import ConfigurationError
+from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.experts import PackedExperts
 from fourfold.offloading import host
 from fourfold.training import planned
 from fourfold.training import run as run_module
 from fourfold.training.contradictions import ContradictionError
-from fourfold.training.offloaded import bring_back
+from fourfold.training.offloaded import UnchangedFiles, bring_back
 from fourfold.training.preflight import check
 from fourfold.training.run import run
 from fourfold.training.schema import TrainConfig
@@ -38,29 +38,82 @@ def report_of(result: RunResult) -> dict[str, Any]:
     return json.loads((Path(result.adapter) / "report.json").read_text())
 
 
-@pytest.mark.parametrize("stored", ["plain", "packed"])
-def test_the_same_adapter_from_host_memory(
-    settings: Settings, moe_folder: Path, tmp_path: Path, stored: str
+def packed_base(moe_folder: Path, folder: Path) -> str:
+    """A packed checkpoint of the tests' model, with its tokenizer."""
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    tiny.packed_folder(moe_folder, folder, **nf4)
+    for file in (*moe_folder.glob("*token*"), *moe_folder.glob("*.jinja")):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return str(folder)
+
+
+@pytest.mark.parametrize(("stored", "where"), [("plain", "cpu"), ("packed", "cpu"), ("packed", "disk")])
+def test_the_same_adapter_from_elsewhere(
+    settings: Settings, moe_folder: Path, tmp_path: Path, stored: str, where: str
 ) -> None:
     base: dict[str, Any] = {}
     if stored == "packed":
-        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        base["base_model"] = str(tiny.packed_folder(moe_folder, tmp_path / "packed", **nf4))
-        for file in moe_folder.glob("*token*"):
-            (tmp_path / "packed" / file.name).write_bytes(file.read_bytes())
-        for file in moe_folder.glob("*.jinja"):
-            (tmp_path / "packed" / file.name).write_bytes(file.read_bytes())
+        base["base_model"] = packed_base(moe_folder, tmp_path / "packed")
     resident, said = trained(settings, output_dir=str(tmp_path / "resident"), **base)
     assert "host memory" not in said
-    away, said = trained(settings, output_dir=str(tmp_path / "away"), experts_offload="cpu", **base)
+    away, said = trained(settings, output_dir=str(tmp_path / "away"), experts_offload=where, **base)
     ours, theirs = (load_file(Path(r.adapter) / "adapter_model.safetensors") for r in (away, resident))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert away.curve.train == resident.curve.train
-    assert "experts of 2 modules in host memory" in said
+    assert f"experts of 2 modules {'on disk' if where == 'disk' else 'in host memory'}" in said
     found = report_of(away)["offload"]
     assert (found["streamed_modules"], found["resident_modules"]) == (2, 0)
+    assert (found["disk_bytes"] > 0) == (where == "disk")
     assert report_of(resident)["offload"] is None
+
+
+def test_auto_leaves_on_disk_what_host_memory_does_not_hold(
+    settings: Settings, moe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = packed_base(moe_folder, tmp_path / "packed")
+    offload = {"experts_offload": "auto", "gpu_budget": "100 KiB"}
+    config = TrainConfig(**settings(**SHORT, base_model=base, **offload))
+    monkeypatch.setattr(host, "available_bytes", lambda: 1000)
+    model, _ = run_module.load(config, check(config))
+    report = bring_back(model, config, None)
+    assert report is not None
+    assert report.disk_bytes > 0
+    assert "modules on disk" in str(report)
+    monkeypatch.setattr(host, "available_bytes", lambda: 2**40)  # (with what is back there is room)
+    report = bring_back(model, config, None)
+    assert report is not None
+    assert (report.disk_bytes, report.host_bytes > 0) == (0, True)
+    plain = TrainConfig(**settings(**SHORT, **offload))
+    monkeypatch.setattr(host, "available_bytes", lambda: 1000)
+    with pytest.raises(ConfigurationError, match=r"take .* GiB of host memory.*leave them on disk"):
+        run_module.load(plain, check(plain))
+
+
+def test_experts_on_disk_need_a_packed_checkpoint(settings: Settings) -> None:
+    config = TrainConfig(**settings(**SHORT, experts_offload="disk"))
+    with pytest.raises(ConfigurationError, match=r"experts_offload: disk .*fourfold quantize .* FOLDER`"):
+        check(config)
+
+
+@pytest.mark.parametrize("when", ["on_train_begin", "on_epoch_begin"])
+def test_a_checkpoint_that_was_replaced_ends_the_run(
+    settings: Settings, moe_folder: Path, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = packed_base(moe_folder, tmp_path / "packed")
+    begin = getattr(UnchangedFiles, when)
+
+    def replaced(*arguments: Any, **named: Any) -> None:
+        monkeypatch.undo()
+        file = tmp_path / "packed" / "model.safetensors"
+        data = file.read_bytes()
+        file.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+        begin(*arguments, **named)
+        pytest.fail("it would have been found by a use of the file only")
+
+    monkeypatch.setattr(UnchangedFiles, when, replaced)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was changed while"):
+        trained(settings, base_model=base, experts_offload="disk")
 
 
 def test_a_budget_brings_some_back(settings: Settings) -> None:

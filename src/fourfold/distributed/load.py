@@ -81,7 +81,7 @@ def load_sharded(
 
     Raises:
         CheckpointError: a tensor is missing, of a wrong shape, or not finite.
-        ConfigurationError: ``experts_device="cpu"``, or the checkpoint is not packed and nothing says how to.
+        ConfigurationError: an ``experts_device``, or the checkpoint is not packed and nothing says how to.
         TrainingError: a rank ran out of memory, with its number.
         FourfoldError: what loading with this configuration raises; where only another rank failed, a
             `CheckpointError` with its number.
@@ -104,9 +104,9 @@ def load_sharded(
                 f"{model} is not packed by Fourfold, and nothing says how to pack it: pass "
                 "quantization_config=fourfold.MoeBitsAndBytesConfig(...)"
             )
-        if quantizer.config.experts_device == "cpu":
+        if quantizer.config.experts_device is not None:
             raise ConfigurationError(
-                "experts_device='cpu' keeps whole experts in host memory, of which load_sharded reads a "
+                "experts_device keeps whole experts in host memory or on disk, of which load_sharded reads a "
                 "part; leave it out, and pass device='cpu' here and offload=CPUOffloadPolicy() to shard"
             )
         refuse_wrong_widths(built, {"": device})

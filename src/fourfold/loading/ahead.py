@@ -13,7 +13,7 @@ import re
 import weakref
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.core_model_loading import WeightConverter
@@ -78,8 +78,7 @@ class AheadReader:
         return self  # the loader copies converters for every key
 
     def converters(self) -> list[AheadConverter]:
-        """One for every last component of a name."""
-        return [AheadConverter.of(leaf, self) for leaf in {n.rpartition(".")[2]: None for n in self._wanted}]
+        return converters_of(self._wanted, self)
 
     def _device(self, name: str) -> torch.device:
         return torch.device(expand_device_map(self.device_map, [name])[name])
@@ -92,6 +91,10 @@ class AheadReader:
         if self.host is None and self._device(name).type not in _DEVICES:
             return False
         return (header.shape, header.dtype) == (tuple(wanted[0]), DTYPE_NAMES[wanted[1]])
+
+    def takes_over(self, future: Any) -> bool:
+        """Whether what the loader handed in has not begun, and is read here instead."""
+        return isinstance(future, Future) and future.cancel()
 
     def begin(self, name: str, key: str) -> None:
         """Start reading ``key`` as parameter ``name``."""
@@ -126,13 +129,25 @@ class AheadReader:
         self.stored.close()
 
 
+class Reader(Protocol):
+    """What reads stored tensors in the loader's place: see `AheadReader`."""
+
+    def reads(self, name: str, key: str) -> bool: ...
+
+    def takes_over(self, future: Any) -> bool: ...
+
+    def begin(self, name: str, key: str) -> None: ...
+
+    def take(self, name: str) -> torch.Tensor: ...
+
+
 class AheadConverter(WeightConverter):
-    """Takes one stored tensor as it is, by way of an `AheadReader` where that reads it."""
+    """Takes one stored tensor as it is, by way of a `Reader` where that reads it."""
 
     __slots__ = ("reader",)
 
     @classmethod
-    def of(cls, leaf: str, reader: AheadReader) -> AheadConverter:
+    def of(cls, leaf: str, reader: Reader) -> AheadConverter:
         """For parameters called ``leaf`` (whole components of a name)."""
         made = cls([rf"(?<=\.){re.escape(leaf)}$"], [leaf], [Unchanged(reader)])
         made.reader = reader
@@ -142,22 +157,22 @@ class AheadConverter(WeightConverter):
         return copy_of(self)
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
-        reader: AheadReader | None = getattr(self, "reader", None)
-        if (
-            reader is not None
-            and isinstance(future, Future)
-            and reader.reads(target_key, source_key)
-            and future.cancel()
-        ):
+        reader: Reader | None = getattr(self, "reader", None)
+        if reader is not None and reader.reads(target_key, source_key) and reader.takes_over(future):
             reader.begin(target_key, source_key)
             future = _Ahead(reader, target_key)
         super().add_tensor(target_key, source_key, source_pattern, future)
 
 
+def converters_of(wanted: Iterable[str], reader: Reader) -> list[AheadConverter]:
+    """One for every last component of a name."""
+    return [AheadConverter.of(leaf, reader) for leaf in {name.rpartition(".")[2]: None for name in wanted}]
+
+
 class _Ahead:
     """A tensor that is waited for when called."""
 
-    def __init__(self, reader: AheadReader, name: str) -> None:
+    def __init__(self, reader: Reader, name: str) -> None:
         self.reader, self.name = reader, name
 
     def __call__(self) -> torch.Tensor:

@@ -54,7 +54,7 @@ def refuse_offloading(packed: Iterable[str], device_map: Any) -> None:
 
 
 def refuse_spreading(device_map: Any) -> None:
-    """Experts that are loaded into host memory are brought to one device.
+    """Experts that are loaded into host memory, or stay on disk, are brought to one device.
 
     (Hooks of a map over several devices put every parameter on its device after loading.)
 
@@ -67,7 +67,7 @@ def refuse_spreading(device_map: Any) -> None:
     devices = sorted({str(place) for place in device_map.values()}) if isinstance(device_map, dict) else []
     if len(devices) > 1:
         raise ConfigurationError(
-            f"experts_device='cpu' together with a device map over several devices ({', '.join(devices)}) is "
+            f"experts_device together with a device map over several devices ({', '.join(devices)}) is "
             "not supported; load onto one (device_map={'': 0}), or leave experts_device out and call "
             "fourfold.offload on the loaded model"
         )

@@ -36,9 +36,10 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
             leaves experts in high precision.
         experts_blocksize: values that share one absmax in 4-bit experts; 64 is bitsandbytes' own for Linears.
         experts_device: ``"cpu"`` puts packed experts straight into host memory, from where each module's are
-            brought to the device that the device map says while it computes (see `fourfold.offload`); None
-            leaves them where the device map says. A matter of this machine: it is not stored, and may be
-            given for a checkpoint that is packed already.
+            brought to the device that the device map says while it computes (see `fourfold.offload`);
+            ``"disk"`` leaves them in the files of a checkpoint that is packed already, from where each
+            module's are read ahead of their use; None puts them where the device map says. A matter of this
+            machine: it is not stored, and is given for packed checkpoints too.
 
     Attributes:
         read_from: the configuration of a checkpoint in another quantized format that is being read; never
@@ -107,6 +108,7 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
         self.experts_quant_type = experts_quant_type
         self.experts_blocksize = experts_blocksize
         self.experts_device = experts_device
+        self.or_disk = False  # with "cpu": experts stay on disk where host memory does not hold them
         self.read_from: dict[str, Any] | None = None
         self.tensor_names = tensor_names
         self.base = base
@@ -133,10 +135,10 @@ class MoeBitsAndBytesConfig(BitsAndBytesConfig):
                 "install a newer fourfold"
             )
         fmt = self.experts_format()
-        if self.experts_device not in (None, "cpu"):
+        if self.experts_device not in (None, "cpu", "disk"):
             raise ConfigurationError(
-                f"experts_device={self.experts_device!r}; valid are 'cpu' (host memory) and None (where the "
-                "device map says)"
+                f"experts_device={self.experts_device!r}; valid are 'cpu' (host memory), 'disk' (the files "
+                "of a packed checkpoint) and None (where the device map says)"
             )
         if self.experts_device is not None and fmt is None and self.is_linear_quantized:
             raise ConfigurationError(

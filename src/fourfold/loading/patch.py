@@ -48,7 +48,8 @@ def install() -> None:
                 return given.reading(settings)
         merged = original(stored, given, *args, **kwargs)
         if isinstance(given, MoeBitsAndBytesConfig) and isinstance(merged, MoeBitsAndBytesConfig):
-            merged.experts_device = given.experts_device  # (of this machine, and not in the checkpoint)
+            # (of this machine, and not in the checkpoint)
+            merged.experts_device, merged.or_disk = given.experts_device, given.or_disk
         return merged
 
     setattr(merge, _MARK, True)

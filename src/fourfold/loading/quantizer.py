@@ -51,12 +51,19 @@ from fourfold.loading.converters import PackingConverter, QuantizeOperation, who
 from fourfold.loading.cpu_linears import flatten_inputs, keep_trainable, refuse_wrong_widths
 from fourfold.loading.foreign import ForeignCheckpoint
 from fourfold.loading.headers import Header, check_files, check_packed, check_plain
+from fourfold.loading.mapping import MappedReader, refuse_unmapped
 from fourfold.loading.origin import origin_of
 from fourfold.loading.patch import stored_method
 from fourfold.loading.shapes import check_shapes, expected_shapes
 from fourfold.loading.skips import is_skipped, model_dtype, modules_to_skip
 from fourfold.loading.stored import StoredTensors
-from fourfold.offloading.api import OffloadReport, receive_in_host_memory, stay_in_host_memory
+from fourfold.offloading.api import (
+    OffloadReport,
+    receive_in_host_memory,
+    stay_in_host_memory,
+    stay_on_disk,
+)
+from fourfold.offloading.disk import keep_from_saving_over
 from fourfold.offloading.host import HostMemory
 
 IN_SHARDS = "_fourfold_in_shards"  # attribute of a class whose weights `distributed.load` reads
@@ -71,7 +78,7 @@ class FourfoldQuantizer(HfQuantizer):
         left_on_request: names of experts modules in high precision because the configuration says so.
         read_ahead_bytes: of what an `AheadReader` read of a packed checkpoint.
         in_shards: each rank of several reads its part of every tensor, and checks it (its class says so).
-        offloaded: where experts lie that were loaded with ``experts_device="cpu"``; else None.
+        offloaded: where experts lie that were loaded with an ``experts_device``; else None.
     """
 
     requires_calibration = False
@@ -97,7 +104,7 @@ class FourfoldQuantizer(HfQuantizer):
         self._device_map: dict[str, Any] | None = None
         self._headers: Mapping[str, Header] = {}
         self._loading: weakref.ref[PreTrainedModel] | None = None
-        self._ahead: AheadReader | None = None
+        self._ahead: AheadReader | MappedReader | None = None
         self.read_ahead_bytes = 0
         self.in_shards = False
         self._host: HostMemory | None = None
@@ -170,10 +177,8 @@ class FourfoldQuantizer(HfQuantizer):
                 prepare_reader_(model.get_submodule(found.reader))
             self.packed.append(found.name)
         refuse_offloading(self.packed, kwargs.get("device_map"))
-        if self.config.experts_device == "cpu" and self.packed and not self.config.only_written:
-            refuse_spreading(kwargs.get("device_map"))
-            self._host = HostMemory()
-            receive_in_host_memory([model.get_submodule(name) for name in self.packed], self._host)
+        if self.config.experts_device is not None and self.packed and not self.config.only_written:
+            self._send_away(model, kwargs.get("device_map"))
         self._shapes = expected_shapes(model)
         if self.packed:
             self._tie_companions(model)
@@ -189,6 +194,20 @@ class FourfoldQuantizer(HfQuantizer):
         self.quantization_config = self.linears.quantization_config
         left = {name_suffix(name) for name in self.left_on_request}
         self.quantization_config.llm_int8_skip_modules += sorted(left)
+
+    def _send_away(self, model: PreTrainedModel, device_map: Any) -> None:
+        """Experts go to host memory, or stay on disk."""
+        refuse_spreading(device_map)
+        self._host = HostMemory()
+        if self.config.experts_device == "disk":
+            refuse_unmapped(model.name_or_path, as_stored=self._names_are_the_models)
+            return
+        try:
+            receive_in_host_memory([model.get_submodule(name) for name in self.packed], self._host)
+        except ConfigurationError:
+            if not (self.config.or_disk and self._names_are_the_models):
+                raise
+            self.config.experts_device = "disk"
 
     def _check_headers(self, model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
         """The files must hold what the configuration says; found before a weight is read."""
@@ -316,9 +335,12 @@ class FourfoldQuantizer(HfQuantizer):
             and model is not None
             and not self.in_shards  # (it reads whole tensors)
         ):
-            stored = StoredTensors(self._headers, model_dtype(model))
             wanted = packed_tensors(model, self.packed)
-            self._ahead = AheadReader(stored, wanted, self._device_map, self._host)
+            if self.config.experts_device == "disk" and self._host is not None:
+                self._ahead = MappedReader(self._headers, wanted, self._host)
+            else:
+                stored = StoredTensors(self._headers, model_dtype(model))
+                self._ahead = AheadReader(stored, wanted, self._device_map, self._host)
             conversions += self._ahead.converters()
         return conversions
 
@@ -343,7 +365,11 @@ class FourfoldQuantizer(HfQuantizer):
                 check_shapes(module, f"{name}." if name else "", self._shapes)
         if self._host is not None:
             refuse_spreading(getattr(model, "hf_device_map", None))
-            self.offloaded, self._host = stay_in_host_memory(model, self._host, self._computing_device), None
+            on_disk = self.config.experts_device == "disk"
+            stay = stay_on_disk if on_disk else stay_in_host_memory
+            self.offloaded, self._host = stay(model, self._host, self._computing_device), None
+            if on_disk:
+                keep_from_saving_over(model)
         if self.linears is not None:
             model = self.linears._process_model_after_weight_loading(model, **kwargs)
             keep_trainable(model)

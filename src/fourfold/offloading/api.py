@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,18 @@ from fourfold.offloading.budget import (
     check_device_room,
     share_out,
 )
+from fourfold.offloading.disk import (
+    DiskStreamer,
+    OnDisk,
+    brought_to,
+    clean_parameters,
+    files_of_checkpoint,
+    map_tensors,
+    read_ahead_bytes,
+    reads_in,
+)
 from fourfold.offloading.host import HostMemory, check_room
+from fourfold.offloading.mapped import MappedFile, files_of, region_of
 from fourfold.offloading.schedule import Counts
 from fourfold.offloading.sizes import parse_bytes
 from fourfold.offloading.streamer import HostExperts, Streamer, Unit
@@ -34,7 +47,9 @@ class OffloadReport:
         resident: names of modules that stay on their device.
         streamed: names of modules in host memory.
         resident_bytes: of the former's packed tensors.
-        host_bytes: of the latter's.
+        host_bytes: of the latter's, as far as it takes memory: with experts on disk that of buffers that they
+            are read into, and of small tensors.
+        disk_bytes: of the latter's, where they stay in the files of their checkpoint.
         buffer_bytes: on the devices, for those that are computed and come next.
         buffers: on each device.
         devices: where is computed.
@@ -50,6 +65,7 @@ class OffloadReport:
     buffers: int
     devices: list[str]
     unpinned: str | None
+    disk_bytes: int = 0
     streamers: list[Streamer] = field(default_factory=list, repr=False, compare=False)
 
     @property
@@ -82,17 +98,31 @@ class OffloadReport:
         return self.__dict__ | {"streamers": []}  # (a copy of a model has no share in the buffers)
 
     def to_dict(self) -> dict[str, Any]:
-        names = ("resident_bytes", "host_bytes", "buffer_bytes", "buffers", "devices", "pinned", "unpinned")
+        names = ("resident_bytes", "host_bytes", "disk_bytes", "buffer_bytes", "buffers", "devices")
         counted = {"resident_modules": len(self.resident), "streamed_modules": len(self.streamed)}
-        return counted | {name: getattr(self, name) for name in names}
+        return counted | {name: getattr(self, name) for name in (*names, "pinned", "unpinned")}
 
     def __str__(self) -> str:
         kind = "pinned" if self.pinned else f"pageable ({self.unpinned}): copies hold up the host"
-        return (
+        there = (
             f"experts of {len(self.resident)} modules on {', '.join(self.devices)}: "
             f"{self.resident_bytes / GIB:.2f} GiB\n"
-            f"experts of {len(self.streamed)} modules in host memory: {self.host_bytes / GIB:.2f} GiB, "
-            f"{kind}; {self.buffers} buffers of {self.buffer_bytes / GIB:.2f} GiB together"
+        )
+        if self.disk_bytes and not self.buffers:
+            return (
+                f"{there}experts of {len(self.streamed)} modules on disk: {self.disk_bytes / GIB:.2f} GiB, "
+                "read where they are computed with"
+            )
+        if self.disk_bytes:
+            return (
+                f"{there}experts of {len(self.streamed)} modules on disk: {self.disk_bytes / GIB:.2f} GiB, "
+                f"read ahead into {self.host_bytes / GIB:.2f} GiB of host memory, {kind}; {self.buffers} "
+                f"buffers of {self.buffer_bytes / GIB:.2f} GiB together"
+            )
+        return (
+            f"{there}experts of {len(self.streamed)} modules in host memory: "
+            f"{self.host_bytes / GIB:.2f} GiB, {kind}; {self.buffers} buffers of "
+            f"{self.buffer_bytes / GIB:.2f} GiB together"
         )
 
 
@@ -103,6 +133,8 @@ def offload(
     buffers: int = BUFFERS,
     pin: bool | None = None,
     reserve: int | None = None,
+    device: str = "cpu",
+    checkpoint: str | Path | None = None,
 ) -> OffloadReport:
     """Send packed experts to host memory; each module's are copied to the device while it is computed.
 
@@ -119,6 +151,10 @@ def offload(
         pin: True refuses host memory that cannot be pinned, False asks for none; None takes what there is,
             and the report says which.
         reserve: what ``"auto"`` leaves for everything else, in bytes; None is 4 GiB.
+        device: ``"cpu"`` is host memory. ``"disk"`` maps them from the files of their packed checkpoint, and
+            reads each module's ahead of its use: for experts that host memory does not hold.
+        checkpoint: with ``device="disk"``, the folder of the packed checkpoint; None is where the model was
+            loaded from. Its numbers are compared with the model's.
 
     Returns:
         What lies where.
@@ -126,8 +162,13 @@ def offload(
     Raises:
         NoExpertsError: no module has packed experts.
         ConfigurationError: a budget that is no number or below what one module needs, too little host memory,
-            or experts that are spread over processes.
+            experts that are spread over processes, or a checkpoint that is none of this model's.
+        CheckpointError: a file of the checkpoint is damaged.
     """
+    if device not in ("cpu", "disk"):
+        raise ConfigurationError(f"device={device!r}; valid are 'cpu' (host memory) and 'disk'")
+    if checkpoint is not None and device != "disk":
+        raise ConfigurationError(f"checkpoint={str(checkpoint)!r} has no meaning without device='disk'")
     if not isinstance(buffers, int) or buffers < 1:
         raise ConfigurationError(f"buffers={buffers!r}; one holds what computes, two copy the next meanwhile")
     if reserve is not None and budget != "auto":
@@ -135,7 +176,9 @@ def offload(
     if budget is not None and budget != "auto":
         budget = parse_bytes(budget)
     groups = _groups(model)
-    return _carry_out(_plan(groups, budget, buffers, AUTO_RESERVE if reserve is None else reserve), pin)
+    plan = _plan(groups, budget, buffers, AUTO_RESERVE if reserve is None else reserve)
+    files = partial(files_of_checkpoint, model, checkpoint) if device == "disk" else None
+    return _carry_out(plan, pin, files=files)
 
 
 def receive_in_host_memory(modules: Sequence[Any], memory: HostMemory) -> None:
@@ -152,6 +195,19 @@ def receive_in_host_memory(modules: Sequence[Any], memory: HostMemory) -> None:
     check_room(sum(shape.nbytes(m.fourfold_format) for m, shape in shapes), "the packed experts of the model")
     for module in modules:
         module.fourfold_arrives = memory.take
+
+
+def stay_on_disk(
+    model: nn.Module, memory: HostMemory, device_of: Callable[[str], torch.device]
+) -> OffloadReport:
+    """After loading: what was mapped from the checkpoint's files stays there, as after `offload`.
+
+    Args:
+        model: loaded, its packed tensors mapped.
+        memory: where their small tensors went.
+        device_of: where the module of a name computes.
+    """
+    return _carry_out(_plan(_groups(model, device_of), None, BUFFERS, 0), None, memory, files=list)
 
 
 def stay_in_host_memory(
@@ -209,7 +265,14 @@ def _buffer_bytes(group: Sequence[Sequence[PackedExperts]]) -> int:
     return sum(s.allocated_bytes for s in streamers.values())
 
 
-def _carry_out(plans: _Plan, pin: bool | None, memory: HostMemory | None = None) -> OffloadReport:
+def _carry_out(
+    plans: _Plan,
+    pin: bool | None,
+    memory: HostMemory | None = None,
+    *,
+    files: Callable[[], list[MappedFile]] | None = None,
+) -> OffloadReport:
+    """Move what is planned. ``files`` finds those that experts are mapped from; None is host memory."""
     resident: list[tuple[PackedExperts, torch.device]] = []
     streamed: list[PackedExperts] = []
     units: list[tuple[torch.device, list[list[PackedExperts]], int]] = []
@@ -220,30 +283,43 @@ def _carry_out(plans: _Plan, pin: bool | None, memory: HostMemory | None = None)
         if away_units:
             units.append((device, away_units, buffers))
     memory = memory or HostMemory(pin)
-    copied = {t.data_ptr(): t.nbytes for m in streamed for t in _packed(m) if not memory.has(t.data)}
-    check_room(sum(copied.values()), "the packed experts that are to be copied there")
+    mapped = [] if files is None else map_tensors(streamed, files)
+    stays = {id(t) for m in streamed for t in _packed(m) if files is not None and region_of(t.data)}
+    stays |= {id(parameter) for parameter, _ in mapped}
+    moved = [t for m in streamed for t in _packed(m) if id(t) not in stays]
+    copied = {t.data_ptr(): t.nbytes for t in moved if not memory.has(t.data)}
+    back = {t.data_ptr(): t.nbytes for m, d in resident for t in _packed(m) if reads_in(t, d)}
+    ahead = 0 if files is None else sum(read_ahead_bytes(device, unit) for device, unit, _ in units)
+    check_room(sum((copied | back).values()) + ahead, "the packed experts that are to be copied there")
     for device, group, chosen, buffers in plans:
         _check_device(device, group, chosen, buffers)
     # Copies first, all of them: what fails here leaves the model as it was.
-    copies = {id(t): (t, memory.take(t.data)) for m in streamed for t in _packed(m)}
+    copies = {id(t): (t, memory.take(t.data)) for t in moved} | {id(t): (t, data) for t, data in mapped}
+    verified = clean_parameters(streamed) | {id(parameter) for parameter, _ in mapped}
+    held = files_of([data for _, data in copies.values()] + [t.data for m in streamed for t in _packed(m)])
     for tensor, copy in copies.values():
         tensor.data = copy
-    del copies
+    del copies, mapped
     for module in streamed:
         _release(module)
-    streamers = [attach(unit, device, buffers) for device, unit, buffers in units]
+    disk = None if files is None else OnDisk(memory, verified)
+    streamers = [attach(unit, device, buffers, disk=disk) for device, unit, buffers in units]
+    del held  # (the streamers hold them now)
     for module, device in resident:
-        moved = [tensor.data.to(device) for tensor in _packed(module)]  # (before the module lets go of them)
+        # (before the module lets go of them)
+        brought = [brought_to(tensor, device) for tensor in _packed(module)]
         _release(module)
-        for tensor, data in zip(_packed(module), moved, strict=True):
+        for tensor, data in zip(_packed(module), brought, strict=True):
             tensor.data = data
+    on_disk = _bytes(streamed, lambda t: region_of(t) is not None)
     return OffloadReport(
         resident=[m.fourfold_name for m, _ in resident],
         streamed=[m.fourfold_name for m in streamed],
         resident_bytes=_bytes([m for m, _ in resident]),
-        host_bytes=_bytes(streamed),
+        host_bytes=_bytes(streamed) - on_disk + sum(s.read_ahead_bytes for s in streamers),
+        disk_bytes=on_disk,
         buffer_bytes=sum(s.buffer_bytes for s in streamers),
-        buffers=max((s.buffers for s in streamers), default=0),
+        buffers=max((s.buffers for s in streamers if s.buffer_bytes), default=0),
         devices=list(dict.fromkeys(str(device) for device, *_ in plans)),
         unpinned=memory.unpinned if streamed else None,
         streamers=streamers,
@@ -264,10 +340,19 @@ def _check_device(
 
 
 def attach(
-    units: Sequence[Sequence[PackedExperts]], device: torch.device, buffers: int, engine: Any = None
+    units: Sequence[Sequence[PackedExperts]],
+    device: torch.device,
+    buffers: int,
+    engine: Any = None,
+    disk: OnDisk | None = None,
 ) -> Streamer:
-    """Have modules whose packed tensors lie in host memory computed on ``device``."""
-    streamer = Streamer([Unit(modules) for modules in units], device, buffers, engine)
+    """Have modules whose packed tensors lie in host memory, or are mapped, computed on ``device``."""
+    made = [Unit(modules) for modules in units]
+    streamer = (
+        Streamer(made, device, buffers, engine)
+        if disk is None
+        else DiskStreamer(made, device, buffers, engine, disk.memory, disk.verified)
+    )
     for unit, modules in enumerate(units):
         for number, module in enumerate(modules):
             module.fourfold_host = HostExperts(streamer, unit, number)
@@ -275,7 +360,9 @@ def attach(
 
 
 def onload(model: nn.Module) -> None:
-    """Bring packed experts back from host memory to the devices where they are computed; undoes `offload`.
+    """Bring packed experts back from host memory, or disk, to the devices where they are computed.
+
+    Undoes `offload`.
 
     A model whose experts were not offloaded stays as it is.
 
@@ -287,11 +374,13 @@ def onload(model: nn.Module) -> None:
     for device, group in groups.items():
         modules = [m for unit in group for m in unit if m.fourfold_host is not None]
         check_device_room(device, _bytes(modules), _buffer_bytes(group), "the packed experts in host memory")
+        read = {t.data_ptr(): t.nbytes for m in modules for t in _packed(m) if reads_in(t, device)}
+        check_room(sum(read.values()), "the packed experts that are read from disk")
         for module in modules:
             _release(module)
         for module in modules:
             for tensor in _packed(module):
-                tensor.data = tensor.data.to(device)
+                tensor.data = brought_to(tensor, device)
 
 
 def _release(module: PackedExperts) -> None:
@@ -355,6 +444,6 @@ def _packed(module: PackedExperts) -> list[nn.Parameter]:
     return [p for p in parameters if p is not None]
 
 
-def _bytes(modules: Sequence[PackedExperts]) -> int:
+def _bytes(modules: Sequence[PackedExperts], where: Callable[[torch.Tensor], bool] = lambda _: True) -> int:
     """Of different tensors (an encoder may share its experts with a decoder)."""
-    return sum({t.data_ptr(): t.nbytes for m in modules for t in _packed(m)}.values())
+    return sum({t.data_ptr(): t.nbytes for m in modules for t in _packed(m) if where(t.data)}.values())

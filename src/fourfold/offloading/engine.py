@@ -30,6 +30,8 @@ class HostEngine:
 
     def wait(self, event: None) -> None: ...
 
+    def finish(self, event: None) -> None: ...
+
     def mark(self) -> None: ...
 
     def line(self) -> None: ...
@@ -79,6 +81,10 @@ class CudaEngine:
         self._waits.append((before, behind))
         while len(self._waits) > KEPT_WAITS and self._waits[0][1].query():
             self._add_up()
+
+    def finish(self, event: torch.cuda.Event) -> None:
+        """Hold up the host until ``event``: what was copied from may be written to afterwards."""
+        event.synchronize()
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()

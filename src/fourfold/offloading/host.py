@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fourfold.errors import ConfigurationError
+from fourfold.offloading.mapped import region_of
 
 _MEMINFO = Path("/proc/meminfo")
 # Of the memory group of this process, version 2 and version 1: its folder, limit, use, and what of the use is
@@ -133,8 +134,10 @@ class HostMemory:
         return tensor
 
     def has(self, tensor: torch.Tensor) -> bool:
-        """Whether ``tensor`` lies in such memory already."""
-        return tensor.device.type == "cpu" and (self.unpinned is not None or tensor.is_pinned())
+        """Whether ``tensor`` lies in such memory already (one that is mapped from a file does not)."""
+        if tensor.device.type != "cpu" or region_of(tensor) is not None:
+            return False
+        return self.unpinned is not None or tensor.is_pinned()
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of ``tensor`` here; the tensor itself where it already is what is wanted."""
@@ -177,6 +180,6 @@ def check_room(nbytes: int, what: str) -> None:
     if free is not None and nbytes > free:
         raise ConfigurationError(
             f"{what} take {nbytes / 2**30:.2f} GiB of host memory, and {max(0, free) / 2**30:.2f} GiB can be "
-            "had. Keep more of them on the device (a larger `budget`), choose a smaller format, or end other "
-            "programs"
+            "had. Keep more of them on the device (a larger `budget`), choose a smaller format, end other "
+            "programs, or leave them on disk (experts_device='disk', of a checkpoint that is packed)"
         )

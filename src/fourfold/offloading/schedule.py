@@ -132,7 +132,7 @@ class Schedule:
                 slot = self._fill(module, self._free())
             elif not slot.users:
                 self.counts.hits += 1
-            self._engine.wait(slot.filled)
+            self._wait(slot)
             slot.users += 1
             if slot.part_of is None and slot.users == 1:  # (whoever began the use around this one said so)
                 try:
@@ -162,7 +162,7 @@ class Schedule:
                 slot.content, slot.used, slot.part_of = module, {}, threading.get_ident()
                 self.counts.parts += 1
                 self.counts.bytes += nbytes
-            self._engine.wait(slot.filled)
+            self._wait(slot)
             slot.users += 1
             return slot.number
 
@@ -211,6 +211,14 @@ class Schedule:
                 "the model at once than it was given buffers; pass fourfold.offload a larger `buffers`"
             )
         return min(free, key=worth)
+
+    def _wait(self, slot: Slot) -> None:
+        """(A copy that turns out to have failed leaves nothing in the buffer; the next use copies again.)"""
+        try:
+            self._engine.wait(slot.filled)
+        except BaseException:
+            slot.content = slot.part_of = None
+            raise
 
     def _fill(self, module: int, slot: Slot) -> Slot:
         # (empty until the copy was begun: if that raises, nobody takes what is there for a module)

@@ -122,6 +122,11 @@ class Streamer:
         return self.buffers * max(unit.nbytes for unit in self.units)
 
     @property
+    def read_ahead_bytes(self) -> int:
+        """Of host memory besides the tensors themselves."""
+        return 0
+
+    @property
     def allocated_bytes(self) -> int:
         """Of the buffers that there are."""
         return sum(memory.nbytes for memory in self._memory)

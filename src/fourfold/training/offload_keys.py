@@ -26,10 +26,12 @@ def _bytes(value: Any) -> int:
 class OffloadKeys(Strict):
     """Where packed experts lie."""
 
-    experts_offload: Literal["cpu", "auto"] | None = Field(
+    experts_offload: Literal["cpu", "disk", "auto"] | None = Field(
         None,
         description="`cpu`: packed experts in host memory, each layer's brought to the GPU while it computes "
-        "(the same numbers); `auto`: as many layers stay on the GPU as fit",
+        "(the same numbers); `disk`: they stay in the files of a packed checkpoint, from where they are read "
+        "ahead of their use; `auto`: as many layers stay on the GPU as fit, the others in host memory, or on "
+        "disk where that does not hold them",
     )
     gpu_budget: Annotated[int | str, BeforeValidator(not_bool), AfterValidator(_bytes)] | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""Experts of a run in host memory: the configuration that loads them there, and how many come back."""
+"""Experts of a run in host memory or on disk: the configuration that says so, and how many come back."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import copy
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 import fourfold
 from fourfold.errors import ConfigurationError
+from fourfold.offloading.disk import check_files
 from fourfold.training import processes
 from fourfold.training.schema import TrainConfig
 
@@ -22,22 +24,43 @@ def loading_there(config: TrainConfig, quantization_config: Any) -> Any:
             packed already, whose own settings hold.
 
     Raises:
-        ConfigurationError: the run has several processes.
+        ConfigurationError: the run has several processes, or experts are to be mapped from a checkpoint that
+            is not packed.
     """
-    if config.experts_offload is None:
+    where = config.experts_offload
+    if where is None:
         return quantization_config
     if processes.count() > 1:
+        how = "read all experts from disk" if where == "disk" else "hold all experts in host memory"
         raise ConfigurationError(
-            f"experts_offload: {config.experts_offload} with {processes.count()} processes: each would hold "
-            "all experts in host memory. Run one, or drop this key."
+            f"experts_offload: {where} with {processes.count()} processes: each would {how}. Run one, or "
+            "drop this key."
         )
     if quantization_config is None:
-        return fourfold.MoeBitsAndBytesConfig(
-            load_in_4bit=config.load_in_4bit, load_in_8bit=config.load_in_8bit, experts_device="cpu"
+        made = fourfold.MoeBitsAndBytesConfig(config.load_in_8bit, config.load_in_4bit)
+        made.or_disk = where == "auto"
+    elif where == "disk":
+        raise ConfigurationError(
+            f"experts_offload: disk reads experts from a packed checkpoint, and {config.base_model} is not "
+            f"packed. Pack it once, `fourfold quantize {config.base_model} FOLDER`, and set base_model to it."
         )
-    made = copy.copy(quantization_config)
-    made.experts_device = "cpu"
+    else:
+        made = copy.copy(quantization_config)
+    made.experts_device = "disk" if where == "disk" else "cpu"
     return made
+
+
+class UnchangedFiles(TrainerCallback):
+    """Compares the files that experts are mapped from with what was mapped, before a run and its epochs.
+
+    (Each use of a file looks at what the system says of it; this looks into it.)
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_files(kwargs["model"])
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        check_files(kwargs["model"])
 
 
 def bring_back(model: Any, config: TrainConfig, reserve: int | None) -> fourfold.OffloadReport | None:
@@ -54,16 +77,23 @@ def bring_back(model: Any, config: TrainConfig, reserve: int | None) -> fourfold
     Raises:
         ConfigurationError: there is no GPU to ask for its memory, or the budget is too small.
     """
-    if config.experts_offload is None:
+    where = config.experts_offload
+    if where is None:
         return None
-    if config.experts_offload == "cpu":
-        report: fourfold.OffloadReport = model.hf_quantizer.offloaded
-        return report
-    if config.gpu_budget is not None:
-        return fourfold.offload(model, config.gpu_budget)
-    if not torch.cuda.is_available():
+    loaded: fourfold.OffloadReport = model.hf_quantizer.offloaded
+    if where != "auto":
+        return loaded
+    if config.gpu_budget is None and not torch.cuda.is_available():
         raise ConfigurationError(
             "experts_offload: auto asks the GPU how much memory is free, and there is none. Give gpu_budget, "
             "or set experts_offload: cpu."
         )
-    return fourfold.offload(model, "auto", reserve=reserve)
+    budget = "auto" if config.gpu_budget is None else config.gpu_budget
+    reserve = reserve if config.gpu_budget is None else None
+    try:
+        return fourfold.offload(model, budget, reserve=reserve)
+    except ConfigurationError:
+        if not loaded.disk_bytes:
+            raise
+    # Host memory does not hold what the budget leaves either.
+    return fourfold.offload(model, budget, reserve=reserve, device="disk")

@@ -25,6 +25,7 @@ from fourfold.training.contradictions import ignored_within
 from fourfold.training.data import Tokenized, load_records
 from fourfold.training.encode import Sample
 from fourfold.training.isolation import check_isolation
+from fourfold.training.offloaded import loading_there
 from fourfold.training.packing import pack
 from fourfold.training.prepared import prepare_data, templates_of
 from fourfold.training.remarks import beyond, needed_packages
@@ -111,6 +112,7 @@ def check(config: TrainConfig) -> Checked:
     # (where they may be kept already, they are read once it is clear that they are not)
     loaded = None if config.dataset_prepared_path is not None else load_records(config)
     quantization_config = make_quantization_config(config)
+    loading_there(config, quantization_config)
     skeleton = make_skeleton(config, quantization_config)
     check_balance(config, skeleton)
     rows = skeleton.get_input_embeddings().weight.shape[0]

@@ -36,7 +36,7 @@ from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evalua
 from fourfold.training.fsdp_keys import sharding
 from fourfold.training.isolation import refuse_leaks
 from fourfold.training.journal import Journal, figures_left, write_reports
-from fourfold.training.offloaded import bring_back, loading_there
+from fourfold.training.offloaded import UnchangedFiles, bring_back, loading_there
 from fourfold.training.packing import packing_collator
 from fourfold.training.planned import EVERYTHING_ELSE, Memory
 from fourfold.training.preflight import MERGED, Checked, check
@@ -311,6 +311,8 @@ def make_trainer(
     # From 65,536 the scaler of fp16 gets below 1 in so many halvings.
     trainer.add_callback(FiniteGradients(trainer.name_examples, SKIPPED_IN_FP16 if config.fp16 else 0))
     trainer.add_callback(Saved(step_of(checked.checkpoint) if checked.checkpoint else None))
+    if config.experts_offload in ("disk", "auto"):
+        trainer.add_callback(UnchangedFiles())
     if checked.held_out is not None:
         every = interval(config, "eval", examples)
         trainer.add_callback(HeldOut(lambda: evaluate("during training"), curve, every, trainer.log))
