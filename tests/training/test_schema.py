@@ -26,6 +26,7 @@ EVERY_KEY: dict[str, tuple[str, Any]] = {
     "adapter": ("lora", "lora"),
     "load_in_4bit": ("false", False),
     "load_in_8bit": ("true", True),
+    **dict.fromkeys(("fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type"), ("null", None)),
     "experts_offload": ("auto", "auto"),
     "gpu_budget": ("12GiB", 12 * 2**30),
     "quantize_moe_experts": ("true", True),

@@ -103,7 +103,7 @@ def test_resumed_on_as_many_processes_and_on_others(
 
 
 def test_one_process_is_told(settings: Settings) -> None:
-    with pytest.raises(ConfigurationError, match="this run has one. Start it by `torchrun"):
+    with pytest.raises(ConfigurationError, match=r"this run has one\. Start it by `torchrun"):
         run(TrainConfig(**settings(**FSDP)), quiet())
 
 

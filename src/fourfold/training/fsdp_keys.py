@@ -102,8 +102,19 @@ def asked_of_fsdp(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def sharding(config: TrainConfig) -> Sharding | None:
     """How the run's model is sharded; None where each process holds all of it."""
-    given = asked_of_fsdp({key: getattr(config, key) for key in FSDP})
+    given = _given(config)
     return _read(given)[0] if given else None
+
+
+def _given(config: TrainConfig) -> dict[str, Any]:
+    return asked_of_fsdp(
+        {
+            "fsdp": config.fsdp,
+            "fsdp_config": config.fsdp_config,
+            "fsdp_version": config.fsdp_version,
+            "fsdp_final_state_dict_type": config.fsdp_final_state_dict_type,
+        }
+    )
 
 
 def fsdp_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
@@ -162,7 +173,7 @@ def _read(given: Mapping[str, Any]) -> tuple[Sharding, list[Problem]]:
             wanted = _ANYWAY[name][0] or ()
             if str(value).upper() not in wanted:
                 wrong(key, f"{short(str(value))} is none of its values", f"Give {' or '.join(wanted)}.")
-    for key, value in {"fsdp_version": given.get("fsdp_version"), where: settings.get("version")}.items():
+    for key, value in (("fsdp_version", given.get("fsdp_version")), (where, settings.get("version"))):
         if value is not None and (value != 2 or isinstance(value, bool)):
             what = f"{short(str(value))}, which flattens parameters of one type; packed ones are bytes"
             wrong(key, what, "Set fsdp_version: 2.")
@@ -234,7 +245,7 @@ def _follow(settings: Mapping[str, Any], result: Sharding, where: str, wrong: An
 
 def fsdp_contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Problem]]:
     """What does not go together with a sharded model."""
-    given = asked_of_fsdp({key: getattr(config, key) for key in FSDP})
+    given = _given(config)
     if not given:
         return
     where = _where(given)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fourfold.training.cards import CARDS
+from fourfold.training.fsdp_keys import FSDP, OFF
 from fourfold.training.key_types import EXPONENT
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, NOT_YET, NotYet
 from fourfold.training.schema import TrainConfig
@@ -38,6 +39,8 @@ def json_schema() -> dict[str, Any]:
     _numbers_as_text(result)
     for name in FALSE_TOO:
         result["properties"][name]["anyOf"].append({"const": False})
+    for name in FSDP:
+        result["properties"][name]["anyOf"].append({"enum": list(OFF)})
     return {"$schema": DIALECT, **result, "title": "Configuration of fourfold train"}
 
 

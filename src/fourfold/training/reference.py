@@ -63,7 +63,7 @@ def render() -> str:
     parts += ["## Given differently\n", _table(("key", "what happens instead"), different.items())]
     parts += ["### Plugins\n", _table(("plugin", "what happens instead"), PLUGINS.items())]
     parts += ["## Not yet\n", _not_yet(NOT_YET), "### In an entry of `datasets`\n", _not_yet(DATASET_NOT_YET)]
-    heading = "## Several cards\n\nAccepted, and refused by name at the start of a run.\n"
+    heading = "## DeepSpeed\n\nAccepted, and refused by name at the start of a run.\n"
     parts += [heading, _table(("key", "what it is"), CARDS.items())]
     return "\n".join(parts)
 

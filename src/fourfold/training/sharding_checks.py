@@ -43,6 +43,6 @@ def check_sharding(config: TrainConfig, skeleton: PreTrainedModel) -> None:
             if shared and (path == name or path.endswith(f".{name}")):
                 raise ConfigurationError(
                     f"lora_modules_to_save: {name} is the output layer, whose weight the loss takes by "
-                    "itself, past what adds up its gradients over processes. Take it out, or drop the keys of "
-                    "FSDP."
+                    "itself, past what adds up its gradients over processes. Take it out, or drop the keys "
+                    "of FSDP."
                 )
