@@ -60,7 +60,7 @@ def test_units_are_layers_ends_and_what_is_left() -> None:
         ("lm_head", "end"),
         ("", "rest"),
     ]
-    assert units[-1] == Unit("", "rest", frozen=4 * 64, trained=0, shard=2 * 64)  # the last norm
+    assert units[-1] == Unit("", "rest", frozen=2 * 64, trained=0, shard=64)  # the last norm, in bf16
     assert units[0].frozen == units[1].frozen
     tied = Planner(tiny.qwen3_moe(tie_word_embeddings=True)).with_adapters(Settings(quantization=NF4))
     kinds = [unit.kind for unit in cut_shares(tied, 2).units]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from fourfold.errors import CheckpointError, TrainingError
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory, or the machine's, was too small."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
