@@ -2,6 +2,9 @@
 PYTHON ?= python3
 # Where torch alone comes from, e.g. https://download.pytorch.org/whl/cpu; empty: PyPI.
 TORCH_INDEX ?=
+# How many processes share the tests. Each has one thread: what is multiplied is small.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 BIN := .venv/bin
 QUICKSTART := examples/quickstart
 OUT := $(QUICKSTART)/out
@@ -33,10 +36,10 @@ imports: .venv/installed
 	$(BIN)/lint-imports
 
 unit: .venv/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # Loading and adapters under each supported transformers, installed beside .venv on first use.
 test-versions: .venv/installed
