@@ -41,8 +41,8 @@ class Order:
     def upcoming(self, number: int) -> list[int]:
         """At most ``number`` different modules that are used next, the first one first.
 
-        The current one is the first of them unless it has been used just as often as ever in this place. (More
-        often, and nothing is known but that it is in use: the first step after evaluations.)
+        The current one is the first of them unless it has been used just as often as ever in this place. (If
+        more often, as in the first step after evaluations, nothing is known but that it is in use.)
         """
         if self._current is None:
             return list(range(min(number, self._count)))
