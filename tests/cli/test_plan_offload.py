@@ -68,6 +68,21 @@ def test_auto_keeps_as_many_as_the_card_has_room_for(model: str, capsys: pytest.
     assert data["fits"] is True
 
 
+def test_host_memory_is_suggested_where_a_card_is_too_small(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, resident = planned(capsys, model)
+    card = str(int((resident["peak"] - resident["parts"]["experts"] // 3) / 0.97) + 640 * 2**20)
+    status, data = planned(capsys, model, "--gpu", card)
+    assert status == 1
+    (found,) = (s for s in data["suggestions"] if "experts_offload" in s["keys"])
+    assert found["keys"] == {"experts_offload": "auto"}
+    assert found["peak"] <= data["room"]
+    status, data = planned(capsys, model, "--gpu", str(641 * 2**20), "experts_offload=cpu")
+    assert status == 1
+    assert not any("experts_offload" in s["keys"] for s in data["suggestions"])
+
+
 def test_a_file_with_experts_in_host_memory(
     settings: Settings,
     write_config: Callable[[dict[str, Any]], Path],

@@ -180,7 +180,10 @@ def show(plan: Plan, card: int | None, suggestions: list[Suggestion], console: C
         for suggestion in suggestions:
             say(console, f"  {suggestion}    peak {_size(suggestion.plan.peak)}")
     else:
-        say(console, "No change of batch, sequence, rank, targets or optimizer makes it fit.")
+        say(
+            console,
+            "No change of batch, sequence, rank, targets, optimizer or place of experts makes it fit.",
+        )
 
 
 def table(plan: Plan) -> Table:
