@@ -97,6 +97,19 @@ def test_a_file_with_experts_in_host_memory(
     assert data["offload"]["resident_modules"] == 0
 
 
+def test_a_packed_checkpoint_is_planned_from_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nf4 = {"experts_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    tiny.save(tiny.qwen3_moe(num_hidden_layers=6), tmp_path / "plain")
+    tiny.packed_folder(tmp_path / "plain", tmp_path / "packed", **nf4)
+    for folder in ("plain", "packed"):  # (what is not packed yet can be planned too)
+        asked = [str(tmp_path / folder), "experts_offload=disk", "sequence_len=64"]
+        assert main(["plan", *asked, "--disk-bandwidth", "1MB", "--step-seconds", "1"]) == 0
+        shown = capsys.readouterr().out
+        assert "6 modules, mapped" in shown
+        assert "read ahead, and small scales" in shown
+        assert "MiB from disk" in shown or "GiB from disk" in shown
+
+
 def test_without_a_gpu_nothing_is_said_of_links(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, data = planned(capsys, model, "--cpu", "experts_offload=cpu")
     assert status == 0

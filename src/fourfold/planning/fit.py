@@ -79,7 +79,7 @@ def _offload(settings: Settings) -> Iterator[Step]:
     (of a run that keeps them on the card now, and is of one process: `card` is known).
     """
     away = settings.experts_offload or getattr(settings.quantization, "experts_device", None)
-    if settings.quantization is not None and away is None and settings.card is not None:
+    if away is None and settings.card is not None:
         yield replace(settings, experts_offload="auto"), {"experts_offload": "auto"}
 
 

@@ -14,7 +14,6 @@ from fourfold.planning.plan import Plan, Planner, Settings, here
 from fourfold.planning.standins import Target
 from fourfold.planning.units import format_bytes
 from fourfold.training import processes
-from fourfold.training.offloaded import loading_there
 from fourfold.training.schema import TrainConfig
 from fourfold.training.targets import resolve
 
@@ -50,7 +49,7 @@ def settings_of(
         return names if isinstance(names, str) or names is None else tuple(names)
 
     return Settings(
-        quantization=loading_there(config, quantization_config),
+        quantization=quantization_config,
         target_modules=fixed(target_modules),
         target_parameters=fixed(target_parameters),
         r=config.lora_r,
