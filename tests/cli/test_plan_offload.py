@@ -125,6 +125,11 @@ def test_without_a_gpu_nothing_is_said_of_links(model: str, capsys: pytest.Captu
         (["--link-bandwidth", "fast"], "--link-bandwidth: 'fast' is no number of bytes"),
         (["--link-bandwidth", "0"], "--link-bandwidth: '0' is no number of bytes"),
         (["--disk-bandwidth", "3 discs"], "--disk-bandwidth: '3 discs' is no number of bytes"),
+        (["--link-bandwidth", "1GB"], "--link-bandwidth: has no effect on a run with experts_offload: null"),
+        (
+            ["experts_offload=cpu", "--disk-bandwidth", "1GB"],
+            "--disk-bandwidth: has no effect on a run with experts_offload: cpu. Set experts_offload=disk",
+        ),
         (["--step-seconds", "0"], "--step-seconds: 0.0 is no time. Write 0.54, say."),
         (["--step-seconds", "nan"], "--step-seconds: nan is no time"),
         (["experts_offload=auto"], "no card is known. Name its size (--gpu 24GiB)"),

@@ -71,6 +71,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     is_run = Path(args.model).suffix in (".yaml", ".yml")
     named = plan_offload.check(args)
     config = _config(args, is_run)
+    plan_offload.check_effect(named, config)
     from fourfold.cli.libraries import quiet
 
     quiet(args.debug)
