@@ -55,10 +55,9 @@ from fourfold.formats import PackedStack, PackFormat
 from fourfold.formats.quantize import pack_stack
 from fourfold.loading.shards import ShardWriter
 from fourfold.offloading.disk import DiskStreamer
-from fourfold.offloading.engine import CudaEngine
-from fourfold.offloading.host import HostMemory
+from fourfold.offloading.link import measure_link
 from fourfold.offloading.mapped import MappedFile
-from fourfold.offloading.read_ahead import PIECE_BYTES, THREADS, ReadingEngine
+from fourfold.offloading.read_ahead import PIECE_BYTES, THREADS
 
 VARIANTS = ("resident", "half", "streamed", "cached", "disk")
 ON_DISK = ("cached", "disk")
@@ -233,14 +232,11 @@ def timed(run: Run, steps: int) -> dict[str, Any]:
 
 def waiting(run: Run, report: fourfold.OffloadReport) -> dict[str, Any]:
     """Bytes copied in a step, and how long computing waited for them."""
-    engines = [s.engine for s in report.streamers if isinstance(s.engine, CudaEngine | ReadingEngine)]
     before, read = report.counts(), read_bytes(report)
-    for engine in engines:
-        engine.timed = True
+    report.time_waits(True)
     run.step()
-    waited = sum(engine.waited_ms() or 0.0 for engine in engines)
-    for engine in engines:
-        engine.timed = False
+    report.time_waits(False)
+    waited = report.waited_ms() or 0.0
     after = report.counts()
     per_step = {name: after[name] - before[name] for name in after}
     return {"waited_ms": waited, "per_step": per_step | {"read": read_bytes(report) - read}}
@@ -299,19 +295,6 @@ def read_speed(folder: Path, most: int = 8 * 10**9) -> float:
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(read, range(THREADS)))
     return sum(nbytes for *_, nbytes in pieces) / (time.perf_counter() - start)
-
-
-def bandwidth(nbytes: int, device: torch.device, repeats: int = 10) -> float:
-    """Bytes a second from pinned host memory to the device."""
-    source = HostMemory().empty((nbytes,), torch.uint8).fill_(1)
-    place = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    place.copy_(source, non_blocking=True)
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        place.copy_(source, non_blocking=True)
-    synchronize(device)
-    return repeats * nbytes / (time.perf_counter() - start)
 
 
 def measure(variant: str, model: nn.Module, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -445,7 +428,7 @@ def compared(arguments: argparse.Namespace) -> int:
     print(f"built in {record['build_seconds']:.1f} s", flush=True)
     speed = None
     if device.type == "cuda":
-        record["host_to_device_bytes_per_second"] = speed = bandwidth(300 * 2**20, device)
+        record["host_to_device_bytes_per_second"] = speed = measure_link(device)
         torch.cuda.empty_cache()
         print(f"host to device: {speed / 1e9:.1f} GB/s", flush=True)
     results: list[dict[str, Any]] = []

@@ -68,6 +68,21 @@ def test_auto_keeps_as_many_as_the_card_has_room_for(model: str, capsys: pytest.
     assert data["fits"] is True
 
 
+def test_host_memory_is_suggested_where_a_card_is_too_small(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, resident = planned(capsys, model)
+    card = str(int((resident["peak"] - resident["parts"]["experts"] // 3) / 0.97) + 640 * 2**20)
+    status, data = planned(capsys, model, "--gpu", card)
+    assert status == 1
+    (found,) = (s for s in data["suggestions"] if "experts_offload" in s["keys"])
+    assert found["keys"] == {"experts_offload": "auto"}
+    assert found["peak"] <= data["room"]
+    status, data = planned(capsys, model, "--gpu", str(641 * 2**20), "experts_offload=cpu")
+    assert status == 1
+    assert not any("experts_offload" in s["keys"] for s in data["suggestions"])
+
+
 def test_a_file_with_experts_in_host_memory(
     settings: Settings,
     write_config: Callable[[dict[str, Any]], Path],
@@ -80,6 +95,19 @@ def test_a_file_with_experts_in_host_memory(
     assert data["offload"]["streamed_modules"] == 0
     status, data = planned(capsys, config, "--gpu", "24GiB", "gpu_budget=null", "experts_offload=cpu")
     assert data["offload"]["resident_modules"] == 0
+
+
+def test_a_packed_checkpoint_is_planned_from_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nf4 = {"experts_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    tiny.save(tiny.qwen3_moe(num_hidden_layers=6), tmp_path / "plain")
+    tiny.packed_folder(tmp_path / "plain", tmp_path / "packed", **nf4)
+    for folder in ("plain", "packed"):  # (what is not packed yet can be planned too)
+        asked = [str(tmp_path / folder), "experts_offload=disk", "sequence_len=64"]
+        assert main(["plan", *asked, "--disk-bandwidth", "1MB", "--step-seconds", "1"]) == 0
+        shown = capsys.readouterr().out
+        assert "6 modules, mapped" in shown
+        assert "read ahead, and small scales" in shown
+        assert "MiB from disk" in shown or "GiB from disk" in shown
 
 
 def test_without_a_gpu_nothing_is_said_of_links(model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +125,11 @@ def test_without_a_gpu_nothing_is_said_of_links(model: str, capsys: pytest.Captu
         (["--link-bandwidth", "fast"], "--link-bandwidth: 'fast' is no number of bytes"),
         (["--link-bandwidth", "0"], "--link-bandwidth: '0' is no number of bytes"),
         (["--disk-bandwidth", "3 discs"], "--disk-bandwidth: '3 discs' is no number of bytes"),
+        (["--link-bandwidth", "1GB"], "--link-bandwidth: has no effect on a run with experts_offload: null"),
+        (
+            ["experts_offload=cpu", "--disk-bandwidth", "1GB"],
+            "--disk-bandwidth: has no effect on a run with experts_offload: cpu. Set experts_offload=disk",
+        ),
         (["--step-seconds", "0"], "--step-seconds: 0.0 is no time. Write 0.54, say."),
         (["--step-seconds", "nan"], "--step-seconds: nan is no time"),
         (["experts_offload=auto"], "no card is known. Name its size (--gpu 24GiB)"),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import needs
+import offload_invariance
 import offloading
 import own_forward
 import tiny
@@ -21,7 +22,7 @@ from fourfold.offloading.api import offload
 from offloading import assert_equal, steps
 
 needs.triton()
-FORMATS = [PackFormat("nf4"), PackFormat("nf4", 64, True), PackFormat("fp4", 32), PackFormat("int8")]
+FORMATS = list(offload_invariance.FORMATS.values())
 ENGINES = ["early", "late"]
 
 

@@ -121,6 +121,18 @@ def test_evaluation_between_steps_costs_no_more_than_the_change() -> None:
         assert counted(schedule, training()) == (0, 2 * (LAYERS - 2))
 
 
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_the_first_step_after_evaluations_copies_no_more_than_a_first_step(buffers: int) -> None:
+    """Modules are then used more often in their places than ever before: they stay until then."""
+    schedule, _ = made(buffers)
+    for _ in range(2):
+        counted(schedule, range(LAYERS))
+    misses, fills = counted(schedule, training(uses=2))
+    assert fills <= 2 * LAYERS
+    assert misses <= (LAYERS if buffers == 1 else 2)
+    assert counted(schedule, training(uses=2))[0] <= 1
+
+
 def test_one_buffer_serves_and_is_never_filled_ahead_of_a_use() -> None:
     schedule, device = made(1)
     for _ in range(3):

@@ -206,13 +206,31 @@ def test_on_disk_all_but_small_scales_and_what_is_read_ahead() -> None:
     assert resident.placement is None
     assert disk.placement.on_device == host.placement.on_device
     assert disk.peak == host.peak < resident.peak
-    one = host.placement.buffer_bytes // 2
-    small = disk.placement.host_bytes - 2 * one
+    mapped = disk.placement.disk_bytes // LAYERS
+    small = disk.placement.host_bytes - 2 * mapped
     assert 0 < small < host.placement.host_bytes // 10
     assert disk.placement.disk_bytes + small == host.placement.host_bytes == disk.experts
     assert disk.placement.read == disk.placement.copied == host.placement.copied > 0
     assert host.placement.read == 0
-    assert disk.placement.host_peak < host.placement.host_peak + 2 * one
+    assert disk.placement.host_peak < host.placement.host_peak
+
+
+def test_bytes_on_disk_are_those_of_a_loaded_model(tmp_path: Path) -> None:
+    nf4 = {"experts_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    tiny.save(tiny.qwen3_moe(num_hidden_layers=LAYERS), tmp_path / "plain")
+    folder = tiny.packed_folder(tmp_path / "plain", tmp_path / "packed", **nf4)
+    model = tiny.load(folder, **nf4, experts_device="disk")
+    report = model.hf_quantizer.offloaded
+    units = ExpertUnits.of(model)
+    found = place("disk", units, None, checkpointing=True, is_cuda=False)
+    names = ("resident_bytes", "host_bytes", "disk_bytes", "buffer_bytes", "buffers")
+    assert [getattr(found, name) for name in names] == [getattr(report, name) for name in names]
+    assert report.disk_bytes > report.host_bytes > 0
+    (streamer,) = report.streamers
+    on_gpu = place("disk", units, None, checkpointing=True)
+    streamer.device = torch.device("meta")  # (one that computes with buffers)
+    assert on_gpu.host_bytes == found.host_bytes + streamer.read_ahead_bytes
+    assert on_gpu.buffer_bytes == streamer.buffer_bytes
 
 
 def test_a_cpu_holds_them_itself() -> None:

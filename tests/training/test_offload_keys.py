@@ -167,14 +167,13 @@ def test_a_budget_is_a_number_of_bytes(settings: Settings) -> None:
 
 
 def test_a_run_is_planned_with_experts_where_it_loads_them(settings: Settings) -> None:
-    plain, away = (
-        planned.planner_of(TrainConfig(**settings(**SHORT, experts_offload=where)))[1].quantization
-        for where in (None, "auto")
-    )
-    assert plain is not None
-    assert away is not None
-    assert (plain.experts_device, away.experts_device) == (None, "cpu")
-    assert plain.to_dict() == away.to_dict()
+    for where, budget in ((None, None), ("cpu", None), ("disk", None), ("auto", 2**30)):
+        config = TrainConfig(**settings(**SHORT, experts_offload=where, gpu_budget=budget))
+        planner, found = planned.planner_of(config)  # (disk: also of what is not packed yet)
+        placement = planner.plan(found).placement
+        assert (None if placement is None else placement.kind) == where
+        if placement is not None:
+            assert placement.streamed_modules == (0 if where == "auto" else 2)
 
 
 def test_a_plan_leaves_out_what_lies_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ EVERY_KEY: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(("fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type"), ("null", None)),
     "experts_offload": ("auto", "auto"),
     "gpu_budget": ("12GiB", 12 * 2**30),
+    "experts_pin_memory": ("true", True),
     "quantize_moe_experts": ("true", True),
     "bnb_config_kwargs": ("{llm_int8_threshold: 5.0}", {"llm_int8_threshold": 5.0}),
     "lora_r": ("4", 4),

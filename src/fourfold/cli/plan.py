@@ -71,6 +71,7 @@ def execute(args: argparse.Namespace, console: Console) -> Outcome:
     is_run = Path(args.model).suffix in (".yaml", ".yml")
     named = plan_offload.check(args)
     config = _config(args, is_run)
+    plan_offload.check_effect(named, config)
     from fourfold.cli.libraries import quiet
 
     quiet(args.debug)
@@ -180,7 +181,10 @@ def show(plan: Plan, card: int | None, suggestions: list[Suggestion], console: C
         for suggestion in suggestions:
             say(console, f"  {suggestion}    peak {_size(suggestion.plan.peak)}")
     else:
-        say(console, "No change of batch, sequence, rank, targets or optimizer makes it fit.")
+        say(
+            console,
+            "No change of batch, sequence, rank, targets, optimizer or place of experts makes it fit.",
+        )
 
 
 def table(plan: Plan) -> Table:

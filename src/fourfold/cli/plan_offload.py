@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fourfold.planning.pace import Pace
     from fourfold.planning.placement import Placement
     from fourfold.planning.plan import Plan
+    from fourfold.training.schema import TrainConfig
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +69,24 @@ def check(args: argparse.Namespace) -> dict[str, float]:
     return found
 
 
+FLAGS = {"link": "--link-bandwidth", "disk": "--disk-bandwidth", "step_seconds": "--step-seconds"}
+
+
+def check_effect(named: dict[str, float], config: TrainConfig) -> None:
+    """Rates are for experts that are brought to the card.
+
+    Raises:
+        ConfigurationError: one was named, and the run has none.
+    """
+    for name in named:
+        wanted = "disk" if name == "disk" else "cpu"
+        if config.experts_offload is None or (name == "disk" and config.experts_offload == "cpu"):
+            raise ConfigurationError(
+                f"{FLAGS[name]}: has no effect on a run with experts_offload: "
+                f"{config.experts_offload or 'null'}. Set experts_offload={wanted}, or drop it."
+            )
+
+
 def _bytes(flag: str, text: str) -> int:
     found = bytes_of(text)
     if not found:
@@ -86,9 +105,10 @@ def show(plan: Plan, found: Pace | None, console: Console) -> None:
     """A table of where experts lie, and sentences on what a step waits for."""
     if plan.placement is None:
         return
-    console.print(table(plan.placement, "card" if plan.target.is_cuda else "CPU"))
+    device = "card" if plan.target.is_cuda else "CPU"
+    console.print(table(plan.placement, device))
     if not plan.placement.streamed_modules:
-        say(console, "All experts stay on the card: nothing is copied.")
+        say(console, f"All experts stay on the {device}: nothing is copied.")
     if found is not None:
         say(console, *found.lines())
 

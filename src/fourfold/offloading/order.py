@@ -41,12 +41,13 @@ class Order:
     def upcoming(self, number: int) -> list[int]:
         """At most ``number`` different modules that are used next, the first one first.
 
-        The current one is the first of them unless it has been used as often as ever in this place.
+        The current one is the first of them unless it has been used just as often as ever in this place. (If
+        more often, as in the first step after evaluations, nothing is known but that it is in use.)
         """
         if self._current is None:
             return list(range(min(number, self._count)))
         before, current = self._before, self._current
-        stays = self._run < self._longest.get((before, current), self._run + 1)
+        stays = self._run != self._longest.get((before, current), 0)
         found = [current] if stays else []
         for _ in range(2 * number + 2):
             if len(found) == number:

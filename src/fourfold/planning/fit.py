@@ -74,6 +74,15 @@ def _batch(settings: Settings) -> Iterator[Step]:
         yield replace(settings, batch=batch, accumulation=accumulation, padded=padded), keys
 
 
+def _offload(settings: Settings) -> Iterator[Step]:
+    """Experts that the card has no room for in host memory: the same numbers, and steps that may take longer
+    (of a run that keeps them on the card now, and is of one process: `card` is known).
+    """
+    away = settings.experts_offload or getattr(settings.quantization, "experts_device", None)
+    if away is None and settings.card is not None:
+        yield replace(settings, experts_offload="auto"), {"experts_offload": "auto"}
+
+
 def _rank(settings: Settings) -> Iterator[Step]:
     r = settings.r
     while r >= 2 * SMALLEST_RANK and not settings.rank_pattern:
@@ -94,7 +103,7 @@ def _targets(settings: Settings) -> Iterator[Step]:
 
 
 # By what they cost the result: nothing, next to nothing, and then more and more.
-CHANGES = (_checkpointing, _batch, _optimizer, _rank, _targets, _length)
+CHANGES = (_checkpointing, _batch, _optimizer, _offload, _rank, _targets, _length)
 
 
 def suggest(planner: Planner, settings: Settings, available: int) -> list[Suggestion]:

@@ -13,15 +13,14 @@ from typing import Any
 from fourfold.errors import ConfigurationError
 from fourfold.offloading.api import BUFFERS, units_of
 from fourfold.offloading.budget import Share, share_out
+from fourfold.offloading.disk import IN_MEMORY
+from fourfold.offloading.read_ahead import STAGES
 from fourfold.offloading.traffic import traffic_of
 
 KINDS = ("cpu", "auto", "disk")
 # What a process holds besides experts (Python, torch, CUDA, kernels): in benchmarks/results/offload.json the
 # peaks are 2.02 GB above the 4.4 and the 7.5 GB of experts in host memory.
 PROCESS_BYTES = 2_020_000_000
-# From disk: modules that are read ahead into host memory, and tensors that lie there from the start.
-STAGES = 2
-SMALL_TENSORS = ("_absmax_scale", "_absmax_offset")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class ExpertUnits:
         """Those of a model, which needs no weights."""
         units = units_of(model)
         stored = [sum(t.host.nbytes for t in unit.tensors) for unit in units]
-        small = [sum(t.host.nbytes for t in u.tensors if t.suffix in SMALL_TENSORS) for u in units]
+        small = [sum(t.host.nbytes for t in u.tensors if t.suffix in IN_MEMORY) for u in units]
         return cls(tuple(unit.nbytes for unit in units), tuple(stored), tuple(small))
 
 
@@ -109,7 +108,8 @@ def place(
     in_place = on_disk and not is_cuda
     buffers = 0 if in_place else share.buffers
     buffer_bytes = 0 if in_place else share.buffer_bytes
-    staged = STAGES * max(share.away, default=0) if on_disk and is_cuda else 0
+    mapped = [all_of - part for all_of, part in zip(units.stored, units.small, strict=True)]
+    staged = STAGES * max(_parted(mapped, share.streamed)[1], default=0) if on_disk and is_cuda else 0
     traffic = traffic_of(share.away, share.buffers, checkpointing=checkpointing)
     host = sum(go) - disk + staged
     loaded = host if on_disk else sum(units.stored)

@@ -38,6 +38,11 @@ class OffloadKeys(Strict):
         description="bytes such as `12GiB` that experts may take on the GPU with experts_offload: auto; "
         "absent means what is free less what the run is planned to need",
     )
+    experts_pin_memory: bool = Field(
+        False,
+        description="refuse to run where host memory for experts cannot be pinned; `false` takes pageable "
+        "memory then (the same numbers, slower), and the report says why",
+    )
 
 
 def offload_contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Problem]]:
@@ -49,6 +54,10 @@ def offload_contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...
             Problem("gpu_budget", "has no effect without experts_offload: auto", remedy),
         )
     if config.experts_offload is None:
+        if config.experts_pin_memory:
+            remedy = "Set experts_offload: cpu (or auto), or drop this key."
+            said = Problem("experts_pin_memory", "has no effect without experts_offload", remedy)
+            yield ("experts_pin_memory", "experts_offload"), said
         return
     key, keys = "experts_offload", ("experts_offload", "load_in_4bit", "load_in_8bit", "quantize_moe_experts")
     in_high_precision = config.bnb_config_kwargs.get("experts_quant_type") == "none"

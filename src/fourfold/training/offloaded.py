@@ -63,6 +63,19 @@ class UnchangedFiles(TrainerCallback):
         check_files(kwargs["model"])
 
 
+def refuse_unpinnable(config: TrainConfig) -> None:
+    """Before anything is loaded: memory that has to be pinned cannot be without a GPU.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    if config.experts_pin_memory and not torch.cuda.is_available():
+        raise ConfigurationError(
+            "experts_pin_memory: there is no CUDA device to pin memory for. Drop this key to take pageable "
+            "memory."
+        )
+
+
 def bring_back(model: Any, config: TrainConfig, reserve: int | None) -> fourfold.OffloadReport | None:
     """With ``experts_offload: auto``, the modules that the budget has room for, back to the device.
 
@@ -75,13 +88,23 @@ def bring_back(model: Any, config: TrainConfig, reserve: int | None) -> fourfold
         Where experts lie; None where all are where the model computes.
 
     Raises:
-        ConfigurationError: there is no GPU to ask for its memory, or the budget is too small.
+        ConfigurationError: there is no GPU to ask for its memory, the budget is too small, or memory that has
+            to be pinned is not.
     """
-    where = config.experts_offload
-    if where is None:
+    if config.experts_offload is None:
         return None
+    report = _brought_back(model, config, reserve)
+    if config.experts_pin_memory and not report.pinned:
+        raise ConfigurationError(
+            f"experts_pin_memory: host memory for experts could not be pinned ({report.unpinned}). Raise the "
+            "limit of locked memory (`ulimit -l unlimited`), or drop this key to take pageable memory."
+        )
+    return report
+
+
+def _brought_back(model: Any, config: TrainConfig, reserve: int | None) -> fourfold.OffloadReport:
     loaded: fourfold.OffloadReport = model.hf_quantizer.offloaded
-    if where != "auto":
+    if config.experts_offload != "auto":
         return loaded
     if config.gpu_budget is None and not torch.cuda.is_available():
         raise ConfigurationError(

@@ -13,7 +13,7 @@ from fourfold.planning.fit import CONTEXT_BYTES, Suggestion, room, suggest
 from fourfold.planning.plan import Plan, Planner, Settings, here
 from fourfold.planning.standins import Target
 from fourfold.planning.units import format_bytes
-from fourfold.training.offloaded import loading_there
+from fourfold.training import processes
 from fourfold.training.schema import TrainConfig
 from fourfold.training.targets import resolve
 
@@ -49,7 +49,7 @@ def settings_of(
         return names if isinstance(names, str) or names is None else tuple(names)
 
     return Settings(
-        quantization=loading_there(config, quantization_config),
+        quantization=quantization_config,
         target_modules=fixed(target_modules),
         target_parameters=fixed(target_parameters),
         r=config.lora_r,
@@ -132,7 +132,10 @@ def remark_on(planner: Planner, settings: Settings, card: int) -> str | None:
 def advice(suggestions: list[Suggestion]) -> str:
     """Suggestions in a sentence."""
     if not suggestions:
-        return "No change of batch, sequence, rank, targets or optimizer makes it fit: take a larger card."
+        return (
+            "No change of batch, sequence, rank, targets, optimizer or place of experts makes it fit: take a "
+            "larger card."
+        )
     each = [f"{suggestion} ({format_bytes(suggestion.plan.peak)})" for suggestion in suggestions]
     return f"It is planned to fit with {'; or '.join(each)}."
 
@@ -161,7 +164,7 @@ class Memory:
             checked.target_modules,
             checked.target_parameters,
             bf16=checked.bf16 or config.fp16,
-            card=self.card,
+            card=self.card if processes.count() == 1 else None,  # (of several, none brings experts)
         )
         self.settings = _resolved(self.planner, settings)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.planning.units import format_bytes
+from fourfold.training import offload_watch
 from fourfold.training.report_charts import LEVELS, Line, cells, line_chart, number
 from fourfold.training.report_style import STYLE
 
@@ -36,6 +37,7 @@ def page(report: Report) -> str:
         _section("Expert load", _load(report)),
         _section("Samples", _samples(report)),
         _section("What was packed", _packed(report)),
+        _section("Where experts lay", _offload(report)),
         _section("Adapters and data", _adapters(report)),
         _section("Where the time went", _seconds(report)),
         _section("Configuration", _config(config)),
@@ -241,6 +243,12 @@ def _packed(report: Report) -> str:
 def _packed_row(role: str, held_as: str, row: Mapping[str, Any]) -> Sequence[Any]:
     before, after = format_bytes(row["bytes_before"]), format_bytes(row["bytes"])
     return (role, held_as, f"{row['logical_params']:,}", before, after)
+
+
+def _offload(report: Report) -> str:
+    offload = report.get("offload")
+    said = offload_watch.warning(offload)
+    return (f"<p>{_text(said)}</p>" if said else "") + _table([("", ""), *offload_watch.rows(offload)])
 
 
 def _adapters(report: Report) -> str:

@@ -36,7 +36,9 @@ from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evalua
 from fourfold.training.fsdp_keys import sharding
 from fourfold.training.isolation import refuse_leaks
 from fourfold.training.journal import Journal, figures_left, write_reports
-from fourfold.training.offloaded import UnchangedFiles, bring_back, loading_there
+from fourfold.training.offload_watch import OffloadWatch
+from fourfold.training.offload_watch import warning as offload_warning
+from fourfold.training.offloaded import UnchangedFiles, bring_back, loading_there, refuse_unpinnable
 from fourfold.training.packing import packing_collator
 from fourfold.training.planned import EVERYTHING_ELSE, Memory
 from fourfold.training.preflight import MERGED, Checked, check
@@ -95,7 +97,9 @@ def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
         away = bring_back(model, config, memory.besides_experts())
     if away is not None:
         journal.facts["offload"] = away.to_dict()
-        console.print(str(away), soft_wrap=True, markup=False, highlight=False)
+        for line in (str(away), offload_warning(away.to_dict())):
+            if line:
+                console.print(line, soft_wrap=True, markup=False, highlight=False)
     collate, flatten = make_collator(checked.tokenizer), packing_collator(checked.tokenizer)
 
     def evaluate(what: str) -> AnswerLosses | None:
@@ -136,6 +140,8 @@ def _run(config: TrainConfig, console: Console, journal: Journal) -> RunResult:
     trainer = make_trainer(model, config, checked, batch_of, curve, console, evaluate)
     trainer.add_callback(journal)
     trainer.beside = journal.keep
+    if away is not None:
+        trainer.add_callback(OffloadWatch(away, journal.facts["offload"], curve))
     output, after = Path(config.output_dir), None
 
     def at_the_end() -> None:
@@ -242,6 +248,7 @@ def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:
     Raises:
         UnquantizedExpertsError: see ``fourfold.verify``.
     """
+    refuse_unpinnable(config)
     set_seed(config.seed)
     if config.tf32 != "auto":  # (transformers' own `enable_tf32` does it once in a process for each value)
         torch.backends.fp32_precision = "tf32" if config.tf32 else "ieee"

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fourfold.planning.units import format_bytes
+from fourfold.training import offload_watch
 from fourfold.training.callbacks import Curve
 from fourfold.training.evaluate import AnswerLosses, Improvement
 
@@ -39,7 +40,8 @@ class RunResult:
         journal: figures along the run (``fourfold.training.journal.Journal.to_dict``).
         merged: the folder with base and adapter merged (``merge_lora``).
         uploaded: where the adapter lies on the hub (``hub_model_id``).
-        offload: where experts lay (``fourfold.OffloadReport.to_dict``); None for where the model computed.
+        offload: where experts lay (``fourfold.OffloadReport.to_dict``), and in "training" what steps copied
+            and how long they waited; None for where the model computed.
     """
 
     config: dict[str, Any]
@@ -166,6 +168,7 @@ def _facts(result: RunResult) -> list[tuple[str, str]]:
         ("speed", f"{figures['tokens_per_second']:,.0f} tokens/s"),
         ("peak memory", f"{format_bytes(result.peak_memory_bytes)} ({where})"),
     ]
+    facts += offload_watch.rows(result.offload)
     if result.unused_gpus:
         facts.append(("device", f"{result.device}; {result.unused_gpus} more visible, a run uses one"))
     if result.before is not None and result.after is not None and result.improvement is not None:
