@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fourfold.adapters.spread import spread_factors
+
 
 def is_distributed(tensor: Any) -> bool:
     """Whether it is a `DTensor`, of which a rank holds a part."""
@@ -53,12 +55,13 @@ def gathered_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     first = is_first_rank()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    spread = spread_factors(model)
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
             continue
         if name not in trained and not any(part in name for part in (".lora_", ".modules_to_save.")):
             continue
-        gathered = whole(tensor)
+        gathered = spread[name].whole(tensor) if name in spread else whole(tensor)
         if first:
             state[name] = gathered.detach().cpu().clone()
         del gathered

@@ -35,6 +35,7 @@ from fourfold.loading.origin import Origin, origin_of_files
 from fourfold.loading.places import Places, find_places
 from fourfold.loading.raw import read_raw
 from fourfold.loading.skeleton import read_config, skeleton_like
+from fourfold.loading.spread import refuse_spread
 
 # No format loses that much of any matrix (NF4 0.09, FP4 in blocks of 4096 below 0.3); other weights do.
 _OTHER_WEIGHTS = 0.5
@@ -119,6 +120,11 @@ def loftq_init(
         CheckpointError: the base is another one than was packed, packed itself, quantized or damaged; the
             adapter's B is zero as it was, its A may have changed.
     """
+    refuse_spread(
+        model,
+        "loftq_init reads the original weights of all of them",
+        "Call it on a model in one process, save that adapter, and go on from it here",
+    )
     layers = _layers(model, adapter_name)
     folder, origin = _find_base(model, base, any_base)
     names = [_parameter(layer) for layer in layers]

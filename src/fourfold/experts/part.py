@@ -1,0 +1,45 @@
+"""The experts of one rank: which of all they are, and a module that holds those alone.
+
+Parts are those of `torch.chunk` along the first axis, as FSDP2 and expert parallelism cut: with 6 experts on
+4 ranks 2, 2, 2 and none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fourfold.experts.shapes import ExpertsLayout, Layout, OwnForwardLayout, Projection
+
+
+@dataclass(frozen=True)
+class Part:
+    """The share of one rank.
+
+    Attributes:
+        rank: 0 to ``count - 1``.
+        count: of the ranks that share a tensor.
+    """
+
+    rank: int
+    count: int
+
+    def of(self, length: int) -> tuple[int, int]:
+        """Where this rank's part of an axis begins and ends."""
+        size = -(-length // self.count)
+        return min(self.rank * size, length), min((self.rank + 1) * size, length)
+
+
+def cut_projection(projection: Projection, part: Part) -> Projection:
+    """The same projection with this rank's experts only."""
+    start, stop = part.of(projection.shape.experts)
+    return replace(projection, shape=replace(projection.shape, experts=stop - start))
+
+
+def cut_layout(layout: Layout, part: Part) -> Layout:
+    """The same module with this rank's experts only."""
+    if isinstance(layout, ExpertsLayout):
+        up, down = cut_projection(layout.up, part), cut_projection(layout.down, part)
+        return replace(layout, num_experts=up.shape.experts, up=up, down=down)
+    projections = tuple(cut_projection(projection, part) for projection in layout.projections)
+    experts = max(projection.shape.experts for projection in projections)
+    return OwnForwardLayout(experts, projections, layout.transposed, layout.flattened, layout.reader)
