@@ -231,7 +231,11 @@ class FourfoldQuantizer(HfQuantizer):
     def _spread(self, model: PreTrainedModel) -> None:
         if self._host is not None or self.foreign is not None:
             on_host = self._host is not None
-            what = f"experts_device={self.config.experts_device!r}" if on_host else "a checkpoint in another quantized format"
+            what = (
+                f"experts_device={self.config.experts_device!r}"
+                if on_host
+                else "a checkpoint in another quantized format"
+            )
             remedy = (
                 "leave one of the two out"
                 if on_host
