@@ -316,3 +316,17 @@ def test_a_pattern_for_a_parameter_is_not_said_to_be_ignored(
     key = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.default.weight"
     for adapted in results:
         assert adapted.get_parameter(key).shape[0] == 6 * (4 if warned else 2)
+
+
+def test_factors_that_an_engine_took_away_are_not_saved_empty(packed, tmp_path: Path) -> None:
+    """DeepSpeed's ZeRO-3 leaves parameters without numbers, and `ds_id` on them."""
+    model = get_peft_model(packed, lora(packed))
+    parameter = next(p for n, p in model.named_parameters() if "lora_B" in n)
+    parameter.ds_id = 1
+    model.save_pretrained(tmp_path / "there")  # (it is gathered)
+    state = {n: p.detach().clone() for n, p in model.state_dict().items() if "lora_" in n}
+    parameter.data = parameter.data.new_empty(0)
+    with pytest.raises(AdapterError, match=r"lora_B.*would be saved empty"):
+        model.save_pretrained(tmp_path / "gone")
+    model.save_pretrained(tmp_path / "given", state_dict=state)
+    assert (tmp_path / "given" / "adapter_model.safetensors").is_file()

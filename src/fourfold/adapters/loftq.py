@@ -28,6 +28,7 @@ from fourfold.adapters.merge_plan import local_folder
 from fourfold.adapters.wrapper import ParamWrapper
 from fourfold.errors import AdapterError, CheckpointError
 from fourfold.experts.layout import name_suffix
+from fourfold.experts.part import refuse_spread
 from fourfold.kernels.decode import decode
 from fourfold.loading.headers import checkpoint_files
 from fourfold.loading.matrices import read_matrices
@@ -35,7 +36,6 @@ from fourfold.loading.origin import Origin, origin_of_files
 from fourfold.loading.places import Places, find_places
 from fourfold.loading.raw import read_raw
 from fourfold.loading.skeleton import read_config, skeleton_like
-from fourfold.loading.spread import refuse_spread
 
 # No format loses that much of any matrix (NF4 0.09, FP4 in blocks of 4096 below 0.3); other weights do.
 _OTHER_WEIGHTS = 0.5

@@ -105,6 +105,8 @@ def install_provenance() -> None:
             if name in self.peft_config:  # (stock answers for the others)
                 provenance.name_the_original(self, self.peft_config[name])
         given = bound.arguments["kwargs"].get("state_dict")  # (a trainer passes a None)
+        if given is None:
+            gather.refuse_taken_away(self)
         if gather.has_distributed_parameters(self) and given is None:
             bound.arguments["kwargs"]["state_dict"] = gather.gathered_adapters(self)
             bound.arguments["is_main_process"] = gather.is_first_rank()

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fourfold.experts.part import Part
-from fourfold.loading.spread import FACTOR_OF
+from fourfold.experts.part import FACTOR_OF, Part
 
 
 @dataclass(frozen=True)

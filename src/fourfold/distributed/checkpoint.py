@@ -28,7 +28,7 @@ from fourfold.distributed.plain_values import wholes
 from fourfold.distributed.storage import PlainLoadPlanner, PlainReader, PlainSavePlanner, PlainWriter
 from fourfold.distributed.together import is_out_of_memory, together
 from fourfold.errors import CheckpointError, FourfoldError, TrainingError
-from fourfold.loading.spread import refuse_spread
+from fourfold.experts.part import refuse_spread
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
 _PARTLY = StateDictOptions(ignore_frozen_params=True, strict=False)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fourfold.experts import PackedExperts
-from fourfold.loading.spread import alike_parameters, spread_parameters
+from fourfold.experts.part import alike_parameters, spread_parameters
 
 
 @torch.no_grad()

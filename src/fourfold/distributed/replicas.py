@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fourfold.distributed.alike import check_frozen_alike
 from fourfold.errors import ConfigurationError
-from fourfold.loading.spread import refuse_spread
+from fourfold.experts.part import refuse_spread
 
 
 def replicate(model: nn.Module, **settings: Any) -> DistributedDataParallel:

@@ -30,7 +30,7 @@ from fourfold.distributed.alike import check_frozen_alike, make_trained_alike
 from fourfold.distributed.blocks import bare, blocks, ends, flatten_linears_, left_whole
 from fourfold.distributed.together import together
 from fourfold.errors import ConfigurationError
-from fourfold.loading.spread import refuse_spread
+from fourfold.experts.part import refuse_spread
 
 Model = TypeVar("Model", bound=nn.Module)
 

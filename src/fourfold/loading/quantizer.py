@@ -35,6 +35,7 @@ from fourfold.experts import (
     unpack_module_,
 )
 from fourfold.experts.layout import name_suffix
+from fourfold.experts.part import refuse_spread
 from fourfold.formats import COMPANION_SUFFIXES
 from fourfold.formats.quantize import FP16_MAX
 from fourfold.loading import spread
@@ -468,7 +469,7 @@ class FourfoldQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        spread.refuse_spread(
+        refuse_spread(
             model, "no rank has all of them to unpack", "Load the model without ep_size, and dequantize that"
         )
         for module in list(model.modules()):

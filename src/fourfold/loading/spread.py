@@ -29,13 +29,10 @@ from transformers import PreTrainedModel
 
 from fourfold.errors import ConfigurationError
 from fourfold.experts import ExpertsLayout, PackedExperts, Projection
-from fourfold.experts.layout import name_suffix
-from fourfold.experts.part import Part, cut_layout, cut_projection
+from fourfold.experts.part import Part, alike_parameters, cut_layout, cut_projection
 from fourfold.kernels import LowRank
 
 DISPATCH, CUT, BY_TENSOR_PARALLELISM = "ep_dispatch_experts", "grouped_gemm", "moe_tp_experts"
-# Of a Linear whose weight is the factor of this rank's experts alone (`adapters.spread`).
-FACTOR_OF = "fourfold_part"
 
 
 def is_wanted(model: PreTrainedModel) -> bool:
@@ -309,38 +306,3 @@ def _digest(tensor: torch.Tensor) -> torch.Tensor:
     bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()]).to(torch.int64)
     place = torch.arange(bits.numel(), device=bits.device) % 8191 + 1
     return (bits * place).sum() * 31 + sum(size * 17**axis for axis, size in enumerate(tensor.shape))
-
-
-def alike_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained of a spread model and lies whole on every rank, by name."""
-    own = {id(p) for p in spread_parameters(model).values()}
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in own}
-
-
-def spread_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Factors of this rank's experts, by name."""
-    return {
-        f"{name}.weight": module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and hasattr(module, FACTOR_OF)
-    }
-
-
-def is_spread(model: nn.Module) -> bool:
-    """Whether experts of the model lie on several ranks."""
-    return any(getattr(module, "fourfold_spread", None) is not None for module in model.modules())
-
-
-def refuse_spread(model: nn.Module, what: str, remedy: str) -> None:
-    """For what takes all experts of a module to be here.
-
-    Raises:
-        ConfigurationError: they are not.
-    """
-    for module in model.modules():
-        if getattr(module, "fourfold_spread", None) is not None:
-            assert isinstance(module, PackedExperts)
-            raise ConfigurationError(
-                f"{name_suffix(module.fourfold_name)}: its experts are spread over processes (expert "
-                f"parallelism), and {what}. {remedy}"
-            )

@@ -49,6 +49,13 @@ class DeepSpeedKeys(Strict):
     )
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # (no name of a file: too long, or with a null in it)
+        return False
+
+
 def read(config: TrainConfig) -> dict[str, Any] | None:
     """DeepSpeed's configuration as it is given; None where there is none.
 
@@ -58,7 +65,7 @@ def read(config: TrainConfig) -> dict[str, Any] | None:
     if config.deepspeed is None or isinstance(config.deepspeed, dict):
         return copy.deepcopy(config.deepspeed)
     path = Path(config.deepspeed).expanduser()
-    if not path.is_file():
+    if not _is_file(path):
         raise ConfigurationError(
             f"{DEEPSPEED}: there is no file {path}. Relative paths start at the current directory, "
             f"{Path.cwd()}."
@@ -75,7 +82,7 @@ def read(config: TrainConfig) -> dict[str, Any] | None:
 def missing_file(values: Mapping[str, Any]) -> list[Problem]:
     """What `train` says of a file that is not there; `validate` may be asked on another machine."""
     given = values.get(DEEPSPEED)
-    if not isinstance(given, str) or not given or Path(given).expanduser().is_file():
+    if not isinstance(given, str) or not given or _is_file(Path(given).expanduser()):
         return []
     what = f"there is no file {short(given)} (relative paths start at {Path.cwd()})"
     return [Problem(DEEPSPEED, what, "Name one that is there, or write what it says as a mapping.")]
@@ -94,7 +101,7 @@ def zero_contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], 
     try:
         settings = read(config)
     except ConfigurationError as error:
-        if isinstance(config.deepspeed, str) and Path(config.deepspeed).expanduser().is_file():
+        if isinstance(config.deepspeed, str) and _is_file(Path(config.deepspeed).expanduser()):
             yield (
                 (DEEPSPEED,),
                 Problem(DEEPSPEED, str(error).removeprefix(f"{DEEPSPEED}: ").removesuffix(" Mend it."), ""),
