@@ -26,6 +26,7 @@ from fourfold.training.contradictions import ignored_within
 from fourfold.training.data import Tokenized, load_records
 from fourfold.training.encode import Sample
 from fourfold.training.isolation import check_isolation
+from fourfold.training.launched import check_launched
 from fourfold.training.offloaded import loading_there
 from fourfold.training.packing import pack
 from fourfold.training.prepared import prepare_data, templates_of
@@ -140,6 +141,7 @@ def check(config: TrainConfig) -> Checked:
         *absent_targets(config, modules, saved is None),
     ]
     bf16 = resolve_bf16(config)
+    check_launched(config, bf16, os.environ)
     check_start(
         config,
         bf16=bf16,
