@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.utils import hotswap
 from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.sharding_utils import DtensorShardOperation
@@ -23,7 +24,7 @@ from fourfold.distributed.replicas import replicate
 from fourfold.distributed.save import save_packed
 from fourfold.distributed.sharding import shard
 from ranks import Job
-from sharded_checks import (
+from sharded_models import (
     FP4,
     INT8,
     NF4,
@@ -256,6 +257,7 @@ def refusals(job: Job) -> dict[str, str]:
         "ddp": told(lambda: DistributedDataParallel(model)),
         "offload": told(lambda: fourfold.offload(model)),
         "checkpoint": told(lambda: save_checkpoint(job.shared("nowhere"), model)),
+        "hotswap": told(lambda: hotswap.hotswap_adapter_from_state_dict(model, {}, "default", LoraConfig())),
         "loftq": told(lambda: fourfold.loftq_init(model)),
         "dequantize": told(lambda: fourfold.dequantize(spread(job, source, NF4))),
     }

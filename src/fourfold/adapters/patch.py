@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.experts import PackedExperts
+from fourfold.experts.part import refuse_spread
 from fourfold.experts.plain import PlainExperts
 
 _MARK = "_fourfold"
@@ -197,6 +198,11 @@ def install_hotswap() -> None:
         _SWAPPED_IN.set(None)
         given = signature.bind(*args, **kwargs).arguments
         model, name = given["model"], given["adapter_name"]
+        refuse_spread(
+            model,
+            "another adapter's numbers are those of all of them",
+            "Load it by `model.load_adapter` instead",
+        )
         if source is not None and _holds(given["state_dict"], source[0]()):
             init = provenance.check(model, source[1], **source[2])
         given["state_dict"] = widened(model, given["state_dict"], name)

@@ -143,7 +143,7 @@ class FourfoldQuantizer(HfQuantizer):
         headers = check_files(model.name_or_path, kwargs.get("checkpoint_files") or ())
         self._headers, self._loading = headers, weakref.ref(model)
         self.in_shards = getattr(model, IN_SHARDS, False)
-        spread_is_wanted = spread.is_wanted(model)
+        spread.refuse_shards(model)
         if not self.pre_quantized:
             self.config.base = origin_of(model, kwargs.get("checkpoint_files") or ())
         requested = self.config.llm_int8_skip_modules
@@ -183,7 +183,7 @@ class FourfoldQuantizer(HfQuantizer):
         if self.config.experts_device is not None and self.packed and not self.config.only_written:
             self._send_away(model, kwargs.get("device_map"))
         self._shapes = expected_shapes(model)
-        if spread_is_wanted and self.packed:
+        if self.packed and spread.is_wanted(model):
             self._spread(model)
         if self.packed:
             self._tie_companions(model)

@@ -16,7 +16,7 @@ T tokens, k experts a token, H hidden.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,36 +35,48 @@ from fourfold.kernels import LowRank
 DISPATCH, CUT, BY_TENSOR_PARALLELISM = "ep_dispatch_experts", "grouped_gemm", "moe_tp_experts"
 
 
-def is_wanted(model: PreTrainedModel) -> bool:
-    """Whether a model is to be loaded with its experts spread over the ranks.
+def _instead(config: Any) -> str:
+    sizes = ("tp_size", "ep_size", "fsdp_size", "dp_replicate_size", "pp_size")
+    ranks = max(getattr(config, size, None) or 1 for size in sizes)
+    return f"pass DistributedConfig(tp_size={ranks}, ep_size={ranks}) for expert parallelism"
+
+
+def refuse_shards(model: PreTrainedModel) -> None:
+    """transformers' own FSDP cuts tensors before they are packed, and knows no scales.
 
     Raises:
-        ConfigurationError: its `distributed_config` asks for something else that cuts tensors.
+        ConfigurationError: the model is to be loaded so.
+    """
+    config = getattr(model.config, "distributed_config", None)
+    shards = max(getattr(config, size, None) or 1 for size in ("fsdp_size", "dp_replicate_size"))
+    if shards > 1:
+        raise ConfigurationError(
+            f"distributed_config with fsdp_size or dp_replicate_size of {shards} cuts experts before they "
+            "can be packed. Load the model by fourfold.distributed.load_sharded, in which each rank packs "
+            f"its own experts, add adapters, and call fourfold.distributed.shard; or {_instead(config)}"
+        )
+
+
+def is_wanted(model: PreTrainedModel) -> bool:
+    """Whether a model is to be loaded with its packed experts spread over the ranks.
+
+    Raises:
+        ConfigurationError: its `distributed_config` asks for something else that cuts them.
     """
     config = getattr(model.config, "distributed_config", None)
     if config is None:
         return False
     tp = getattr(config, "tp_size", None) or 1
     ep = getattr(config, "ep_size", None) or (tp if getattr(config, "enable_expert_parallel", False) else 1)
-    shards = max(getattr(config, "fsdp_size", None) or 1, getattr(config, "dp_replicate_size", None) or 1)
-    stages = getattr(config, "pp_size", None) or 1
-    ranks = max(tp, ep, shards, stages)
-    instead = f"pass DistributedConfig(tp_size={ranks}, ep_size={ranks}) for expert parallelism"
-    if shards > 1:
-        raise ConfigurationError(
-            f"distributed_config with fsdp_size or dp_replicate_size of {shards} cuts experts before they "
-            "can be packed. Load the model by fourfold.distributed.load_sharded, in which each rank packs "
-            f"its own experts, add adapters, and call fourfold.distributed.shard; or {instead}"
-        )
-    if stages > 1:
+    if (getattr(config, "pp_size", None) or 1) > 1:
         raise ConfigurationError(
             "distributed_config with pp_size (pipeline parallelism) is not supported with packed experts: "
-            f"leave it out, or {instead}"
+            f"leave it out, or {_instead(config)}"
         )
     if tp > 1 and ep == 1:
         raise ConfigurationError(
             f"distributed_config with tp_size={tp} is tensor parallelism, which cuts rows of packed "
-            f"matrices. Spread whole experts: {instead}"
+            f"matrices. Spread whole experts: {_instead(config)}"
         )
     if ep > 1 and not _has_implementations():
         raise ConfigurationError(
@@ -74,7 +86,7 @@ def is_wanted(model: PreTrainedModel) -> bool:
     if ep > 1 and config.tp_plan is not None:
         raise ConfigurationError(
             f"distributed_config has tp_plan={config.tp_plan!r}, and of a packed model experts alone are "
-            f"cut. Leave it out: {instead}"
+            f"cut. Leave it out: {_instead(config)}"
         )
     return ep > 1
 
@@ -180,7 +192,9 @@ def spread_(model: PreTrainedModel, packed: Iterable[str]) -> None:
         module.__dict__.pop("forward", None)  # transformers', which knows no factors
         module.fourfold_spread, group = spread, spread.group
         module.fourfold_layout = cut_layout(module.fourfold_layout, spread.part)
-    _Alike(model, group)
+    alike = _Alike(model, group)
+    first_of_all: Any = modules[0]
+    first_of_all.fourfold_spread.begin = alike.watch
 
 
 class Spread:
@@ -190,7 +204,10 @@ class Spread:
         part: which of them are here.
         group: the processes that share them.
         experts: of all ranks together.
+        begin: is called when this module's turn comes in training; of the first one in the model.
     """
+
+    begin: Callable[[], Any] | None = None
 
     def __init__(self, module: PackedExperts, implementation: str, mesh: Any) -> None:
         from transformers.distributed.expert_parallel import EPImplementationInterface
@@ -215,6 +232,8 @@ class Spread:
         top_k_weights: torch.Tensor,
         low_rank: Mapping[str, LowRank],
     ) -> torch.Tensor:
+        if self.begin is not None and module.training:
+            self.begin()
         self._running = (module, low_rank)
         try:
             output: torch.Tensor = self._bring(hidden_states, top_k_index, top_k_weights)
@@ -259,15 +278,19 @@ class _Alike:
         model.get_input_embeddings().register_forward_pre_hook(self._begin)
 
     def _begin(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """With the batch that the model was given."""
+        if arguments:
+            self._check(arguments[0], self.watch() if torch.is_grad_enabled() else {})
+
+    def watch(self) -> dict[str, nn.Parameter]:
+        """What the ranks train in common; its gradients are averaged from now on."""
         model = self._model()
-        if model is None or not arguments:
-            return
-        trained = alike_parameters(model) if torch.is_grad_enabled() else {}
+        trained = {} if model is None else alike_parameters(model)
         for parameter in trained.values():
             if parameter not in self._averaged:
                 parameter.register_post_accumulate_grad_hook(self._average)
                 self._averaged[parameter] = True
-        self._check(arguments[0], trained)
+        return trained
 
     @torch.no_grad()
     def _average(self, parameter: torch.Tensor) -> None:
