@@ -316,3 +316,31 @@ def test_a_pattern_for_a_parameter_is_not_said_to_be_ignored(
     key = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.default.weight"
     for adapted in results:
         assert adapted.get_parameter(key).shape[0] == 6 * (4 if warned else 2)
+
+
+def test_every_factor_has_a_gradient_whatever_experts_are_hit(pair) -> None:
+    """One token of the text: so DDP need not search for what took no part (`ddp_find_unused_parameters`)."""
+    model = pair[0]()
+    model = get_peft_model(model, lora(model)).train()
+    model(IDS[:1, :1]).logits.float().pow(2).sum().backward()
+    factors = {n: p for n, p in model.named_parameters() if ".experts." in n and "lora_B" in n}
+    assert factors
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    experts = tiny.experts_of(model).fourfold_layout.num_experts
+    for name, p in factors.items():
+        hit = p.grad.view(p.shape[0], -1, experts).abs().sum(dim=(0, 1)) > 0
+        assert 0 < int(hit.sum()) < experts, name
+
+
+def test_factors_that_an_engine_took_away_are_not_saved_empty(packed, tmp_path: Path) -> None:
+    """DeepSpeed's ZeRO-3 leaves parameters without numbers, and `ds_id` on them."""
+    model = get_peft_model(packed, lora(packed))
+    parameter = next(p for n, p in model.named_parameters() if "lora_B" in n)
+    parameter.ds_id = 1
+    model.save_pretrained(tmp_path / "there")  # (it is gathered)
+    state = {n: p.detach().clone() for n, p in model.state_dict().items() if "lora_" in n}
+    parameter.data = parameter.data.new_empty(0)
+    with pytest.raises(AdapterError, match=r"lora_B.*would be saved empty"):
+        model.save_pretrained(tmp_path / "gone")
+    model.save_pretrained(tmp_path / "given", state_dict=state)
+    assert (tmp_path / "given" / "adapter_model.safetensors").is_file()

@@ -127,13 +127,27 @@ def test_a_rank_out_of_memory_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("machines", [1, 2])
 def test_the_program_of_the_docs(tmp_path: Path, machines: int) -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
-    (program,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    program = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)[0]
     script = tmp_path / "train.py"
     script.write_text(program)
     tiny.save(tiny.qwen3_moe(), tmp_path / "model")
     ended = launch(script, [str(tmp_path / "model"), str(tmp_path / "out")], machines)
     assert [status for status, _ in ended] == [0] * machines, ended[0][1][-3000:]
     assert (tmp_path / "out" / "checkpoint" / "checkpoint.json").is_file()
+    stored = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for tensor in stored.values())
+    assert len(stored) == 2 * 2 * 4
+
+
+def test_the_program_with_experts_on_ranks(tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
+    _, program = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    assert "ep_size" in program
+    script = tmp_path / "train.py"
+    script.write_text(program)
+    tiny.save(tiny.qwen3_moe(), tmp_path / "model")
+    ((status, said),) = launch(script, [str(tmp_path / "model"), str(tmp_path / "out")], 1)
+    assert status == 0, said[-3000:]
     stored = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert all(tensor.any() for tensor in stored.values())
     assert len(stored) == 2 * 2 * 4

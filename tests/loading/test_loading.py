@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import tiny
 from fourfold.errors import CheckpointError, ConfigurationError, NoExpertsError, UnsupportedExpertsError
 from fourfold.experts import PackedExperts, find_experts
 from fourfold.formats import PackFormat
+from fourfold.loading import spread
 from tiny import IDS, load, logits, packed_folder
 
 Config = fourfold.MoeBitsAndBytesConfig
@@ -398,3 +400,12 @@ def test_experts_that_cannot_be_packed_are_refused_before_weights_are_read(tmp_p
         build_skeleton(tmp_path, Config(load_in_4bit=True, llm_int8_skip_modules=patterns[:1]))
     build_skeleton(tmp_path, Config(load_in_4bit=True, llm_int8_skip_modules=patterns))
     build_skeleton(tmp_path, Config(load_in_4bit=True, experts_quant_type="none"))
+
+
+def test_an_older_transformers_is_told_before_loading(monkeypatch: pytest.MonkeyPatch, mixtral: Path) -> None:
+    """(Its expert parallelism masks in the router, and cuts no scales.)"""
+    monkeypatch.setattr(spread, "_has_implementations", lambda: False)
+    model = AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(mixtral))
+    model.config.distributed_config = SimpleNamespace(enable_expert_parallel=True, tp_size=2)
+    with pytest.raises(ConfigurationError, match=r"transformers>=5\.23"):
+        spread.is_wanted(model)

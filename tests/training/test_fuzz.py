@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from config_text import MINIMAL
 from fourfold.cli import main
-from fourfold.training.cards import CARDS
 from fourfold.training.json_schema import json_schema
 from fourfold.training.other_keys import DIFFERENT, NOT_YET, take_others
 from fourfold.training.read_config import examine
@@ -21,7 +20,7 @@ from json_fits import fits
 from mutations import VALUES, mutate, places, put
 from tiny_chat import Settings
 
-KEYS = [*TrainConfig.model_fields, *DIFFERENT, *NOT_YET, *CARDS]
+KEYS = [*TrainConfig.model_fields, *DIFFERENT, *NOT_YET]
 RICH: dict[str, Any] = {
     **MINIMAL,
     "datasets": [

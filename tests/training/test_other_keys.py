@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from fourfold.errors import ConfigurationError
-from fourfold.training.cards import CARDS
 from fourfold.training.dataset_keys import DatasetConfig
 from fourfold.training.json_schema import json_schema
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, ELSEWHERE, NOT_YET, PLUGINS
@@ -142,12 +141,12 @@ def test_the_page_is_that_of_the_tables() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == render(), "python -m fourfold.training.reference > docs/configuration.md"
     rows = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
-    assert {*TrainConfig.model_fields, *DIFFERENT, *NOT_YET, *CARDS, *DATASET_NOT_YET, *PLUGINS} <= rows
+    assert {*TrainConfig.model_fields, *DIFFERENT, *NOT_YET, *DATASET_NOT_YET, *PLUGINS} <= rows
 
 
 def test_the_schema_for_editors_has_every_key() -> None:
     schema = json_schema()
-    assert set(schema["properties"]) == {*TrainConfig.model_fields, *DIFFERENT, *NOT_YET, *CARDS}
+    assert set(schema["properties"]) == {*TrainConfig.model_fields, *DIFFERENT, *NOT_YET}
     assert set(schema["$defs"]["DatasetConfig"]["properties"]) == {
         *DatasetConfig.model_fields,
         *DATASET_NOT_YET,

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import skip_first_batches
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from datasets import Dataset
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 
 from fourfold.training import processes
 from fourfold.training.run import run
-from fourfold.training.sampler import LengthGroupedSampler
+from fourfold.training.sampler import LengthGroupedSampler, reach_sampler
 from fourfold.training.schema import TrainConfig
 from fourfold.training.trainer import with_filler
 from launching import torchrun
@@ -46,6 +49,41 @@ def test_two_processes_are_one_with_twice_the_batch(
         assert (tensor - alone[name]).abs().max() < 2e-3, name  # of weights that moved by 0.1
     stored = json.loads((out / "checkpoint-12" / "run.json").read_text())
     assert stored["processes (torchrun --nproc_per_node)"] == 2
+
+
+def test_two_processes_resumed_see_the_batches_of_a_run_that_went_on(
+    settings: Settings, write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    """In the second epoch, whose order is not the first's."""
+    examples = write_jsonl(tmp_path / "train.jsonl", [conversation(index) for index in range(44)])
+    changes = {"datasets": [{"path": str(examples)}], "save_steps": 8, "max_steps": 10}
+    config = write_config(settings(**changes, micro_batch_size=4))
+    whole = torchrun("-m", "fourfold", "train", str(config), "--json")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    middle = tmp_path / "out" / "checkpoint-8"
+    arguments = (f"resume_from_checkpoint={middle}", f"output_dir={tmp_path / 'again'}")
+    resumed = torchrun("-m", "fourfold", "train", str(config), "--json", *arguments)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    losses = [dict(json.loads(done.stdout)["loss_curve"]["train"]) for done in (whole, resumed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    adapters = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "again")]
+    for name, tensor in adapters[0].items():
+        assert (tensor - adapters[1][name]).abs().max() < 1e-6, name
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("skipped", [0, 2])
+def test_a_sampler_is_told_each_epoch(processes: int, skipped: int) -> None:
+    """However deep accelerate has wrapped it."""
+    sampler = LengthGroupedSampler([3] * 16, 4, seed=1)
+    batches: Any = BatchSampler(sampler, 2, drop_last=False)
+    if processes > 1:
+        batches = BatchSamplerShard(batches, processes, 0)
+    loader = reach_sampler(DataLoaderShard(list(range(16)), batch_sampler=batches))
+    assert loader.batch_sampler is batches
+    loader = skip_first_batches(loader, skipped) if skipped else loader
+    loader.set_epoch(3)
+    assert sampler.epoch == 3
 
 
 FAILING = """

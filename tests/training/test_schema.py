@@ -134,7 +134,8 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     entry = config.datasets[0]
     assert (entry.path, entry.type, entry.field_messages) == ("d.json", "chat_template", "turns")
     mappings = {"datasets", "test_datasets", "special_tokens", "gradient_checkpointing_kwargs"}
-    assert set(EVERY_KEY) | mappings == set(TrainConfig.model_fields)
+    beside_fsdp = {"deepspeed"}  # (a contradiction: test_zero.py)
+    assert set(EVERY_KEY) | mappings | beside_fsdp == set(TrainConfig.model_fields)
 
 
 def test_null_is_the_default(tmp_path: Path) -> None:

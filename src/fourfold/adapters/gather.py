@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fourfold.adapters.spread import spread_factors
+from fourfold.errors import AdapterError
+
 
 def is_distributed(tensor: Any) -> bool:
     """Whether it is a `DTensor`, of which a rank holds a part."""
@@ -20,6 +23,21 @@ def is_distributed(tensor: Any) -> bool:
 
 def has_distributed_parameters(model: nn.Module) -> bool:
     return any(is_distributed(parameter.data) for parameter in model.parameters())
+
+
+def refuse_taken_away(model: nn.Module) -> None:
+    """Parameters that DeepSpeed's ZeRO-3 has taken away are empty, and would be saved so.
+
+    Raises:
+        AdapterError: naming one of them.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and hasattr(parameter, "ds_id") and not parameter.numel():
+            raise AdapterError(
+                f"{name} lies in parts on the ranks (DeepSpeed's ZeRO-3), and would be saved empty. Save "
+                "within deepspeed.zero.GatheredParameters(list(model.parameters())) on every rank, or use "
+                "ZeRO-2 or FSDP2"
+            )
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
@@ -53,12 +71,13 @@ def gathered_adapters(model: nn.Module) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     first = is_first_rank()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    spread = spread_factors(model)
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):
             continue
         if name not in trained and not any(part in name for part in (".lora_", ".modules_to_save.")):
             continue
-        gathered = whole(tensor)
+        gathered = spread[name].whole(tensor) if name in spread else whole(tensor)
         if first:
             state[name] = gathered.detach().cpu().clone()
         del gathered

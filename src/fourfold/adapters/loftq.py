@@ -28,6 +28,7 @@ from fourfold.adapters.merge_plan import local_folder
 from fourfold.adapters.wrapper import ParamWrapper
 from fourfold.errors import AdapterError, CheckpointError
 from fourfold.experts.layout import name_suffix
+from fourfold.experts.part import refuse_spread
 from fourfold.kernels.decode import decode
 from fourfold.loading.headers import checkpoint_files
 from fourfold.loading.matrices import read_matrices
@@ -119,6 +120,11 @@ def loftq_init(
         CheckpointError: the base is another one than was packed, packed itself, quantized or damaged; the
             adapter's B is zero as it was, its A may have changed.
     """
+    refuse_spread(
+        model,
+        "loftq_init reads the original weights of all of them",
+        "Call it on a model in one process, save that adapter, and go on from it here",
+    )
     layers = _layers(model, adapter_name)
     folder, origin = _find_base(model, base, any_base)
     names = [_parameter(layer) for layer in layers]

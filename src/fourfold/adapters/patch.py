@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.experts import PackedExperts
+from fourfold.experts.part import refuse_spread
 from fourfold.experts.plain import PlainExperts
 
 _MARK = "_fourfold"
@@ -105,6 +106,8 @@ def install_provenance() -> None:
             if name in self.peft_config:  # (stock answers for the others)
                 provenance.name_the_original(self, self.peft_config[name])
         given = bound.arguments["kwargs"].get("state_dict")  # (a trainer passes a None)
+        if given is None:
+            gather.refuse_taken_away(self)
         if gather.has_distributed_parameters(self) and given is None:
             bound.arguments["kwargs"]["state_dict"] = gather.gathered_adapters(self)
             bound.arguments["is_main_process"] = gather.is_first_rank()
@@ -195,6 +198,11 @@ def install_hotswap() -> None:
         _SWAPPED_IN.set(None)
         given = signature.bind(*args, **kwargs).arguments
         model, name = given["model"], given["adapter_name"]
+        refuse_spread(
+            model,
+            "another adapter's numbers are those of all of them",
+            "Load it by `model.load_adapter` instead",
+        )
         if source is not None and _holds(given["state_dict"], source[0]()):
             init = provenance.check(model, source[1], **source[2])
         given["state_dict"] = widened(model, given["state_dict"], name)

@@ -94,9 +94,11 @@ def shapes_of(model: nn.Module) -> dict[str, list[int]]:
     for found in find_experts(model):
         if not isinstance(found.module, PackedExperts):
             continue
+        spread = found.module.fourfold_spread
         for p in found.module.fourfold_layout.projections:
             role = name_suffix(f"{found.name}.{p.name}")
-            shapes.setdefault(role, [0, p.shape.experts, p.shape.rows, p.shape.columns])[0] += 1
+            experts = p.shape.experts if spread is None else spread.experts
+            shapes.setdefault(role, [0, experts, p.shape.rows, p.shape.columns])[0] += 1
     return shapes
 
 

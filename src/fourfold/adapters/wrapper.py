@@ -21,6 +21,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from torch import nn
 
+from fourfold.adapters.spread import cut_factors_
 from fourfold.errors import AdapterError
 from fourfold.experts import PackedExperts, Projection
 from fourfold.experts.own_forward import OwnForwardExperts
@@ -203,7 +204,14 @@ class ParamWrapper(StockParamWrapper):
             refuse_what_would_be_ignored(config, self._experts().fourfold_name)
         name = args[0] if args else kwargs["adapter_name"]
         self.__dict__.setdefault("fourfold_inits", {}).pop(name, None)  # (a deleted one may have had it)
+        spread = self._experts().fourfold_spread
+        if spread is None:
+            super().update_layer(*args, **kwargs)
+            return
+        own, self.num_experts = self.num_experts, spread.experts
         super().update_layer(*args, **kwargs)
+        self.num_experts = own
+        cut_factors_(self, name, spread)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         refuse_merging()

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fourfold.distributed.checkpoint import load_checkpoint, save_checkpoint
+    from fourfold.distributed.clip import clip_grad_norm_
     from fourfold.distributed.load import load_sharded
     from fourfold.distributed.replicas import replicate
     from fourfold.distributed.save import save_packed
     from fourfold.distributed.sharding import is_sharded, shard
 
 __all__ = [
+    "clip_grad_norm_",
     "is_sharded",
     "load_checkpoint",
     "load_sharded",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 _WHERE = {
+    "clip_grad_norm_": "clip",
     "is_sharded": "sharding",
     "load_checkpoint": "checkpoint",
     "load_sharded": "load",

@@ -28,12 +28,18 @@ from fourfold.distributed.plain_values import wholes
 from fourfold.distributed.storage import PlainLoadPlanner, PlainReader, PlainSavePlanner, PlainWriter
 from fourfold.distributed.together import is_out_of_memory, together
 from fourfold.errors import CheckpointError, FourfoldError, TrainingError
+from fourfold.experts.part import refuse_spread
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
 _PARTLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    refuse_spread(
+        model,
+        "a checkpoint would hold those of one rank",
+        "Save adapters by model.save_pretrained on every rank, and optimizers by torch.save, a file for each",
+    )
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     # (torch leaves out frozen parameters, but neither buffers nor the scales of 4-bit Linears)
     state = get_model_state_dict(model, options=_TRAINED)

@@ -1,38 +1,16 @@
-"""Which part of a tensor a rank holds, and reading no more than that of a checkpoint.
-
-Parts are those of `torch.chunk` along the first axis, as FSDP2 cuts: with 6 experts on 4 ranks 2, 2, 2 and
-none.
-"""
+"""Reading no more of a checkpoint than the part of one rank (`experts.part`)."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fourfold.experts import PackedExperts, Projection
-from fourfold.experts.shapes import ExpertsLayout, Layout, OwnForwardLayout
-
-
-@dataclass(frozen=True)
-class Part:
-    """The share of one rank.
-
-    Attributes:
-        rank: 0 to ``count - 1``.
-        count: of the ranks that share a tensor.
-    """
-
-    rank: int
-    count: int
-
-    def of(self, length: int) -> tuple[int, int]:
-        """Where this rank's part of an axis begins and ends."""
-        size = -(-length // self.count)
-        return min(self.rank * size, length), min((self.rank + 1) * size, length)
+from fourfold.experts import PackedExperts
+from fourfold.experts.part import Part, cut_layout
+from fourfold.experts.shapes import Layout
 
 
 class CutSlice:
@@ -50,21 +28,6 @@ class CutSlice:
     def __getitem__(self, index: Any) -> torch.Tensor:
         rows: torch.Tensor = self.source[self.start : self.stop]
         return rows if index is Ellipsis else rows[index]
-
-
-def _of_projection(projection: Projection, part: Part) -> Projection:
-    start, stop = part.of(projection.shape.experts)
-    return replace(projection, shape=replace(projection.shape, experts=stop - start))
-
-
-def cut_layout(layout: Layout, part: Part) -> Layout:
-    """The same module with this rank's experts only."""
-    if isinstance(layout, ExpertsLayout):
-        up, down = _of_projection(layout.up, part), _of_projection(layout.down, part)
-        return replace(layout, num_experts=up.shape.experts, up=up, down=down)
-    projections = tuple(_of_projection(projection, part) for projection in layout.projections)
-    experts = max(projection.shape.experts for projection in projections)
-    return OwnForwardLayout(experts, projections, layout.transposed, layout.flattened, layout.reader)
 
 
 @contextlib.contextmanager

@@ -32,11 +32,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, dot_natural_key
 
 from fourfold.distributed.blocks import is_whole_on_every_rank, linear_settings, with_settings
-from fourfold.distributed.cut import CutSlice, Part, as_part
+from fourfold.distributed.cut import CutSlice, as_part
 from fourfold.distributed.sharding import device_mesh, shards_of
 from fourfold.distributed.together import together
 from fourfold.errors import CheckpointError, ConfigurationError
 from fourfold.experts import PackedExperts
+from fourfold.experts.part import Part
 from fourfold.formats import COMPANION_SUFFIXES
 from fourfold.loading.complete import check_finite
 from fourfold.loading.config import MoeBitsAndBytesConfig

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fourfold.distributed.alike import check_frozen_alike
 from fourfold.errors import ConfigurationError
+from fourfold.experts.part import refuse_spread
 
 
 def replicate(model: nn.Module, **settings: Any) -> DistributedDataParallel:
@@ -33,6 +34,11 @@ def replicate(model: nn.Module, **settings: Any) -> DistributedDataParallel:
             "no process group: start the program with `torchrun --nproc_per_node N` and call "
             "torch.distributed.init_process_group first"
         )
+    refuse_spread(
+        model,
+        "DDP would average those of different experts",
+        "Leave DDP away: gradients of what the ranks have in common are averaged without it",
+    )
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from fourfold.distributed.cut import Part
 from fourfold.distributed.tensor_file import Entry, Writing, begin, in_order, pieces
 from fourfold.distributed.together import from_first, together
 from fourfold.errors import ConfigurationError
+from fourfold.experts.part import Part
 from fourfold.loading.headers import INDEX, SINGLE
 from fourfold.loading.quantize import DEFAULT_SHARD_SIZE, save_configuration
 from fourfold.loading.shards import parse_size

@@ -30,6 +30,7 @@ from fourfold.distributed.alike import check_frozen_alike, make_trained_alike
 from fourfold.distributed.blocks import bare, blocks, ends, flatten_linears_, left_whole
 from fourfold.distributed.together import together
 from fourfold.errors import ConfigurationError
+from fourfold.experts.part import refuse_spread
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -142,6 +143,7 @@ def _layers_that_can_be(model: nn.Module, root: nn.Module) -> list[tuple[str, nn
     Raises:
         ConfigurationError: the model is sharded or offloaded, has no layers, or adapters of wrong widths.
     """
+    refuse_spread(root, "shard cuts them again", "Load the model without ep_size for FSDP2")
     if is_sharded(model):
         raise ConfigurationError("the model is sharded already; call fourfold.distributed.shard once")
     for module in root.modules():

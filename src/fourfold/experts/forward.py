@@ -167,7 +167,8 @@ def _project(
         way=module.way,
     )
     if projection.bias is not None:
-        bias_EN = getattr(module, projection.bias)
+        bias_EN = module.own_parameter(projection.bias)
+        assert bias_EN is not None
         y_SN += bias_EN[routing.expert_S].to(y_SN.dtype)  # (in place: S x N numbers are a lot)
     return y_SN
 
@@ -180,11 +181,11 @@ def routed_forward(
     low_rank: Mapping[str, LowRank],
 ) -> torch.Tensor:
     """See `PackedExperts.forward`."""
-    if getattr(module, "_is_expert_parallel", False):
+    if getattr(module, "_is_expert_parallel", False) and getattr(module, "fourfold_spread", None) is None:
         raise UnsupportedExpertsError(
-            f"{module.fourfold_name}: its experts are spread over processes (expert parallelism), and are "
-            "computed here with all of them in each. Load the model without `enable_expert_parallel` in its "
-            "`distributed_config`, and without an `ep_plan`"
+            f"{module.fourfold_name}: its experts were spread over processes (expert parallelism) by "
+            "something else than loading them packed. Load the model without an `ep_size` in its "
+            "`distributed_config`, or with fourfold.MoeBitsAndBytesConfig(...) that packs these experts"
         )
     layout = module.fourfold_layout
     assert isinstance(layout, ExpertsLayout)

@@ -21,6 +21,7 @@ from torch import nn
 from fourfold.errors import UnsupportedExpertsError
 from fourfold.experts.forward import RoutedExperts, routed_forward
 from fourfold.experts.layout import read_layout
+from fourfold.experts.part import Part
 from fourfold.experts.shapes import ExpertsLayout, Layout, Projection
 from fourfold.experts.subclass import subclass
 from fourfold.formats import PackedStack, PackFormat, decode_stack
@@ -46,6 +47,27 @@ class HostExperts(Protocol):
         """Keep them on ``device`` while a forward runs there, with those in ``index_Tk`` alone."""
 
 
+class SpreadExperts(Protocol):
+    """What brings tokens to the processes that hold their experts (expert parallelism)."""
+
+    part: Part
+    group: Any
+
+    @property
+    def experts(self) -> int:
+        """How many the module has in all processes together."""
+
+    def __call__(
+        self,
+        module: PackedExperts,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        low_rank: Mapping[str, LowRank],
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts' outputs, wherever those are, ``[T, H]``."""
+
+
 class PackedExperts(RoutedExperts):
     """Mixin of packed experts modules.
 
@@ -59,6 +81,8 @@ class PackedExperts(RoutedExperts):
         way: how products are computed (`fourfold.kernels.ways`); None leaves it to the rule.
         fourfold_host: what brings the packed tensors from host memory; None where they are computed with
             where they lie.
+        fourfold_spread: what brings tokens to experts of other processes; the layout is then that of the
+            experts in this one. None where all of them are here.
         fourfold_arrives: what a packed tensor becomes when it is set as a parameter (while loading).
     """
 
@@ -70,18 +94,27 @@ class PackedExperts(RoutedExperts):
     workspace_bytes: int | None
     way: str | None
     fourfold_host: HostExperts | None = None
+    fourfold_spread: SpreadExperts | None = None
     fourfold_arrives: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def stack(self, projection: Projection) -> PackedStack:
         """The packed weights of one projection, where they lie."""
         suffixes = projection.shape.tensors(self.fourfold_format)
         # (not by attribute: a module that runs its own forward shows decoded weights there)
-        tensors = {suffix: self._parameters[projection.name + suffix] for suffix in suffixes}
+        tensors = {suffix: self.own_parameter(projection.name + suffix) for suffix in suffixes}
         for suffix, (_, dtype) in suffixes.items():
             tensor = tensors[suffix]
             if tensor is not None and tensor.dtype != dtype:
                 raise UnsupportedExpertsError(_cast_away(self.fourfold_name, projection.name, tensor.dtype))
         return PackedStack.from_tensors(self.fourfold_format, projection.shape, cast(Any, tensors))
+
+    def own_parameter(self, name: str) -> torch.Tensor | None:
+        """A parameter of the experts in this process."""
+        parameter = self._parameters[name]
+        if self.fourfold_spread is None or not hasattr(parameter, "to_local"):
+            return parameter
+        local: torch.Tensor = cast(Any, parameter).to_local()
+        return local
 
     def weights(self, projection: Projection) -> PackedStack | RemoteStack:
         """The packed weights of one projection as products take them."""
@@ -144,6 +177,8 @@ class PackedExperts(RoutedExperts):
             ``[T, H]`` in the dtype of ``hidden_states``.
         """
         arguments = (hidden_states, top_k_index, top_k_weights, low_rank or {})
+        if self.fourfold_spread is not None:
+            return self.fourfold_spread(self, *arguments)
         if self.fourfold_host is not None:
             return self._forward_from_host(self.fourfold_host, *arguments)
         return routed_forward(self, *arguments)

@@ -47,6 +47,10 @@ class PlainExperts(RoutedExperts):
         """The same; packed experts may lie elsewhere."""
         return self.stack(projection)
 
+    def own_parameter(self, name: str) -> torch.Tensor | None:
+        """A parameter; packed experts may have those of other processes beside."""
+        return self._parameters[name]
+
     def can_take_low_rank(self) -> bool:
         """Whether the weights are frozen and nobody has parametrized them."""
         weights = [self._parameters.get(p.name) for p in self.fourfold_layout.projections]

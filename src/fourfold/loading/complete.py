@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -70,21 +70,6 @@ def refuse_spreading(device_map: Any) -> None:
             f"experts_device together with a device map over several devices ({', '.join(devices)}) is "
             "not supported; load onto one (device_map={'': 0}), or leave experts_device out and call "
             "fourfold.offload on the loaded model"
-        )
-
-
-def refuse_sharding_by_the_loader(model: PreTrainedModel) -> None:
-    """transformers' own sharding cuts tensors before they are packed, and knows no scales.
-
-    Raises:
-        ConfigurationError: the model is to be loaded so.
-    """
-    shards = getattr(getattr(model.config, "distributed_config", None), "fsdp_size", None) or 1
-    if shards > 1:
-        raise ConfigurationError(
-            f"distributed_config with fsdp_size={shards} cuts experts before they can be packed. Load the "
-            "model by fourfold.distributed.load_sharded, in which each rank packs its own experts, add "
-            "adapters, and call fourfold.distributed.shard"
         )
 
 
@@ -162,6 +147,8 @@ def _numbers(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor
     packed = isinstance(module, PackedExperts)
     for leaf, parameter in module.named_parameters(recurse=False):
         name = prefix + leaf
+        if packed and hasattr(parameter, "to_local"):  # (the other ranks look at theirs)
+            parameter = cast(Any, parameter).to_local()
         if parameter.is_meta:
             continue
         state: Any = getattr(parameter, "quant_state", None)

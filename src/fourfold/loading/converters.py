@@ -24,6 +24,7 @@ from fourfold.experts import PackedExperts, Projection
 from fourfold.formats import PackedStack
 from fourfold.formats.quantize import Packer, pack_stack
 from fourfold.loading.reading import THREADS, Slice, read_slices, staged
+from fourfold.loading.spread import own_projection
 from fourfold.loading.staging import read_groups
 
 if TYPE_CHECKING:
@@ -108,16 +109,18 @@ class PackingConverter(WeightConverter):
     def _convert_streaming(
         self, layer_name: str, module: PackedExperts, projection: Projection
     ) -> dict[str, nn.Parameter]:
+        whole = projection.shape.experts
+        projection, own = own_projection(module, projection)
         shape = projection.shape
         sources: list[list[Slice]] = []
         for pattern in self.source_patterns:
             slices = list(self.collected_tensors.pop(pattern, []))
-            if len(slices) != shape.experts:
+            if len(slices) != whole:
                 raise CheckpointError(
-                    f"{layer_name}: the checkpoint holds {len(slices)} of {shape.experts} tensors "
+                    f"{layer_name}: the checkpoint holds {len(slices)} of {whole} tensors "
                     f"`{pattern}`; files are missing, or the configuration names another number of experts"
                 )
-            sources.append(slices)
+            sources.append(slices if own is None else slices[slice(*own.of(whole))])
         count = len(sources)
         flat = list(itertools.chain.from_iterable(zip(*sources, strict=True)))
         packer: Packer | None = None
@@ -166,7 +169,7 @@ class QuantizeOperation(ConversionOps):
             if found is None:
                 result |= self.quantizer.quantize_linear({name: value}, model=model, **kwargs)
                 continue
-            module, projection = found
+            module, projection = found[0], own_projection(*found)[0]
             weight = value[0] if isinstance(value, list) else value
             stack = PackedStack.empty(module.fourfold_format, projection.shape, weight.device)
             try:

@@ -35,15 +35,16 @@ from fourfold.experts import (
     unpack_module_,
 )
 from fourfold.experts.layout import name_suffix
+from fourfold.experts.part import refuse_spread
 from fourfold.formats import COMPANION_SUFFIXES
 from fourfold.formats.quantize import FP16_MAX
+from fourfold.loading import spread
 from fourfold.loading.ahead import AheadReader, packed_tensors
 from fourfold.loading.complete import (
     check_complete,
     check_finite,
     check_nothing_is_missing,
     refuse_offloading,
-    refuse_sharding_by_the_loader,
     refuse_spreading,
 )
 from fourfold.loading.config import MODEL_NAMES, MoeBitsAndBytesConfig
@@ -78,6 +79,7 @@ class FourfoldQuantizer(HfQuantizer):
         left_on_request: names of experts modules in high precision because the configuration says so.
         read_ahead_bytes: of what an `AheadReader` read of a packed checkpoint.
         in_shards: each rank of several reads its part of every tensor, and checks it (its class says so).
+        spread: each rank of several holds some of the experts (expert parallelism).
         offloaded: where experts lie that were loaded with an ``experts_device``; else None.
     """
 
@@ -107,6 +109,7 @@ class FourfoldQuantizer(HfQuantizer):
         self._ahead: AheadReader | MappedReader | None = None
         self.read_ahead_bytes = 0
         self.in_shards = False
+        self.spread = False
         self._host: HostMemory | None = None
         self.offloaded: OffloadReport | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -140,7 +143,7 @@ class FourfoldQuantizer(HfQuantizer):
         headers = check_files(model.name_or_path, kwargs.get("checkpoint_files") or ())
         self._headers, self._loading = headers, weakref.ref(model)
         self.in_shards = getattr(model, IN_SHARDS, False)
-        refuse_sharding_by_the_loader(model)
+        spread.refuse_shards(model)
         if not self.pre_quantized:
             self.config.base = origin_of(model, kwargs.get("checkpoint_files") or ())
         requested = self.config.llm_int8_skip_modules
@@ -180,6 +183,8 @@ class FourfoldQuantizer(HfQuantizer):
         if self.config.experts_device is not None and self.packed and not self.config.only_written:
             self._send_away(model, kwargs.get("device_map"))
         self._shapes = expected_shapes(model)
+        if self.packed and spread.is_wanted(model):
+            self._spread(model)
         if self.packed:
             self._tie_companions(model)
             self._check_headers(model, headers)
@@ -223,6 +228,25 @@ class FourfoldQuantizer(HfQuantizer):
             )
         if self._names_are_the_models:
             check_nothing_is_missing(model, headers.keys())
+
+    def _spread(self, model: PreTrainedModel) -> None:
+        if self._host is not None or self.foreign is not None:
+            on_host = self._host is not None
+            what = (
+                f"experts_device={self.config.experts_device!r}"
+                if on_host
+                else "a checkpoint in another quantized format"
+            )
+            remedy = (
+                "leave one of the two out"
+                if on_host
+                else "pack it first by `fourfold quantize`, and load what that writes"
+            )
+            raise ConfigurationError(
+                f"{what} and experts that are spread over the ranks (ep_size) do not go together: {remedy}"
+            )
+        spread.plan_(model, self.packed)
+        self.spread = True
 
     def _refuse_unsupported(self, experts: list[FoundExperts], requested: list[str] | None) -> None:
         if self.config.experts_format() is None:
@@ -333,7 +357,7 @@ class FourfoldQuantizer(HfQuantizer):
             self._names_are_the_models
             and self.packed
             and model is not None
-            and not self.in_shards  # (it reads whole tensors)
+            and not (self.in_shards or self.spread)  # (it reads whole tensors)
         ):
             wanted = packed_tensors(model, self.packed)
             if self.config.experts_device == "disk" and self._host is not None:
@@ -356,6 +380,8 @@ class FourfoldQuantizer(HfQuantizer):
             self.foreign.finish(model)
         if self.failure is not None:
             raise self.failure
+        if self.spread:
+            spread.wrap_(model, self.packed)
         if not (self.config.only_written or self.in_shards):  # (whoever streams has checked all weights)
             refuse_offloading(self.packed, getattr(model, "hf_device_map", None))
             check_complete(model, self.packed)
@@ -363,6 +389,8 @@ class FourfoldQuantizer(HfQuantizer):
             check_finite(model)
             for name, module in model.named_modules():
                 check_shapes(module, f"{name}." if name else "", self._shapes)
+        if self.spread:
+            spread.spread_(model, self.packed)
         if self._host is not None:
             refuse_spreading(getattr(model, "hf_device_map", None))
             on_disk = self.config.experts_device == "disk"
@@ -441,6 +469,9 @@ class FourfoldQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        refuse_spread(
+            model, "no rank has all of them to unpack", "Load the model without ep_size, and dequantize that"
+        )
         for module in list(model.modules()):
             if isinstance(module, PackedExperts):
                 unpack_module_(module, dtype or module.fourfold_dtype)

@@ -111,13 +111,17 @@ class FirstStepGradients(TrainerCallback):
         trainable = {name: p for name, p in kwargs["model"].named_parameters() if p.requires_grad}
         without = _without_gradient(kwargs["model"], trainable)
         if without:
-            more = f" and {len(without) - SHOWN_NAMES} more" if len(without) > SHOWN_NAMES else ""
-            raise TrainingError(
-                f"{len(without)} of {len(trainable)} trainable parameters have no gradient after the first "
-                f"step, so they would never be trained: {', '.join(without[:SHOWN_NAMES])}{more}. "
-                "Take their targets out of lora_target_modules or lora_target_parameters, or report this "
-                "model."
-            )
+            raise never_trained(without, len(trainable))
+
+
+def never_trained(without: list[str], count: int) -> TrainingError:
+    """What is said where some of so many trainable parameters have no gradient."""
+    more = f" and {len(without) - SHOWN_NAMES} more" if len(without) > SHOWN_NAMES else ""
+    return TrainingError(
+        f"{len(without)} of {count} trainable parameters have no gradient after the first step, so they "
+        f"would never be trained: {', '.join(without[:SHOWN_NAMES])}{more}. Take their targets out of "
+        "lora_target_modules or lora_target_parameters, or report this model."
+    )
 
 
 def _without_gradient(model: nn.Module, trainable: dict[str, nn.Parameter]) -> list[str]:
@@ -129,10 +133,10 @@ def _without_gradient(model: nn.Module, trainable: dict[str, nn.Parameter]) -> l
         found = [flag > 0 for flag in collective.sum_of(flags, collective.device_of(model))]
         gradients, values = found[: len(gradients)], found[len(gradients) :]
     moves, weighs = dict(zip(trainable, gradients, strict=True)), dict(zip(trainable, values, strict=True))
-    return [name for name, p in trainable.items() if p.grad is None or _stays_zero(name, moves, weighs)]
+    return [name for name, p in trainable.items() if p.grad is None or stays_zero(name, moves, weighs)]
 
 
-def _stays_zero(name: str, moves: dict[str, bool], weighs: dict[str, bool]) -> bool:
+def stays_zero(name: str, moves: dict[str, bool], weighs: dict[str, bool]) -> bool:
     """Whether a LoRA factor has a gradient of zeros alone although its partner passes one on.
 
     Args:
@@ -181,10 +185,15 @@ class FiniteGradients(TrainerCallback):
             return
         self.in_a_row += 1
         if self.in_a_row > self.tolerated:
-            raise TrainingError(
-                f"A gradient at step {state.global_step + 1} is not finite; the step was not taken"
-                f"{self.batch()}. Lower learning_rate, or look for damaged rows in the data."
-            )
+            raise not_finite(state.global_step + 1, self.batch())
+
+
+def not_finite(step: int, examples: str) -> TrainingError:
+    """What is said of a gradient that is not finite, at a step (from 1) on examples."""
+    return TrainingError(
+        f"A gradient at step {step} is not finite; the step was not taken{examples}. Lower learning_rate, or "
+        "look for damaged rows in the data."
+    )
 
 
 class HeldOut(TrainerCallback):

@@ -12,6 +12,7 @@ from fourfold.training.fsdp_keys import fsdp_contradictions
 from fourfold.training.offload_keys import offload_contradictions
 from fourfold.training.schedules import schedule_contradictions
 from fourfold.training.yaml_file import Problem
+from fourfold.training.zero import zero_contradictions
 
 if TYPE_CHECKING:
     from fourfold.training.dataset_keys import DatasetConfig
@@ -53,6 +54,7 @@ def contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], Probl
     yield from bnb_contradictions(config)
     yield from offload_contradictions(config)
     yield from fsdp_contradictions(config)
+    yield from zero_contradictions(config)
     yield from _lora_contradictions(config)
     yield from _trainer_contradictions(config)
     yield from _loftq_contradictions(config)

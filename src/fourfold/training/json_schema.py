@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fourfold.training.cards import CARDS
 from fourfold.training.fsdp_keys import FSDP, OFF
 from fourfold.training.key_types import EXPONENT
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, NOT_YET, NotYet
 from fourfold.training.schema import TrainConfig
+from fourfold.training.zero import DEEPSPEED
 
 # An unquoted `no` is false to YAML 1.1, and false turns these off.
 FALSE_TOO = ("eval_strategy", "save_strategy", "wandb_watch", "wandb_log_model")
@@ -33,13 +33,11 @@ def json_schema() -> dict[str, Any]:
         result["properties"][name] = _not_yet(entry)
     for name, entry in DATASET_NOT_YET.items():
         definitions["DatasetConfig"]["properties"][name] = _not_yet(entry)
-    for name, what in CARDS.items():
-        result["properties"][name] = {"description": f"Accepted, and refused at the start of a run: {what}"}
     _lists_of_one(result, definitions)
     _numbers_as_text(result)
     for name in FALSE_TOO:
         result["properties"][name]["anyOf"].append({"const": False})
-    for name in FSDP:
+    for name in (*FSDP, DEEPSPEED):
         result["properties"][name]["anyOf"].append({"enum": list(OFF)})
     return {"$schema": DIALECT, **result, "title": "Configuration of fourfold train"}
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from reprlib import repr as brief
 from typing import Any
 
-from fourfold.training.cards import CARDS, card_problems, given_differently
+from fourfold.training.cards import card_problems, given_differently
 from fourfold.training.fsdp_keys import FSDP, fsdp_instead, fsdp_problems, is_off
 from fourfold.training.yaml_file import Problem, nearest, short
+from fourfold.training.zero import DEEPSPEED
 
 _PRODUCTS = "Fourfold's own kernels multiply experts and their LoRA (`fourfold inspect MODEL --ways`)"
 _LINEARS = "attention and other Linears run as PEFT and bitsandbytes compute them; the same results"
@@ -342,7 +343,7 @@ def take_others(
     for key, value in values.items():
         if key in NOT_YET:
             missing += _refused(key, value, NOT_YET[key])
-        elif key in CARDS or (key in FSDP and (is_off(value) or faulty)):
+        elif (key == DEEPSPEED and is_off(value)) or (key in FSDP and (is_off(value) or faulty)):
             continue
         elif key == "plugins" and value is not None:
             for full_name in value if isinstance(value, list) else [value]:

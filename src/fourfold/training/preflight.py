@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from fourfold.training.contradictions import ignored_within
 from fourfold.training.data import Tokenized, load_records
 from fourfold.training.encode import Sample
 from fourfold.training.isolation import check_isolation
+from fourfold.training.launched import check_launched
 from fourfold.training.offloaded import loading_there
 from fourfold.training.packing import pack
 from fourfold.training.prepared import prepare_data, templates_of
@@ -41,6 +43,7 @@ from fourfold.training.schema import TrainConfig
 from fourfold.training.sharding_checks import check_sharding
 from fourfold.training.targets import check_patterns, find_targets
 from fourfold.training.tokenizer import choose_template, load_tokenizer
+from fourfold.training.zero import check_start
 
 MERGED = "merged"
 BNB_OPTIMIZERS = (
@@ -138,6 +141,14 @@ def check(config: TrainConfig) -> Checked:
         *absent_targets(config, modules, saved is None),
     ]
     bf16 = resolve_bf16(config)
+    check_launched(config, bf16, os.environ)
+    check_start(
+        config,
+        bf16=bf16,
+        has_gpu=torch.cuda.is_available(),
+        installed=importlib.util.find_spec("deepspeed") is not None,
+        launched=os.environ.get("ACCELERATE_USE_DEEPSPEED", ""),
+    )
     settings = run_settings(config, modules, parameters, bf16, tokenized.digest)
     if checkpoint is not None:
         check_unchanged(checkpoint, settings)

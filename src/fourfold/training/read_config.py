@@ -14,7 +14,6 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from fourfold.errors import ConfigurationError
-from fourfold.training.cards import CARDS, refusals
 from fourfold.training.contradictions import ContradictionError
 from fourfold.training.dataset_keys import DatasetConfig, PromptFormat, Turn
 from fourfold.training.key_types import NotYetError
@@ -34,6 +33,7 @@ from fourfold.training.yaml_file import (
     short,
     split_key,
 )
+from fourfold.training.zero import missing_file
 
 
 @dataclass
@@ -128,7 +128,7 @@ def _examine(parsed: YamlFile, path: str, overrides: list[str] | None) -> Examin
         ]
     problems.sort(key=lambda problem: (not problem.where, len(problem.where), problem.where))  # by line
     result = Examined(path, config, problems)
-    result.at_start = [_placed(problem, parsed, overridden) for problem in refusals(parsed.values)]
+    result.at_start = [_placed(problem, parsed, overridden) for problem in missing_file(parsed.values)]
     result.instead = [_placed(Problem(key, what, ""), parsed, overridden) for key, what in instead]
     if config is not None:
         result.remarks = [
@@ -226,7 +226,7 @@ def _known_like(name: str, model: type[BaseModel]) -> str:
     if model is TrainConfig:
         if name in ELSEWHERE:
             return f"It is `{ELSEWHERE[name]}` here."
-        known = [*TrainConfig.model_fields, *DIFFERENT, *NOT_YET, *CARDS]
+        known = [*TrainConfig.model_fields, *DIFFERENT, *NOT_YET]
         remedy = nearest(name, known)
         return remedy if remedy.startswith("Did") else "`fourfold schema` prints all keys."
     return nearest(name, [*model.model_fields, *(DATASET_NOT_YET if model is DatasetConfig else ())])

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from fourfold.training.cards import CARDS, RECOMPUTED, TWICE
+from fourfold.training.cards import RECOMPUTED, TWICE
 from fourfold.training.dataset_keys import DatasetConfig, PromptFormat, Turn
 from fourfold.training.model_keys import SpecialTokens
 from fourfold.training.other_keys import DATASET_NOT_YET, DIFFERENT, NOT_YET, PLUGINS, NotYet
@@ -63,8 +63,6 @@ def render() -> str:
     parts += ["## Given differently\n", _table(("key", "what happens instead"), different.items())]
     parts += ["### Plugins\n", _table(("plugin", "what happens instead"), PLUGINS.items())]
     parts += ["## Not yet\n", _not_yet(NOT_YET), "### In an entry of `datasets`\n", _not_yet(DATASET_NOT_YET)]
-    heading = "## DeepSpeed\n\nAccepted, and refused by name at the start of a run.\n"
-    parts += [heading, _table(("key", "what it is"), CARDS.items())]
     return "\n".join(parts)
 
 

@@ -22,11 +22,13 @@ from fourfold.errors import ConfigurationError
 from fourfold.training import processes
 from fourfold.training.fsdp_keys import sharding
 from fourfold.training.schema import TrainConfig
+from fourfold.training.zero import DEEPSPEED, stage_of, trainer_settings
 
 RUN_FILE, STATE_FILE = "run.json", "trainer_state.json"
 FILES = "files"
 SHARDS = "shards"  # (of a sharded run: its adapters' and its optimizer's, a file for each process)
-OPTIMIZER = "optimizer.pt"
+# The optimizer's state, or DeepSpeed's note of the folder in which every process has written its part.
+OPTIMIZER, PARTS_OF_IT = "optimizer.pt", "latest"
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", RUN_FILE)
 # Batches, the optimizer's state and the adapters hang on these. From learning_rate on: the stored state
 # brings its own, so that another one in the file would be ignored.
@@ -84,6 +86,8 @@ def run_settings(
         digest: of the tokenized training data.
     """
     values, base = config.model_dump(), Path(config.base_model)
+    zero = trainer_settings(config)
+    stage = None if zero is None else stage_of(zero)  # (of the optimizer's parts)
     settings = {key: values[key] for key in FIXED}
     settings |= {
         "lora_target_modules": modules if isinstance(modules, str) else sorted(modules),
@@ -93,6 +97,7 @@ def run_settings(
         "datasets": digest,
         PROCESSES: processes.count(),
         SHARDED: sharding(config) is not None,
+        DEEPSPEED: stage,
     }
     result: Settings = json.loads(json.dumps(settings, default=str))
     return result
@@ -190,7 +195,8 @@ def _trouble(folder: Path) -> ConfigurationError | None:
             "Name a folder such as output_dir/checkpoint-20."
         )
     missing = [name for name in NEEDED if not (folder / name).is_file()]
-    if not (folder / OPTIMIZER).is_file() and not (folder / SHARDS / "checkpoint.json").is_file():
+    written = (OPTIMIZER, PARTS_OF_IT, f"{SHARDS}/checkpoint.json")
+    if not any((folder / name).is_file() for name in written):
         missing.append(OPTIMIZER)
     if missing:
         return ConfigurationError(

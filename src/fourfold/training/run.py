@@ -46,6 +46,7 @@ from fourfold.training.resume import STATE_FILE, first_line, step_of
 from fourfold.training.schema import TrainConfig
 from fourfold.training.summary import RunResult, write_loss_curve
 from fourfold.training.watch import AtTheEnd, EarlyStop, Saved
+from fourfold.training.zero_engine import EngineGradients
 
 try:
     import matplotlib.figure  # noqa: F401  (the loss curve, drawn when the run is over)
@@ -314,9 +315,13 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Metrics(curve, lambda: trainer.tokens_seen))
-    trainer.add_callback(FirstStepGradients())
     # From 65,536 the scaler of fp16 gets below 1 in so many halvings.
-    trainer.add_callback(FiniteGradients(trainer.name_examples, SKIPPED_IN_FP16 if config.fp16 else 0))
+    tolerated = SKIPPED_IN_FP16 if config.fp16 else 0
+    if config.deepspeed is None:
+        trainer.add_callback(FirstStepGradients())
+        trainer.add_callback(FiniteGradients(trainer.name_examples, tolerated))
+    else:
+        trainer.add_callback(EngineGradients(trainer, tolerated))
     trainer.add_callback(Saved(step_of(checked.checkpoint) if checked.checkpoint else None))
     if config.experts_offload in ("disk", "auto"):
         trainer.add_callback(UnchangedFiles())

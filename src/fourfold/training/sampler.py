@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -59,3 +60,17 @@ class LengthGroupedSampler(Sampler[int]):
         shuffled = [others[i] for i in torch.randperm(len(others), generator=generator).tolist()]
         filled = [self.filler] * self._missing() if self.filler is not None else []
         return iter([index for batch in (longest, *shuffled, rest, filled) for index in batch])
+
+
+def reach_sampler(loader: Any) -> Any:
+    """Let accelerate tell the sampler each epoch; returns the same loader.
+
+    Of several processes each has the sampler two wrappers deep, and where a resumed run skips batches there
+    is a third, beyond which accelerate does not look: the rest of that epoch would be in the order of the
+    first.
+    """
+    shared: Any = getattr(loader, "batch_sampler", None)
+    sampler = getattr(getattr(shared, "batch_sampler", None), "sampler", None)
+    if sampler is not None and not hasattr(shared, "sampler"):
+        shared.sampler = sampler
+    return loader

@@ -27,9 +27,10 @@ from fourfold.training.offload_keys import OffloadKeys
 from fourfold.training.run_keys import RunKeys
 from fourfold.training.templates import TEMPLATES
 from fourfold.training.tracker_keys import TrackerKeys
+from fourfold.training.zero import DeepSpeedKeys
 
 
-class TrainConfig(TrackerKeys, FsdpKeys, RunKeys, AdapterKeys, OffloadKeys, ModelKeys):
+class TrainConfig(TrackerKeys, FsdpKeys, DeepSpeedKeys, RunKeys, AdapterKeys, OffloadKeys, ModelKeys):
     """A training run. Field names are the YAML keys; see ``load_config``."""
 
     datasets: list[DatasetConfig] = Field(

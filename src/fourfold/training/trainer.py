@@ -29,9 +29,10 @@ from fourfold.training.encode import IGNORED
 from fourfold.training.fsdp_keys import sharding
 from fourfold.training.packing import lies_within
 from fourfold.training.resume import RUN_FILE, Settings, commit, first_line, keep_newest
-from fourfold.training.sampler import LengthGroupedSampler
+from fourfold.training.sampler import LengthGroupedSampler, reach_sampler
 from fourfold.training.schedules import schedule_arguments
 from fourfold.training.schema import TrainConfig
+from fourfold.training.zero import trainer_settings
 
 SHOWN_EXAMPLES, SHOWN_TOKENS, SHOWN_TEXT = 8, 24, 40
 ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
@@ -74,6 +75,9 @@ class MoeTrainer(SFTTrainer):
         batch = self._train_batch_size * self.args.gradient_accumulation_steps * processes.count()
         filler = self.examples if len(dataset) > self.examples else None
         return LengthGroupedSampler(lengths, batch, self.args.seed, filler)
+
+    def get_train_dataloader(self) -> Any:
+        return reach_sampler(super().get_train_dataloader())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimizer asked for; with LoRA+, by PEFT's own grouping of the factors."""
@@ -272,7 +276,8 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool, example
         neftune_noise_alpha=config.neftune_noise_alpha,
         # Each adapter takes part in each step (FirstStepGradients looks at it), so that DDP need not search.
         ddp_find_unused_parameters=False,
-        use_cpu=use_cpu,
+        use_cpu=use_cpu and config.deepspeed is None,  # (on what it calls a CPU, accelerate takes none)
+        deepspeed=trainer_settings(config),
         logging_strategy="steps",
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,  # it would replace NaN by the mean of earlier losses
