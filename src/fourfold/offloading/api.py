@@ -31,7 +31,7 @@ from fourfold.offloading.disk import (
     reads_in,
 )
 from fourfold.offloading.host import HostMemory, check_room
-from fourfold.offloading.mapped import MappedFile, files_of, region_of
+from fourfold.offloading.mapped import MappedFile, region_of
 from fourfold.offloading.schedule import Counts
 from fourfold.offloading.sizes import parse_bytes
 from fourfold.offloading.streamer import HostExperts, Streamer, Unit
@@ -296,7 +296,6 @@ def _carry_out(
     # Copies first, all of them: what fails here leaves the model as it was.
     copies = {id(t): (t, memory.take(t.data)) for t in moved} | {id(t): (t, data) for t, data in mapped}
     verified = clean_parameters(streamed) | {id(parameter) for parameter, _ in mapped}
-    held = files_of([data for _, data in copies.values()] + [t.data for m in streamed for t in _packed(m)])
     for tensor, copy in copies.values():
         tensor.data = copy
     del copies, mapped
@@ -304,7 +303,6 @@ def _carry_out(
         _release(module)
     disk = None if files is None else OnDisk(memory, verified)
     streamers = [attach(unit, device, buffers, disk=disk) for device, unit, buffers in units]
-    del held  # (the streamers hold them now)
     for module, device in resident:
         # (before the module lets go of them)
         brought = [brought_to(tensor, device) for tensor in _packed(module)]

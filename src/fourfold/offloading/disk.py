@@ -58,7 +58,6 @@ class DiskStreamer(Streamer):
     ) -> None:
         super().__init__(units, device, buffers, engine)
         self._pages = memory or HostMemory()
-        # (held here: what finds a tensor's file knows those alone that somebody holds)
         self._regions = [[region_of(t.host) for t in unit.tensors] for unit in self.units]
         self._as_mapped = [
             [t.stamp for t in unit.tensors] if all(_is_clean(t, verified) for t in unit.tensors) else None
