@@ -13,15 +13,14 @@ from typing import Any
 from fourfold.errors import ConfigurationError
 from fourfold.offloading.api import BUFFERS, units_of
 from fourfold.offloading.budget import Share, share_out
+from fourfold.offloading.disk import IN_MEMORY
+from fourfold.offloading.read_ahead import STAGES
 from fourfold.offloading.traffic import traffic_of
 
 KINDS = ("cpu", "auto", "disk")
 # What a process holds besides experts (Python, torch, CUDA, kernels): in benchmarks/results/offload.json the
 # peaks are 2.02 GB above the 4.4 and the 7.5 GB of experts in host memory.
 PROCESS_BYTES = 2_020_000_000
-# From disk: modules that are read ahead into host memory, and tensors that lie there from the start.
-STAGES = 2
-SMALL_TENSORS = ("_absmax_scale", "_absmax_offset")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class ExpertUnits:
         """Those of a model, which needs no weights."""
         units = units_of(model)
         stored = [sum(t.host.nbytes for t in unit.tensors) for unit in units]
-        small = [sum(t.host.nbytes for t in u.tensors if t.suffix in SMALL_TENSORS) for u in units]
+        small = [sum(t.host.nbytes for t in u.tensors if t.suffix in IN_MEMORY) for u in units]
         return cls(tuple(unit.nbytes for unit in units), tuple(stored), tuple(small))
 
 
