@@ -83,10 +83,12 @@ class DiskStreamer(Streamer):
 
     @property
     def engine(self) -> ReadingEngine:
-        if self._engine is None:
-            self._engine = ReadingEngine(self._given_engine or engine_for(self.device), self._pages)
-        assert isinstance(self._engine, ReadingEngine)
-        return self._engine
+        made = super().engine
+        assert isinstance(made, ReadingEngine)
+        return made
+
+    def _make_engine(self) -> ReadingEngine:
+        return ReadingEngine(self._given_engine or engine_for(self.device), self._pages)
 
     @property
     def read_bytes(self) -> int:
