@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import fourfold
 import tiny
@@ -88,6 +89,21 @@ def test_saved_elsewhere_and_never_over_itself(tmp_path: Path) -> None:
     fourfold.onload(model)
     model.save_pretrained(folder)
     assert torch.equal(tiny.logits(model), expected)
+
+
+def test_offloaded_to_its_files_it_is_not_saved_over_them(tmp_path: Path) -> None:
+    """And an adapter may lie beside them."""
+    folder = packed_folder(tmp_path)
+    model = tiny.load(folder)
+    expected = tiny.logits(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    report = fourfold.offload(adapted, device="disk")  # (it knows where it came from)
+    assert report.disk_bytes > 0
+    with pytest.raises(ConfigurationError, match="the model's experts are mapped from"):
+        model.save_pretrained(folder)
+    adapted.save_pretrained(folder)
+    assert (folder / "adapter_model.safetensors").exists()
+    assert torch.equal(tiny.logits(adapted), expected)
 
 
 def test_what_is_not_packed_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fourfold.offloading.disk import (
     brought_to,
     clean_parameters,
     files_of_checkpoint,
+    keep_from_saving_over,
     map_tensors,
     read_ahead_bytes,
     reads_in,
@@ -178,7 +179,10 @@ def offload(
     groups = _groups(model)
     plan = _plan(groups, budget, buffers, AUTO_RESERVE if reserve is None else reserve)
     files = partial(files_of_checkpoint, model, checkpoint) if device == "disk" else None
-    return _carry_out(plan, pin, files=files)
+    report = _carry_out(plan, pin, files=files)
+    if report.disk_bytes:
+        keep_from_saving_over(model)
+    return report
 
 
 def receive_in_host_memory(modules: Sequence[Any], memory: HostMemory) -> None:

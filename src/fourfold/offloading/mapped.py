@@ -87,7 +87,7 @@ class MappedFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.abspath(path))  # (whoever looks again may be elsewhere)
         if not hasattr(os, "pread"):
             raise ConfigurationError(
                 "experts on disk are read by calls that this system does not have (Linux does); give them "
