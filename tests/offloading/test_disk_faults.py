@@ -303,6 +303,18 @@ def test_a_forked_process_reads_with_a_thread_of_its_own(tmp_path: Path) -> None
     engine.close()
 
 
+def test_a_reader_that_was_stopped_keeps_nobody_waiting(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(64, dtype=torch.uint8)}, file)
+    made, engine = MappedFile(file), ReadingEngine(HostEngine(), HostMemory())
+    place = torch.zeros(64, dtype=torch.uint8)
+    engine.wait(engine.fill([(place, made.regions["a"])], []))
+    engine.close()
+    late = engine.fill([(torch.zeros_like(place), made.regions["a"])], [])
+    assert late.cancelled()
+    engine.wait(late)
+
+
 def test_workers_that_load_data_leave_the_reader_alone(way: str, tmp_path: Path) -> None:
     model = offloading.packed_model("qwen3_moe")
     expected = tiny.logits(model)
