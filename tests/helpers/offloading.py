@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def on_disk(model: nn.Module, folder: Path, **arguments: Any) -> fourfold.Offloa
     write_experts(model, folder)
     report = fourfold.offload(model, device="disk", checkpoint=folder, **arguments)
     assert report.streamed
+    gc.collect()  # (what is not held is let go of now)
     return report
 
 

@@ -84,10 +84,14 @@ def test_what_was_read_of_another_file_is_not_kept(tmp_path: Path, monkeypatch: 
     assert torch.equal(tiny.logits(model), expected)
 
 
-def test_what_does_not_change_the_numbers_is_no_error(way: str, tmp_path: Path) -> None:
+def test_what_does_not_change_the_numbers_is_no_error(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = offloading.packed_model("qwen3_moe")
     expected = tiny.logits(model)
-    on_disk(model, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    on_disk(model, Path("here"))
+    tmp_path = tmp_path / "here"
     one, other = sorted(tmp_path.iterdir())
     one.touch()
     one.chmod(0o600)
@@ -95,6 +99,7 @@ def test_what_does_not_change_the_numbers_is_no_error(way: str, tmp_path: Path) 
     again.write_bytes(other.read_bytes())
     again.replace(other)  # (downloaded a second time)
     assert torch.equal(tiny.logits(model), expected)
+    monkeypatch.chdir(again.parent.parent)
     one.unlink()  # (what is mapped stays as long as it is)
     assert torch.equal(tiny.logits(model), expected)
     assert check_files(model) == 2
@@ -296,6 +301,18 @@ def test_a_forked_process_reads_with_a_thread_of_its_own(tmp_path: Path) -> None
     engine.wait(engine.fill([(place, made.regions["a"])], []))  # (and this one's goes on)
     assert place.tolist() == list(range(64))
     engine.close()
+
+
+def test_a_reader_that_was_stopped_keeps_nobody_waiting(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(64, dtype=torch.uint8)}, file)
+    made, engine = MappedFile(file), ReadingEngine(HostEngine(), HostMemory())
+    place = torch.zeros(64, dtype=torch.uint8)
+    engine.wait(engine.fill([(place, made.regions["a"])], []))
+    engine.close()
+    late = engine.fill([(torch.zeros_like(place), made.regions["a"])], [])
+    assert late.cancelled()
+    engine.wait(late)
 
 
 def test_workers_that_load_data_leave_the_reader_alone(way: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,37 @@ def test_modules_are_read_before_they_are_asked_for(tmp_path: Path, monkeypatch:
     assert asked
     assert made.read_bytes - before <= 4 * report.disk_bytes * 1.2
     assert made.engine.staged_bytes <= read_ahead.STAGES * max(unit.nbytes for unit in made.units)
+
+
+def test_waits_for_the_disk_are_measured_while_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffered(monkeypatch, late=False)
+    model = offloading.packed_model("qwen3_moe", layers=6)
+    report = on_disk(model, tmp_path)
+    original = mapped.MappedFile.read_into
+
+    def slowly(file: mapped.MappedFile, place: memoryview, offset: int) -> None:
+        time.sleep(0.002)
+        original(file, place, offset)
+
+    monkeypatch.setattr(mapped.MappedFile, "read_into", slowly)
+    report.time_waits(True)
+    tiny.logits(model)
+    waited = report.waited_ms()
+    assert waited is not None
+    assert waited > 2
+    report.time_waits(False)
+    tiny.logits(model)
+    assert report.waited_ms() == 0
+
+
+def test_where_there_is_nothing_to_wait_for_nothing_is_said(tmp_path: Path) -> None:
+    model = offloading.packed_model("qwen3_moe")
+    report = on_disk(model, tmp_path)
+    report.time_waits(True)
+    tiny.logits(model)
+    assert report.waited_ms() is None
 
 
 def test_on_a_cpu_the_system_is_told_what_comes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

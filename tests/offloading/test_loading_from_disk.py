@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import fourfold
 import tiny
 from fourfold.errors import CheckpointError, ConfigurationError
+from fourfold.loading.ahead import AheadConverter
 from fourfold.loading.mapping import MappedReader
 from fourfold.offloading.mapped import region_of
 from offloading import is_mapped, packed_modules
@@ -87,6 +89,21 @@ def test_saved_elsewhere_and_never_over_itself(tmp_path: Path) -> None:
     fourfold.onload(model)
     model.save_pretrained(folder)
     assert torch.equal(tiny.logits(model), expected)
+
+
+def test_offloaded_to_its_files_it_is_not_saved_over_them(tmp_path: Path) -> None:
+    """And an adapter may lie beside them."""
+    folder = packed_folder(tmp_path)
+    model = tiny.load(folder)
+    expected = tiny.logits(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    report = fourfold.offload(adapted, device="disk")  # (it knows where it came from)
+    assert report.disk_bytes > 0
+    with pytest.raises(ConfigurationError, match="the model's experts are mapped from"):
+        model.save_pretrained(folder)
+    adapted.save_pretrained(folder)
+    assert (folder / "adapter_model.safetensors").exists()
+    assert torch.equal(tiny.logits(adapted), expected)
 
 
 def test_what_is_not_packed_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
@@ -171,3 +188,26 @@ def test_mapped_experts_take_no_memory(tmp_path: Path) -> None:
     assert found["cpu"][1] > 0.9 * nbytes
     assert loaded < 0.2 * nbytes
     assert computed < found["cpu"][2] - 0.8 * nbytes
+
+
+def test_the_loader_makes_no_copy_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads may begin before a tensor is taken over: they look at the file then, and bring nothing."""
+    folder = packed_folder(tmp_path)
+    made: list[AheadConverter] = []
+    original = MappedReader.converters
+    monkeypatch.setattr(MappedReader, "converters", lambda reader: made.extend(original(reader)) or made)
+    taken_over: list[bool] = []
+    add = AheadConverter.add_tensor
+
+    def add_tensor(self: AheadConverter, *arguments: object) -> None:
+        before = getattr(self, "force_cpu", True)
+        add(self, *arguments)
+        taken_over.append(before and not getattr(self, "force_cpu", False))
+
+    monkeypatch.setattr(AheadConverter, "add_tensor", add_tensor)
+    assert is_mapped(tiny.load(folder, **DISK))
+    if not hasattr(made[0], "force_cpu"):
+        pytest.skip("this version's converters cannot say where a tensor is read to")
+    assert all(converter.force_cpu for converter in made)
+    assert taken_over
+    assert all(taken_over)

@@ -78,7 +78,7 @@ class AheadReader:
         return self  # the loader copies converters for every key
 
     def converters(self) -> list[AheadConverter]:
-        return converters_of(self._wanted, self)
+        return converters_of(self._wanted, self, on_host=self.host is not None)
 
     def _device(self, name: str) -> torch.device:
         return torch.device(expand_device_map(self.device_map, [name])[name])
@@ -93,8 +93,12 @@ class AheadReader:
         return (header.shape, header.dtype) == (tuple(wanted[0]), DTYPE_NAMES[wanted[1]])
 
     def takes_over(self, future: Any) -> bool:
-        """Whether what the loader handed in has not begun, and is read here instead."""
-        return isinstance(future, Future) and future.cancel()
+        """Whether what the loader handed in has not begun, and is read here instead.
+
+        (For host memory nothing is lost where it has: see `converters_of`.)
+        """
+        begun = not isinstance(future, Future) or not future.cancel()
+        return self.host is not None or not begun
 
     def begin(self, name: str, key: str) -> None:
         """Start reading ``key`` as parameter ``name``."""
@@ -159,14 +163,31 @@ class AheadConverter(WeightConverter):
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         reader: Reader | None = getattr(self, "reader", None)
         if reader is not None and reader.reads(target_key, source_key) and reader.takes_over(future):
+            _force_cpu(self, False)  # (what the reader gives out is not brought anywhere)
             reader.begin(target_key, source_key)
             future = _Ahead(reader, target_key)
         super().add_tensor(target_key, source_key, source_pattern, future)
 
 
-def converters_of(wanted: Iterable[str], reader: Reader) -> list[AheadConverter]:
-    """One for every last component of a name."""
-    return [AheadConverter.of(leaf, reader) for leaf in {name.rpartition(".")[2]: None for name in wanted}]
+def converters_of(wanted: Iterable[str], reader: Reader, *, on_host: bool) -> list[AheadConverter]:
+    """One for every last component of a name.
+
+    Args:
+        wanted: names of parameters.
+        reader: reads them.
+        on_host: whether they do not go to their devices. The loader's threads, which may begin to read a
+            tensor before it is taken over, then make a view of the file of it instead of a copy on the device
+            (in versions of transformers whose converters can say so).
+    """
+    made = [AheadConverter.of(leaf, reader) for leaf in {name.rpartition(".")[2]: None for name in wanted}]
+    for converter in made:
+        _force_cpu(converter, on_host)
+    return made
+
+
+def _force_cpu(converter: Any, value: bool) -> None:
+    if hasattr(converter, "force_cpu"):
+        converter.force_cpu = value
 
 
 class _Ahead:

@@ -45,7 +45,7 @@ class MappedReader:
         return self  # the loader copies converters for every key
 
     def converters(self) -> list[AheadConverter]:
-        return converters_of(self._wanted, self)
+        return converters_of(self._wanted, self, on_host=True)
 
     def reads(self, name: str, key: str) -> bool:
         """Whether stored tensor ``key`` is parameter ``name`` as it lies there."""

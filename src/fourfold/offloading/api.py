@@ -26,12 +26,13 @@ from fourfold.offloading.disk import (
     brought_to,
     clean_parameters,
     files_of_checkpoint,
+    keep_from_saving_over,
     map_tensors,
     read_ahead_bytes,
     reads_in,
 )
 from fourfold.offloading.host import HostMemory, check_room
-from fourfold.offloading.mapped import MappedFile, files_of, region_of
+from fourfold.offloading.mapped import MappedFile, region_of
 from fourfold.offloading.schedule import Counts
 from fourfold.offloading.sizes import parse_bytes
 from fourfold.offloading.streamer import HostExperts, Streamer, Unit
@@ -178,7 +179,10 @@ def offload(
     groups = _groups(model)
     plan = _plan(groups, budget, buffers, AUTO_RESERVE if reserve is None else reserve)
     files = partial(files_of_checkpoint, model, checkpoint) if device == "disk" else None
-    return _carry_out(plan, pin, files=files)
+    report = _carry_out(plan, pin, files=files)
+    if report.disk_bytes:
+        keep_from_saving_over(model)
+    return report
 
 
 def receive_in_host_memory(modules: Sequence[Any], memory: HostMemory) -> None:
@@ -296,7 +300,6 @@ def _carry_out(
     # Copies first, all of them: what fails here leaves the model as it was.
     copies = {id(t): (t, memory.take(t.data)) for t in moved} | {id(t): (t, data) for t, data in mapped}
     verified = clean_parameters(streamed) | {id(parameter) for parameter, _ in mapped}
-    held = files_of([data for _, data in copies.values()] + [t.data for m in streamed for t in _packed(m)])
     for tensor, copy in copies.values():
         tensor.data = copy
     del copies, mapped
@@ -304,7 +307,6 @@ def _carry_out(
         _release(module)
     disk = None if files is None else OnDisk(memory, verified)
     streamers = [attach(unit, device, buffers, disk=disk) for device, unit, buffers in units]
-    del held  # (the streamers hold them now)
     for module, device in resident:
         # (before the module lets go of them)
         brought = [brought_to(tensor, device) for tensor in _packed(module)]

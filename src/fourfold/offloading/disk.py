@@ -58,7 +58,6 @@ class DiskStreamer(Streamer):
     ) -> None:
         super().__init__(units, device, buffers, engine)
         self._pages = memory or HostMemory()
-        # (held here: what finds a tensor's file knows those alone that somebody holds)
         self._regions = [[region_of(t.host) for t in unit.tensors] for unit in self.units]
         self._as_mapped = [
             [t.stamp for t in unit.tensors] if all(_is_clean(t, verified) for t in unit.tensors) else None
@@ -84,10 +83,12 @@ class DiskStreamer(Streamer):
 
     @property
     def engine(self) -> ReadingEngine:
-        if self._engine is None:
-            self._engine = ReadingEngine(self._given_engine or engine_for(self.device), self._pages)
-        assert isinstance(self._engine, ReadingEngine)
-        return self._engine
+        made = super().engine
+        assert isinstance(made, ReadingEngine)
+        return made
+
+    def _make_engine(self) -> ReadingEngine:
+        return ReadingEngine(self._given_engine or engine_for(self.device), self._pages)
 
     @property
     def read_bytes(self) -> int:
@@ -332,8 +333,15 @@ def keep_from_saving_over(model: torch.nn.Module) -> None:
     """`save_pretrained` refuses the folder that experts are mapped from.
 
     Some versions of safetensors write into a file that is there, which would cut off the pages that are
-    being saved.
+    being saved. (An adapter may be saved anywhere.)
+
+    Args:
+        model: its experts mapped; one of PEFT's too.
     """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    original = getattr(type(base), "save_pretrained", None)
+    if original is None:
+        return
 
     def save_pretrained(self: Any, save_directory: Any, *arguments: Any, **named: Any) -> Any:
         for file in mapped_files(self):
@@ -345,5 +353,4 @@ def keep_from_saving_over(model: torch.nn.Module) -> None:
         return type(self).save_pretrained(self, save_directory, *arguments, **named)
 
     # (a bound method: a deep copy of the model gets its own, and a pickled one that of its class)
-    original: Any = type(model).save_pretrained
-    model.save_pretrained = types.MethodType(functools.wraps(original)(save_pretrained), model)
+    base.save_pretrained = types.MethodType(functools.wraps(original)(save_pretrained), base)

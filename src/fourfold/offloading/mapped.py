@@ -65,6 +65,12 @@ class Region:
         return replace(self, offset=self.offset + start * row, shape=(stop - start, *self.shape[1:]))
 
 
+class _Pages(mmap.mmap):
+    """The pages of a file."""
+
+    file: MappedFile
+
+
 class MappedFile:
     """One safetensors file, mapped.
 
@@ -81,7 +87,7 @@ class MappedFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.abspath(path))  # (whoever looks again may be elsewhere)
         if not hasattr(os, "pread"):
             raise ConfigurationError(
                 "experts on disk are read by calls that this system does not have (Linux does); give them "
@@ -113,6 +119,7 @@ class MappedFile:
             raise self._damaged(error) from error
         self._print = self._fingerprint(self._fd)
         self._pages = _pages(self._fd, self._size)
+        self._pages.file = self  # (tensors hold the pages, and these what watches over the file)
         # (a tensor of it is not kept: pages and tensor would hold each other)
         self._address = torch.frombuffer(self._pages, dtype=torch.uint8).data_ptr()
         _files.add(self)
@@ -267,18 +274,18 @@ def _inode(stamp: _Stamp) -> tuple[int, int]:
     return stamp[:2]
 
 
-def _pages(fd: int, size: int) -> mmap.mmap:
+def _pages(fd: int, size: int) -> _Pages:
     """The file's pages, private. No memory is set aside for them: a file may be larger than all there is."""
     if not hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
+        return _Pages(fd, size, access=mmap.ACCESS_COPY)
     try:
         writable = mmap.PROT_READ | mmap.PROT_WRITE
-        return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE | _no_reserve(), prot=writable)
+        return _Pages(fd, size, flags=mmap.MAP_PRIVATE | _no_reserve(), prot=writable)
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise
     # Where the system sets aside all that could be written (overcommit_memory=2): pages that cannot be.
-    return mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    return _Pages(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
 
 
 def _no_reserve() -> int:

@@ -115,8 +115,9 @@ class _Reader:
 
     def ask(self, job: _Job) -> None:
         with self.changed:
-            if self.stopped:
+            if self.stopped:  # (nobody would come to it)
                 job.done.cancel()
+                return
             self.jobs.append(job)
             self.changed.notify_all()
 

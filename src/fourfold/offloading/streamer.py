@@ -134,9 +134,12 @@ class Streamer:
     @property
     def engine(self) -> Engine:
         if self._engine is None:
-            self._engine = self._given_engine or engine_for(self.device)
+            self._engine = self._make_engine()
             self._engine.timed = self._timed
         return self._engine
+
+    def _make_engine(self) -> Engine:
+        return self._given_engine or engine_for(self.device)
 
     def time_waits(self, timed: bool) -> None:
         """Measure from now on how long computing waits for copies, or no more."""
