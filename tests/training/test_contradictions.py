@@ -296,12 +296,10 @@ def test_a_slice_of_what_is_trained_on_is_not_held_out(tmp_path: Path) -> None:
 
 
 def test_the_name_of_a_run_is_that_of_the_tracker_in_use(tmp_path: Path) -> None:
-    from fourfold.training.trainer import run_name
-
     path = tmp_path / "config.yaml"
     names = {"use_wandb": False, "wandb_name": "w", "use_mlflow": True, "mlflow_run_name": "mine"}
     path.write_text(yaml.safe_dump({**MINIMAL, **names}), encoding="utf-8")
-    assert run_name(load_config(path)) == "mine"
+    assert load_config(path).run_names == {"mlflow_run_name": "mine"}
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,21 @@ import pytest
 import torch
 
 from fourfold.errors import TrainingError
+from fourfold.training import evaluate
 from fourfold.training.data import tokenize
 from fourfold.training.encode import sample_of
-from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers, evaluating
+from fourfold.training.evaluate import (
+    LOGITS,
+    AnswerLosses,
+    Improvement,
+    answer,
+    evaluate_answers,
+    evaluating,
+)
+from fourfold.training.packing import packing_collator
 from fourfold.training.records import Conversation
 from fourfold.training.trainer import make_collator
-from tiny_chat import conversation
+from tiny_chat import conversation, tiny_sizes
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +57,54 @@ def test_equal_to_the_plain_formula(model: Any, dataset: Any, tokenizer: Any) ->
         total, count = total + expected * tokens, count + tokens
     assert losses.mean == pytest.approx(total / count, abs=2e-6)
     assert len({round(loss, 3) for loss in losses.per_answer}) > 3  # the rows do differ
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_logits_are_made_a_few_at_a_time(
+    model: Any, dataset: Any, tokenizer: Any, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses, from layers that are computed once; no tensor of all positions times all words."""
+    rows = (packing_collator(tokenizer), 256) if packed else None
+    runs = []
+    for most in (LOGITS, 2 * 7 * 32):  # of 32 words
+        monkeypatch.setattr(evaluate, "LOGITS", most)
+        layers, heads = [], []
+        hooks = [
+            model.model.layers[0].register_forward_hook(lambda *_, layers=layers: layers.append(1)),
+            model.lm_head.register_forward_hook(
+                lambda _m, _i, logits, heads=heads: heads.append(logits.numel())
+            ),
+        ]
+        found = evaluate_answers(model, dataset, make_collator(tokenizer), 7, rows)
+        for hook in hooks:
+            hook.remove()
+        assert len(layers) == 1
+        runs.append((found, heads))
+    (whole, [everything]), (parts, heads) = runs
+    assert max(heads) <= 2 * 7 * 32 < everything
+    assert sum(heads) == everything
+    assert parts.tokens == whole.tokens
+    assert parts.per_answer == pytest.approx(whole.per_answer, abs=2e-6)
+    assert "forward" not in vars(model.model)
+
+
+def test_what_a_model_does_to_its_logits_is_done_to_each_part(
+    dataset: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cap, say; and another inner model's outputs are not taken for it."""
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    torch.manual_seed(0)
+    capped = Gemma2Config(**tiny_sizes(), head_dim=16, final_logit_softcapping=0.5)
+    model = AutoModelForCausalLM.from_config(capped, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)
+    whole = evaluate_answers(model, dataset, make_collator(tokenizer), 3)
+    monkeypatch.setattr(evaluate, "LOGITS", 96)
+    parts = evaluate_answers(model, dataset, make_collator(tokenizer), 3)
+    assert parts.per_answer == pytest.approx(whole.per_answer, abs=2e-6)
+    model.config.final_logit_softcapping = None
+    assert evaluate_answers(model, dataset, make_collator(tokenizer), 3).mean > whole.mean + 0.1
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 7, 100])

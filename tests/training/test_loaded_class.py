@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import published
 from fourfold.cli import main
@@ -16,6 +17,7 @@ from fourfold.errors import CheckpointError
 from fourfold.loading.skeleton import build_skeleton, language_class, load_language_model, model_class
 from fourfold.planning.conformance.tiny_models import build, randomise_experts_, shrink
 from fourfold.planning.plan import Planner, Settings
+from fourfold.planning.report import make_report
 from fourfold.training.generation import load_model
 from fourfold.training.isolation import narrow_model
 from fourfold.training.preflight import make_quantization_config, make_skeleton
@@ -159,3 +161,20 @@ def test_a_model_that_writes_no_text_is_said(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="is a vit, and transformers has no class of that type"):
         load_language_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["glm-4.5-air", "gpt-oss-20b", QWEN])
+def test_a_plan_counts_the_bytes_that_are_loaded(name: str, tmp_path: Path) -> None:
+    """Biases of packed Linears too, and tensors that the files hold in fp32: those are loaded in bf16."""
+    folder = published.write_checkpoint(name, tmp_path)
+    stored = load_file(folder / "model.safetensors")
+    for key in stored:
+        if key.endswith(("A_log", "linear_attn.norm.weight", "mlp.gate.weight")):
+            stored[key] = stored[key].float()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = load_model(str(folder), 4, torch.bfloat16)
+    settings = TrainConfig(**values(folder, tmp_path))
+    planned = Planner(folder).skeleton(Settings(quantization=make_quantization_config(settings)))
+    dtypes = [{n: p.dtype for n, p in model.named_parameters()} for model in (planned, loaded)]
+    assert dtypes[0] == dtypes[1]
+    assert make_report(planned).bytes == make_report(loaded).bytes

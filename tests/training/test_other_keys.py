@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,8 @@ def test_a_key_like_none_is_answered_in_one_line(tmp_path: Path) -> None:
     assert "Did you mean `pad_token`?" in str(problem)
 
 
-def test_remarks(tmp_path: Path) -> None:
+def test_remarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     said = {note.key for note in look(tmp_path, {"evals_per_epoch": 4, "use_wandb": True}).remarks}
     absent = {"lora_target_parameters", "quantize_moe_experts", "lora_target_modules"}
     assert said == absent | {"evals_per_epoch", "use_wandb"}

@@ -212,6 +212,8 @@ def test_charts_leave_out_what_is_no_number() -> None:
     assert "circle" in one
     many = line_chart("t", [Line("", [(i, float(i % 7)) for i in range(10_000)])])
     assert len(many) < 20_000
+    short = line_chart("t", [Line("", [(1, 0.5), (2, 0.7)])])
+    assert re.findall(r'text-anchor="middle">([^<]*)<', short) == ["1", "2"]  # steps are whole
     flat = line_chart("t", [Line("a", [(1, 0.0), (2, 0.0)])])
     assert "polyline" in flat
 

@@ -70,7 +70,7 @@ EVERY_KEY: dict[str, tuple[str, Any]] = {
     "use_wandb": ("true", True),
     "wandb_project": ("p", "p"),
     "wandb_entity": ("e", "e"),
-    "wandb_name": ("n", "n"),
+    "wandb_name": ("r", "r"),
     "wandb_run_id": ("i", "i"),
     "wandb_mode": ("offline", "offline"),
     "wandb_watch": ("gradients", "gradients"),

@@ -6,8 +6,10 @@ weight is read or downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,9 +147,20 @@ def build_skeleton(
     if settings is not None:
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
         # As if already packed: shapes and dtypes are then those that storage will have.
-        quantizer.preprocess_model(model=built, device_map={"": "meta"}, checkpoint_files=None)
+        with _default_dtype(dtype):  # (of biases of the Linears that it makes)
+            quantizer.preprocess_model(model=built, device_map={"": "meta"}, checkpoint_files=None)
         built.hf_quantizer = quantizer
     return built
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def skeleton_like(model: PreTrainedModel) -> PreTrainedModel:

@@ -57,6 +57,15 @@ def sum_of(values: list[float], device: Any) -> list[float]:
     return result
 
 
+def most(value: int, device: Any) -> int:
+    """The largest of all processes' values."""
+    if processes.count() == 1:
+        return value
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def here(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor: all of it, unless it is sharded."""
     to_local: Any = getattr(tensor, "to_local", None)

@@ -146,6 +146,12 @@ def _tracker_contradictions(config: TrainConfig) -> Found:
                     ),
                 )
 
+    names = config.run_names
+    if len(set(names.values())) > 1:
+        given = ", ".join(f"{key}: {name}" for key, name in names.items())
+        what = f"a run has one name for all trackers, and here are {given}"
+        yield tuple(names), Problem(next(iter(names)), what, "Give the same name, or one of them alone.")
+
 
 def _lora_contradictions(config: TrainConfig) -> Found:
     if config.lora_target_linear and config.lora_target_modules is not None:

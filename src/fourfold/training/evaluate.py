@@ -9,6 +9,7 @@ Shapes: B answers in a batch, T tokens, P positions with a label in any answer o
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from fourfold.errors import TrainingError
 from fourfold.training import collective, processes
 from fourfold.training.encode import IGNORED
 from fourfold.training.packing import fill
+
+LOGITS = 2**25  # at a time; 128 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -179,21 +182,17 @@ def _batch_losses(model: Any, batch: dict[str, torch.Tensor]) -> tuple[list[floa
     used_T = (labels_BT != IGNORED).any(dim=0)
     positions_P = used_T.nonzero().squeeze(1)
     labels_BP = labels_BT[:, positions_P]
-    inputs = {key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch}
-    # Logits only where labels are: at 4,096 tokens and a vocabulary of 150,000 all of them are 2.5 GB an
-    # answer.
-    if _takes_positions(model):
-        logits_BPV = model(**inputs, use_cache=False, logits_to_keep=positions_P).logits
-    else:
-        logits_BPV = model(**inputs, use_cache=False).logits[:, positions_P]
-    means: list[float] = []
-    counts: list[int] = []
-    for logits_PV, labels_P in zip(logits_BPV, labels_BP, strict=True):
-        kept = labels_P != IGNORED
-        loss = nn.functional.cross_entropy(logits_PV[kept].float(), labels_P[kept], reduction="sum")
-        counts.append(int(kept.sum()))
-        means.append(float(loss) / counts[-1])
-    return means, counts
+    inputs: dict[str, Any] = {
+        key: batch[key].to(device) for key in ("input_ids", "attention_mask") if key in batch
+    }
+    rows = len(labels_BP)
+    sums, counts = [0.0] * rows, (labels_BP != IGNORED).sum(1).tolist()
+    for part, logits_BCV in _logits(model, inputs, positions_P, rows):
+        for row, (logits_CV, labels_C) in enumerate(zip(logits_BCV, labels_BP[:, part], strict=True)):
+            kept = labels_C != IGNORED
+            loss = nn.functional.cross_entropy(logits_CV[kept].float(), labels_C[kept], reduction="sum")
+            sums[row] += float(loss)
+    return [total / count for total, count in zip(sums, counts, strict=True)], counts
 
 
 def _packed_losses(
@@ -204,11 +203,10 @@ def _packed_losses(
     labels_T = batch.pop("labels")[0, 1:].to(device)
     positions_P = (labels_T != IGNORED).nonzero().squeeze(1)
     inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    if _takes_positions(model):
-        logits_PV = model(**inputs, use_cache=False, logits_to_keep=positions_P).logits[0]
-    else:
-        logits_PV = model(**inputs, use_cache=False).logits[0, positions_P]
-    losses_P = nn.functional.cross_entropy(logits_PV.float(), labels_T[positions_P], reduction="none")
+    losses_P = torch.zeros(len(positions_P), device=device)
+    for part, logits_1CV in _logits(model, inputs, positions_P, 1):
+        labels_C = labels_T[positions_P[part]]
+        losses_P[part] = nn.functional.cross_entropy(logits_1CV[0].float(), labels_C, reduction="none")
     # The position before a token predicts it: an example's first one is predicted by none of its own.
     ends = torch.tensor(lengths, device=device).cumsum(0) - 1
     owner_P = torch.searchsorted(ends, positions_P, right=True)
@@ -217,9 +215,67 @@ def _packed_losses(
     return (sums / counts).tolist(), counts.tolist()
 
 
-def _takes_positions(model: Any) -> bool:
+def _logits(
+    model: Any, inputs: dict[str, Any], positions_P: torch.Tensor, rows: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Logits at the positions with labels, `LOGITS` of them at a time: at 4,096 tokens and 150,000 words all
+    of them are 2.5 GB an answer in fp32.
+
+    What comes before the head is computed once. The model's own forward takes it up for each part, so that
+    whatever it does to logits (caps, scales) is done.
+
+    Args:
+        model: with or without adapters.
+        inputs: of its forward.
+        positions_P: of every row.
+        rows: B, how many there are.
+
+    Yields:
+        A slice of the positions, C of them, and logits ``[B, C, V]``.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner, head = base.base_model, base.get_output_embeddings()
+    if not _takes_positions(base) or inner is base or head is None:
+        yield slice(None), model(**inputs, use_cache=False).logits[:, positions_P]
+        return
+    count = len(positions_P)
+    size = max(1, LOGITS // (rows * head.weight.shape[0]))
+    parts = [slice(start, start + size) for start in range(0, count, size)]
+    calls = len(parts)
+    if collective.is_sharded(model):  # its processes call it together: who has fewer parts repeats one
+        calls = collective.most(calls, collective.device_of(model))
+    with _computed_once(inner):
+        for call in range(calls):
+            part = parts[min(call, len(parts) - 1)]
+            logits = model(**inputs, use_cache=False, logits_to_keep=positions_P[part]).logits
+            if call < len(parts):
+                yield part, logits
+
+
+def _takes_positions(base: Any) -> bool:
     return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+@contextmanager
+def _computed_once(module: nn.Module) -> Iterator[None]:
+    """Within it the module computes at its first call, and gives the same at later ones."""
+    plain, own = module.forward, "forward" in vars(module)
+    found: list[Any] = []
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not found:
+            found.append(plain(*args, **kwargs))
+        return found[0]
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            module.forward = plain
+        else:
+            del module.forward
 
 
 def answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int = 64) -> str:

@@ -44,6 +44,7 @@ from fourfold.training.sharding_checks import check_sharding
 from fourfold.training.targets import check_patterns, find_targets
 from fourfold.training.tokenizer import choose_template, load_tokenizer
 from fourfold.training.zero import check_start
+from fourfold.training.trackers import check_trackers
 
 MERGED = "merged"
 BNB_OPTIMIZERS = (
@@ -153,6 +154,8 @@ def check(config: TrainConfig) -> Checked:
     if checkpoint is not None:
         check_unchanged(checkpoint, settings)
     check_hub(config)
+    if processes.is_first():
+        check_trackers(config)
     check_merge(config, checkpoint)
     if processes.is_first():
         check_writable(Path(config.output_dir))  # last: it makes the folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -91,5 +92,7 @@ def remarks(config: TrainConfig) -> Iterator[tuple[str, str]]:
         yield from beyond(config, config.max_steps)
     if config.trust_remote_code:
         yield "trust_remote_code", "true: code that comes with base_model is run"
-    for key, value, _, distribution in needed_packages(config):
+    for key, value, package, distribution in needed_packages(config):
+        if importlib.util.find_spec(package) is not None:
+            continue
         yield key, f"{value} needs a further package: pip install {distribution}"

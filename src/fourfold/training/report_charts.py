@@ -75,7 +75,7 @@ def line_chart(title: str, lines: Sequence[Line], form: Callable[[float], str] =
             f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{form(tick)}</text>'
         )
     steps = [first] if first == last else _ticks(first, last, 5)
-    for tick in (t for t in steps if first <= t <= last):
+    for tick in (t for t in steps if first <= t <= last and t == round(t)):  # (there is no half a step)
         x, _ = at(tick, low)
         parts.append(
             f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 10}" text-anchor="middle">{number(tick)}</text>'

@@ -7,7 +7,6 @@ the adapters' kernels, and that a result which means nothing is an error.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +44,7 @@ from fourfold.training.preflight import MERGED, Checked, check
 from fourfold.training.resume import STATE_FILE, first_line, step_of
 from fourfold.training.schema import TrainConfig
 from fourfold.training.summary import RunResult, write_loss_curve
+from fourfold.training.trackers import ended_with_the_run, set_tracker_environment
 from fourfold.training.watch import AtTheEnd, EarlyStop, Saved
 from fourfold.training.zero_engine import EngineGradients
 
@@ -79,7 +79,7 @@ def run(config: TrainConfig, console: Console | None = None) -> RunResult:
     if not processes.is_first():
         console = Console(quiet=True)
     journal = Journal()
-    with journal.reporting():
+    with ended_with_the_run(config), journal.reporting():
         return _run(config, console, journal)
 
 
@@ -382,23 +382,6 @@ def _what_is_left(trainer: MoeTrainer, checkpoint: str | None) -> str:
 
 def _folder(trainer: MoeTrainer, step: int) -> Path:
     return Path(str(trainer.args.output_dir)) / f"checkpoint-{step}"
-
-
-def set_tracker_environment(config: TrainConfig) -> None:
-    """Pass the wandb_* and mlflow_* keys on: the trainer's callbacks read them from the environment."""
-    named = {
-        "WANDB_PROJECT": config.wandb_project,
-        "WANDB_ENTITY": config.wandb_entity,
-        "WANDB_NAME": config.wandb_name,
-        "WANDB_RUN_ID": config.wandb_run_id,
-        "WANDB_RESUME": "allow" if config.wandb_run_id else None,
-        "WANDB_MODE": config.wandb_mode,
-        "WANDB_WATCH": config.wandb_watch,
-        "WANDB_LOG_MODEL": config.wandb_log_model,
-        "MLFLOW_TRACKING_URI": config.mlflow_tracking_uri,
-        "MLFLOW_EXPERIMENT_NAME": config.mlflow_experiment_name,
-    }
-    os.environ.update({name: value for name, value in named.items() if value is not None})
 
 
 class _Clock:

@@ -131,6 +131,16 @@ class TrainConfig(TrackerKeys, FsdpKeys, DeepSpeedKeys, RunKeys, AdapterKeys, Of
         return [name for name, wanted in asked.items() if wanted]
 
     @property
+    def run_names(self) -> dict[str, str]:
+        """Key and name of the run, of each tracker in use that is given one (the trainer has one for all)."""
+        names = {
+            "wandb_name": ("wandb", self.wandb_name),
+            "mlflow_run_name": ("mlflow", self.mlflow_run_name),
+            "trackio_run_name": ("trackio", self.trackio_run_name),
+        }
+        return {key: name for key, (tracker, name) in names.items() if name and tracker in self.trackers}
+
+    @property
     def target_modules(self) -> list[str] | str | None:
         """``lora_target_modules``, or all Linears."""
         return "all-linear" if self.lora_target_linear else self.lora_target_modules

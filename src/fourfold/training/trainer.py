@@ -185,16 +185,6 @@ def describe_examples(batches: list[dict[str, Any]], dataset: Any, count: int, t
     return f" on {what}{'s' if len(found) > 1 else ''} {', '.join(shown)}{more}"
 
 
-def run_name(config: TrainConfig) -> str | None:
-    """Of the tracker in use (transformers has one name for all)."""
-    names = {
-        "wandb": config.wandb_name,
-        "mlflow": config.mlflow_run_name,
-        "trackio": config.trackio_run_name,
-    }
-    return next((names[tracker] for tracker in names if tracker in config.trackers), None)
-
-
 @contextmanager
 def keep_adapter_dtype(model: nn.Module) -> Iterator[None]:
     """Undo SFTTrainer's cast of trainable parameters to bf16.
@@ -286,7 +276,7 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool, example
         report_to=config.trackers or "none",
         **({"project": config.trackio_project_name} if config.trackio_project_name else {}),
         **_upload(config),
-        run_name=run_name(config),
+        run_name=next(iter(config.run_names.values()), None),
         disable_tqdm=True,
         dataloader_num_workers=0,
         dataloader_pin_memory=not use_cpu,
