@@ -73,6 +73,9 @@ def targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             # two runs that differ by noise alone may differ by it twice
             noise = 2 * one[f"{key}_noise"]
             expect(f"{name}: {key} apart from one process", ours.get(f"{key}_difference"), noise)
+        if (planned := ours.get("planned_sent")) is not None:
+            apart = abs(sum(ours["sent"].values()) / planned - 1)
+            expect(f"{name}: bytes sent apart from those planned", apart, 0.01)
     if one is not None and (ours := by_name.get("fsdp2")) is not None:
         share = (_most(ours, "resident_bytes") or 0) / (_most(one, "resident_bytes") or 1)
         expect("fsdp2: resident over one GPU's", share, 1 / ours["world"] + 0.05)

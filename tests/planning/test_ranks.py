@@ -56,8 +56,8 @@ def test_units_are_layers_ends_and_what_is_left() -> None:
     assert [(unit.name, unit.kind) for unit in units] == [
         ("model.layers.0", "layer"),
         ("model.layers.1", "layer"),
-        ("model.embed_tokens", "end"),
-        ("lm_head", "end"),
+        ("model.embed_tokens", "input"),
+        ("lm_head", "output"),
         ("", "rest"),
     ]
     assert units[-1] == Unit("", "rest", frozen=2 * 64, trained=0, shard=64)  # the last norm, in bf16
