@@ -168,7 +168,18 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
 def compared(
     alone: Any, model: Any, wanted: list[float], losses: list[float], begun: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    after = trained(alone)
+    """How far losses and adapters of ``model`` are from those of ``alone``, and how far that one came."""
+    return apart(trained(alone), model, wanted, losses, begun)
+
+
+def apart(
+    after: dict[str, torch.Tensor],
+    model: Any,
+    wanted: list[float],
+    losses: list[float],
+    begun: dict[str, torch.Tensor],
+) -> dict[str, float]:
+    """The same, of the adapters that one process ended with."""
     return {
         "loss": max(abs(a - b) for a, b in zip(wanted, losses, strict=True)),
         "adapter": far(after, trained(model)),
