@@ -92,7 +92,7 @@ def main() -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint(Path(arguments.checkpoint), arguments)
     record: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_of(sys.argv),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(arguments),
         "settings": {
@@ -115,6 +115,12 @@ def main() -> int:
         print(f"{word}  {target['what']}: {target['value']:.4g} against {target['bound']:.4g}")
     failed = [r["variant"] for r in record["results"] if "failure" in r]
     return 0 if not failed and (arguments.smoke or all(t["reached"] for t in record["targets"])) else 1
+
+
+def command_of(words: list[str]) -> str:
+    """The command as someone else would give it: without where the checkpoint lay."""
+    kept = [word for at, word in enumerate(words) if "--checkpoint" not in words[max(at - 1, 0) : at + 1]]
+    return " ".join(["python", *kept])
 
 
 def machine(arguments: argparse.Namespace) -> dict[str, Any]:

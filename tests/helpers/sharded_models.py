@@ -108,7 +108,8 @@ def inputs(ids: torch.Tensor, packing: bool) -> dict[str, Any]:
         return {"input_ids": ids, "labels": ids}
     rows = [{"input_ids": row, "labels": row, "seq_lengths": list(EXAMPLES)} for row in ids.tolist()]
     batch = packing_collator(SimpleNamespace(pad_token_id=0))(rows)
-    return {n: v.to(ids.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+    batch = {n: v.to(ids.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+    return batch | {"use_cache": False}  # as trainers do: with a cache boundaries are not looked for
 
 
 def train(
