@@ -80,9 +80,10 @@ def test_8_bit_linears_are_counted_whole() -> None:
 def test_what_cannot_be_planned_is_said() -> None:
     with pytest.raises(ConfigurationError, match="Write 2 or more"):
         planned(gpus=1)
-    away = fourfold.MoeBitsAndBytesConfig(load_in_4bit=True, experts_device="cpu")
-    with pytest.raises(ConfigurationError, match="exclude each other"):
-        planned(away)
+    for device in ("cpu", "disk"):
+        away = fourfold.MoeBitsAndBytesConfig(load_in_4bit=True, experts_device=device)
+        with pytest.raises(ConfigurationError, match="exclude each other"):
+            planned(away)
 
 
 def test_activations_and_accumulation_count() -> None:

@@ -189,14 +189,14 @@ def plan_ranks(planner: Planner, settings: Settings, plan: Plan, gpus: int) -> l
         gpus: two or more.
 
     Raises:
-        ConfigurationError: fewer than two, or experts in host memory.
+        ConfigurationError: fewer than two, or experts in host memory or on disk.
     """
     if gpus < 2:
         raise ConfigurationError(f"gpus: {gpus}. Write 2 or more; without, one is planned for")
-    if settings.quantization is not None and settings.quantization.experts_device == "cpu":
+    if settings.quantization is not None and settings.quantization.experts_device is not None:
         raise ConfigurationError(
-            "experts in host memory (experts_offload, experts_device='cpu') and shards exclude each other. "
-            "Leave the offloading out, or plan for one GPU"
+            "experts in host memory or on disk (experts_offload, experts_device) and shards exclude each "
+            "other. Leave the offloading out, or plan for one GPU"
         )
     shares = cut_shares(planner.with_adapters(settings), gpus)
     return [*(_sharded(plan, shares, settings, stay) for stay in (False, True)), _replicated(plan, shares)]
