@@ -2,6 +2,7 @@
 
     python benchmarks/distributed.py --out benchmarks/results/distributed.json      # two GPUs
     python benchmarks/distributed.py --smoke                                        # two processes on the CPU
+    python benchmarks/distributed.py --write                                        # into docs/distributed.md
 
 A model of Qwen3-30B-A3B's shape with ``--layers`` of its layers, NF4 with double quantization, LoRA r=16 on
 q/k/v/o and both expert projections, adapters and AdamW in fp32, autocast bf16, non-reentrant checkpointing.
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -48,9 +50,9 @@ def checkpoint(folder: Path, arguments: argparse.Namespace) -> None:
 
     config = qwen3_30b_config(arguments.layers)
     config.update(
-        {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64}
+        {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128}
     )
-    config.update({"num_experts": 8, "num_experts_per_tok": 2, "num_attention_heads": 4, "head_dim": 16})
+    config.update({"num_experts": 32, "num_experts_per_tok": 4, "num_attention_heads": 4, "head_dim": 64})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
@@ -71,10 +73,16 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU (gloo)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/distributed.json"))
+    parser.add_argument("--write", action="store_true", help="the committed results into docs/distributed.md")
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.write:
+        from distributed_pages import write
+
+        write()
+        return 0
     if arguments.smoke:
-        arguments.layers, arguments.length, arguments.steps = 2, 32, min(arguments.steps, 3)
+        arguments.layers, arguments.length, arguments.steps = 4, 64, min(arguments.steps, 3)
         arguments.checkpoint = f"{arguments.checkpoint}-smoke"
     if arguments.one:
         from distributed_job import run
@@ -84,7 +92,7 @@ def main() -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint(Path(arguments.checkpoint), arguments)
     record: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_of(sys.argv),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(arguments),
         "settings": {
@@ -109,12 +117,19 @@ def main() -> int:
     return 0 if not failed and (arguments.smoke or all(t["reached"] for t in record["targets"])) else 1
 
 
+def command_of(words: list[str]) -> str:
+    """The command as someone else would give it: without where the checkpoint lay."""
+    kept = [word for at, word in enumerate(words) if "--checkpoint" not in words[max(at - 1, 0) : at + 1]]
+    return " ".join(["python", *kept])
+
+
 def machine(arguments: argparse.Namespace) -> dict[str, Any]:
     gpus = (
         [] if arguments.smoke else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     )
     names = ("torch", "transformers", "peft", "bitsandbytes")
-    return {"gpus": gpus} | {name: metadata.version(name) for name in names}
+    cpu = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    return {"gpus": gpus} | cpu | {name: metadata.version(name) for name in names}
 
 
 def job(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -97,15 +97,12 @@ class Variant:
             self.folder, device_map={"": self.device}, **common
         )
 
-    def adapt(self, model: Any) -> Any:
-        """Adapters in fp32, and the variant's engine around it; (what is called, the model itself)."""
+    def adapted(self, model: Any) -> Any:
+        """With adapters in fp32."""
         from peft import LoraConfig, get_peft_model
 
         import fourfold
-        from fourfold.distributed.replicas import replicate
-        from fourfold.distributed.sharding import shard
 
-        fourfold.prepare(model)
         torch.manual_seed(1)
         lora = LoraConfig(
             r=self.arguments.rank,
@@ -114,14 +111,20 @@ class Variant:
             target_parameters=fourfold.expert_targets(model),
             task_type="CAUSAL_LM",
         )
-        inner = get_peft_model(model, lora).train()
+        return get_peft_model(model, lora).train()
+
+    def engine(self, inner: Any) -> Any:
+        """The variant's engine around the model."""
+        from fourfold.distributed.replicas import replicate
+        from fourfold.distributed.sharding import shard
+
         if self.name == "fsdp2":
-            return shard(inner), inner
-        return (replicate(inner) if self.name == "ddp" else inner), inner
+            return shard(inner)
+        return replicate(inner) if self.name == "ddp" else inner
 
     def measure(self) -> dict[str, Any]:
         result: dict[str, Any] = {"variant": self.name, "world": self.world}
-        import fourfold  # noqa: F401  (imported before loading is timed)
+        import fourfold  # (imported before loading is timed)
 
         torch.zeros(1, device=self.device)
         dist.barrier()
@@ -135,7 +138,14 @@ class Variant:
         if self.device.type == "cuda":
             result["loaded_allocated"] = torch.cuda.memory_allocated() - before
             result["peak_loading"] = torch.cuda.max_memory_allocated() - before
-        called, inner = self.adapt(model)
+        from fourfold.planning.ranks import cut_shares, sent_replicated, sent_sharded
+
+        fourfold.prepare(model)
+        inner = self.adapted(model)
+        shares = cut_shares(inner, self.world)
+        called = self.engine(inner)
+        if self.world > 1:
+            result["planned_sent"] = (sent_sharded if self.name == "fsdp2" else sent_replicated)(shares)
         begun = {n: whole(p).cpu() for n, p in inner.named_parameters() if p.requires_grad}
         result |= self.check(called, inner, begun)
         result |= self.time(called, inner)

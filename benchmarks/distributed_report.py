@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 # Of Qwen3-30B-A3B: one expert's three matrices in bf16, as they are read to be packed.
 ONE_EXPERT = 3 * 2048 * 768 * 2
 MACHINE = 8  # GPUs of one machine
@@ -16,13 +16,13 @@ def _most(result: dict[str, Any], key: str) -> float | None:
     return max(values) if values else None
 
 
-def _gib(value: float | None) -> str:
-    return "" if value is None else f"{value / GIB:.3f}"
+def _mib(value: float | None) -> str:
+    return "" if value is None else f"{value / MIB:,.1f}"
 
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| variant | GPUs | load s | peak loading GiB | resident GiB | peak training GiB | step ms | "
+        "| variant | GPUs | load s | peak loading MiB | resident MiB | peak training MiB | step ms | "
         "tokens/s | sent a step and rank, MiB | first loss | last loss | losses apart | adapters apart |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -37,9 +37,9 @@ def table(results: list[dict[str, Any]]) -> str:
             r["variant"],
             str(r["world"]),
             f"{_most(r, 'load_seconds'):.1f}",
-            _gib(_most(r, "peak_loading")),
-            _gib(_most(r, "resident_bytes")),
-            _gib(_most(r, "peak_training")),
+            _mib(_most(r, "peak_loading")),
+            _mib(_most(r, "resident_bytes")),
+            _mib(_most(r, "peak_training")),
             f"{r['step_ms']:.1f}",
             f"{r['tokens_per_second']:,.0f}",
             f"{sum(r['sent'].values()) / MIB:,.1f}",
@@ -73,6 +73,9 @@ def targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             # two runs that differ by noise alone may differ by it twice
             noise = 2 * one[f"{key}_noise"]
             expect(f"{name}: {key} apart from one process", ours.get(f"{key}_difference"), noise)
+        if (planned := ours.get("planned_sent")) is not None:
+            apart = abs(sum(ours["sent"].values()) / planned - 1)
+            expect(f"{name}: bytes sent apart from those planned", apart, 0.01)
     if one is not None and (ours := by_name.get("fsdp2")) is not None:
         share = (_most(ours, "resident_bytes") or 0) / (_most(one, "resident_bytes") or 1)
         expect("fsdp2: resident over one GPU's", share, 1 / ours["world"] + 0.05)

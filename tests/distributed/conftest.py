@@ -13,5 +13,5 @@ import sharded_checks
 @pytest.fixture(scope="session")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("job")
-    ranks.run("sharded_checks", list(sharded_checks.CHECKS), folder, 2, 480)
+    ranks.run("sharded_checks", [*sharded_checks.CHECKS, *sharded_checks.CPU_ONLY], folder, 2, 480)
     return folder

@@ -222,7 +222,11 @@ def test_saving_over_a_checkpoint_leaves_one_or_the_other(
             save_checkpoint(tmp_path, model, step=2)
     assert load_checkpoint(tmp_path, model, step=0) == {"step": 1}
     assert torch.equal(model.weight, before)
+    others = tmp_path / "adapter.safetensors"
+    others.write_bytes(b"somebody else's")
     save_checkpoint(tmp_path, model, step=3)
+    assert others.exists()
+    others.unlink()
     assert load_checkpoint(tmp_path, model, step=0) == {"step": 3}
     assert len(list(tmp_path.glob("*.safetensors"))) == 1  # of the last save only
 

@@ -60,6 +60,10 @@ def test_loaded_in_shards_is_the_model_and_trains_as_it(job: Path, case: str) ->
         "mixed_precision",
         "sent_by_ddp",
         "other_weights",
+        "packing_matters",
+        "int8_linears",
+        "one_rank_fails",
+        "merged",
         "read_share:plain",
         "read_share:packed",
     ],
@@ -78,6 +82,14 @@ def test_resumed_on_two_and_on_one(job: Path) -> None:
     for found in ranks.outcome(job, "resumed"):
         assert found["sharded"] < BOUND
         assert found["alone"] < BOUND
+        assert found["wider"] < BOUND
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shards_are_of_the_sizes_that_are_planned(job: Path, case: str) -> None:
+    first, second = ranks.outcome(job, f"planned_shares:{case}")
+    assert first["found"] == first["wanted"] == first["planned"] > 0
+    assert second["found"] <= first["planned"]
 
 
 def test_loading_takes_the_shard_an_expert_and_256_mib(big: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sharded_loading import foreign, loaded, peak, read_share
 from sharded_memory import anonymous_peak, planned_peak, planned_shares
-from sharded_models import CASES, NF4, adapted, checkpoint, equal, load, train
+from sharded_models import CASES, NF4, STEPS, adapted, checkpoint, equal, load, train
 from sharded_refusals import one_rank_fails, other_weights, refusals
 from sharded_saving import merged, resumed, saved_adapter, saved_packed
 from sharded_training import (
@@ -44,7 +44,6 @@ OTHERS = (
         "saved_packed:tied",
         "refusals",
         "one_rank_fails",
-        "anonymous_peak",
     ),
 )
 CHECKS = (
@@ -54,13 +53,17 @@ CHECKS = (
     *(f"planned_shares:{case}" for case in CASES),
     *OTHERS,
 )
+# Anonymous memory is the shard's only where shards lie on the CPU.
+CPU_ONLY = ("anonymous_peak",)
 
 __all__ = [
     "CASES",
     "CHECKS",
+    "CPU_ONLY",
     "LOADED",
     "NF4",
     "REPLICATED",
+    "STEPS",
     "adapted",
     "anonymous_peak",
     "bf16",

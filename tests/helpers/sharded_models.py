@@ -108,7 +108,8 @@ def inputs(ids: torch.Tensor, packing: bool) -> dict[str, Any]:
         return {"input_ids": ids, "labels": ids}
     rows = [{"input_ids": row, "labels": row, "seq_lengths": list(EXAMPLES)} for row in ids.tolist()]
     batch = packing_collator(SimpleNamespace(pad_token_id=0))(rows)
-    return {n: v.to(ids.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+    batch = {n: v.to(ids.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+    return batch | {"use_cache": False}  # as trainers do: with a cache boundaries are not looked for
 
 
 def train(
@@ -168,7 +169,18 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
 def compared(
     alone: Any, model: Any, wanted: list[float], losses: list[float], begun: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    after = trained(alone)
+    """How far losses and adapters of ``model`` are from those of ``alone``, and how far that one came."""
+    return apart(trained(alone), model, wanted, losses, begun)
+
+
+def apart(
+    after: dict[str, torch.Tensor],
+    model: Any,
+    wanted: list[float],
+    losses: list[float],
+    begun: dict[str, torch.Tensor],
+) -> dict[str, float]:
+    """The same, of the adapters that one process ended with."""
     return {
         "loss": max(abs(a - b) for a, b in zip(wanted, losses, strict=True)),
         "adapter": far(after, trained(model)),

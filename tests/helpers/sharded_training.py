@@ -27,8 +27,8 @@ from sharded_models import (
     CASES,
     INT8,
     NF4,
-    STEPS,
     adapted,
+    apart,
     checkpoint,
     compared,
     compute,
@@ -46,38 +46,55 @@ def fsdp(job: Job, case: str) -> dict[str, float]:
 
 
 def trained_apart(
-    job: Job, kind: str, settings: dict[str, Any], how: dict[str, Any], steps: int = STEPS
+    job: Job, kind: str, settings: dict[str, Any], how: dict[str, Any], alone: Any = None
 ) -> dict[str, float]:
-    """Train one process and a sharded model on the same batches; how far they end apart."""
-    folder = checkpoint(job, kind)
-    checkpointing = how.get("checkpointing", "")
-    ways = {name: how[name] for name in ("accumulation", "packing") if name in how} | {"steps": steps}
-    alone = adapted(load(folder, settings, job.device), checkpointing)
-    begun = trained(alone)
-    wanted = train(alone, job, alone=True, **ways)
-    model = adapted(load(folder, settings, job.device), checkpointing, seed=job.rank)  # (unlike on each rank)
+    """Train one process and a sharded model on the same batches; how far they end apart.
+
+    Args:
+        kind, settings, how: as in `CASES`.
+        alone: what `one_process` gave for the same; None runs it.
+    """
+    begun, wanted, after = alone or one_process(job, kind, settings, how)
+    model = adapted(
+        load(checkpoint(job, kind), settings, job.device), how.get("checkpointing", ""), seed=job.rank
+    )  # (unlike on each rank)
     offload = CPUOffloadPolicy(pin_memory=job.device != "cpu") if how.get("offload") else None
     shard(model, reshard_after_forward=how.get("reshard_after_forward", True), offload=offload)
     assert far(begun, trained(model)) == 0
-    losses = train(model, job, alone=False, **ways)
-    return compared(alone, model, wanted, losses, begun)
+    losses = train(model, job, alone=False, **_ways(how))
+    return apart(after, model, wanted, losses, begun)
+
+
+def _ways(how: dict[str, Any]) -> dict[str, Any]:
+    return {name: how[name] for name in ("accumulation", "packing") if name in how}
+
+
+def one_process(
+    job: Job, kind: str, settings: dict[str, Any], how: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], list[float], dict[str, torch.Tensor]]:
+    """Adapters before, losses, and adapters after training of all rows in one process."""
+    alone = adapted(load(checkpoint(job, kind), settings, job.device), how.get("checkpointing", ""))
+    begun = trained(alone)
+    return begun, train(alone, job, alone=True, **_ways(how)), trained(alone)
 
 
 def every_way(job: Job) -> dict[str, Any]:
     """Checkpointing, accumulation, packing, resharding and offloaded shards in all combinations."""
-    worst: dict[str, Any] = {}
-    ways = itertools.product(("", "plain", "reentrant"), (1, 2), (False, True), (True, False), (False, True))
-    for checkpointing, accumulation, packing, reshard, offload in ways:
-        how = {
+    found: dict[str, Any] = {}
+    for checkpointing, accumulation, packing in itertools.product(
+        ("", "plain", "reentrant"), (1, 2), (False, True)
+    ):
+        how: dict[str, Any] = {
             "checkpointing": checkpointing,
-            "accumulation": accumulation if job.world < 4 else 1,
+            "accumulation": accumulation if job.world < 4 else 1,  # (four ranks have a row each)
             "packing": packing,
-            "reshard_after_forward": reshard,
-            "offload": offload,
         }
-        found = trained_apart(job, "qwen3_moe_5", NF4, how)
-        worst[" ".join(f"{n}={v}" for n, v in how.items())] = found
-    return worst
+        alone = one_process(job, "qwen3_moe_5", NF4, how)
+        for reshard, offload in itertools.product((True, False), (False, True)):
+            way = how | {"reshard_after_forward": reshard, "offload": offload}
+            name = f"{checkpointing} {accumulation} {packing} {reshard} {offload}"
+            found[name] = trained_apart(job, "qwen3_moe_5", NF4, way, alone)
+    return found
 
 
 def packing_matters(job: Job) -> list[float]:
@@ -89,15 +106,11 @@ def packing_matters(job: Job) -> list[float]:
 def ddp(job: Job, case: str) -> dict[str, float]:
     """DDP with the packed model on every rank against one process."""
     kind, settings, how = CASES[case]
-    folder = checkpoint(job, kind)
-    checkpointing = how.get("checkpointing", "")
-    ways = {name: how[name] for name in ("accumulation", "packing") if name in how}
-    alone = adapted(load(folder, settings, job.device), checkpointing)
-    begun = trained(alone)
-    wanted = train(alone, job, alone=True, **ways)
-    inner = adapted(load(folder, settings, job.device), checkpointing, seed=job.rank)
-    losses = train(replicate(inner), job, alone=False, **ways)
-    return compared(alone, inner, wanted, losses, begun)
+    begun, wanted, after = one_process(job, kind, settings, how)
+    inner = load(checkpoint(job, kind), settings, job.device)
+    inner = adapted(inner, how.get("checkpointing", ""), seed=job.rank)
+    losses = train(replicate(inner), job, alone=False, **_ways(how))
+    return apart(after, inner, wanted, losses, begun)
 
 
 def int8_linears(job: Job) -> dict[str, int]:

@@ -56,8 +56,8 @@ def test_units_are_layers_ends_and_what_is_left() -> None:
     assert [(unit.name, unit.kind) for unit in units] == [
         ("model.layers.0", "layer"),
         ("model.layers.1", "layer"),
-        ("model.embed_tokens", "end"),
-        ("lm_head", "end"),
+        ("model.embed_tokens", "input"),
+        ("lm_head", "output"),
         ("", "rest"),
     ]
     assert units[-1] == Unit("", "rest", frozen=2 * 64, trained=0, shard=64)  # the last norm, in bf16
@@ -80,9 +80,10 @@ def test_8_bit_linears_are_counted_whole() -> None:
 def test_what_cannot_be_planned_is_said() -> None:
     with pytest.raises(ConfigurationError, match="Write 2 or more"):
         planned(gpus=1)
-    away = fourfold.MoeBitsAndBytesConfig(load_in_4bit=True, experts_device="cpu")
-    with pytest.raises(ConfigurationError, match="exclude each other"):
-        planned(away)
+    for device in ("cpu", "disk"):
+        away = fourfold.MoeBitsAndBytesConfig(load_in_4bit=True, experts_device=device)
+        with pytest.raises(ConfigurationError, match="exclude each other"):
+            planned(away)
 
 
 def test_activations_and_accumulation_count() -> None:

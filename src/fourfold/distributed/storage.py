@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import secrets
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -55,6 +56,7 @@ INDEX = "checkpoint.json"
 FORMAT = "fourfold.sharded"
 VERSION = 1
 _SUFFIX = ".safetensors"
+_OWN = re.compile(r"[0-9a-f]{8}-\d{5,}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,8 @@ class PlainWriter(StorageWriter):
             os.fsync(handle.fileno())
         part.replace(self.folder / INDEX)
         used = {at.file for at in stored.values() if isinstance(at, _Stored)}
-        for file in self.folder.glob(f"????????-?????{_SUFFIX}"):  # of the checkpoint that was there
-            if file.name not in used:
+        for file in self.folder.glob(f"*{_SUFFIX}"):  # of the checkpoint that was there
+            if _OWN.fullmatch(file.name) and file.name not in used:
                 file.unlink(missing_ok=True)
 
 

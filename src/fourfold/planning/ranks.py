@@ -38,7 +38,7 @@ class Unit:
 
     Attributes:
         name: of the module; empty for what is left over.
-        kind: ``layer``, ``end`` (embeddings, output layer) or ``rest``.
+        kind: ``layer``, ``input`` (embeddings), ``output`` (the layer to the vocabulary) or ``rest``.
         frozen: of the whole unit.
         trained: its adapters in fp32, whole.
         shard: of the first rank, which has the most, adapters included.
@@ -73,9 +73,9 @@ class Shares:
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     expert: int = 0
 
-    def bytes_of(self, kind: str) -> int:
-        """The largest unit of a kind, gathered."""
-        return max((unit.gathered for unit in self.units if unit.kind == kind), default=0)
+    def bytes_of(self, *kinds: str) -> int:
+        """The largest unit of these kinds, gathered."""
+        return max((unit.gathered for unit in self.units if unit.kind in kinds), default=0)
 
     @property
     def shard(self) -> int:
@@ -123,15 +123,16 @@ class RankPlan:
 def cut_shares(model: nn.Module, gpus: int) -> Shares:
     """Cut a model with adapters, loaded or on the meta device, as `fourfold.distributed.shard` does."""
     root = bare(model)
-    found_ends = ends(root)
+    get_output: Any = getattr(root, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
     layers = blocks(root)
     units = [Unit(name, "layer") for name, _ in layers]
     by_module = {id(layer): unit for (_, layer), unit in zip(layers, units, strict=True)}
     rest = Unit("", "rest")
     shares = Shares(gpus, units)
     names = {id(module): name for name, module in root.named_modules()}
-    for end in found_ends:
-        units.append(Unit(names[id(end)], "end"))
+    for end in ends(root):
+        units.append(Unit(names[id(end)], "output" if end is output else "input"))
         by_module[id(end)] = units[-1]
     units.append(rest)
     part = Part(0, gpus)
@@ -188,17 +189,31 @@ def plan_ranks(planner: Planner, settings: Settings, plan: Plan, gpus: int) -> l
         gpus: two or more.
 
     Raises:
-        ConfigurationError: fewer than two, or experts in host memory.
+        ConfigurationError: fewer than two, or experts in host memory or on disk.
     """
     if gpus < 2:
         raise ConfigurationError(f"gpus: {gpus}. Write 2 or more; without, one is planned for")
-    if settings.quantization is not None and settings.quantization.experts_device == "cpu":
+    if settings.quantization is not None and settings.quantization.experts_device is not None:
         raise ConfigurationError(
-            "experts in host memory (experts_offload, experts_device='cpu') and shards exclude each other. "
-            "Leave the offloading out, or plan for one GPU"
+            "experts in host memory or on disk (experts_offload, experts_device) and shards exclude each "
+            "other. Leave the offloading out, or plan for one GPU"
         )
     shares = cut_shares(planner.with_adapters(settings), gpus)
     return [*(_sharded(plan, shares, settings, stay) for stay in (False, True)), _replicated(plan, shares)]
+
+
+def sent_sharded(shares: Shares, stay: bool = False) -> int:
+    """Bytes that a rank sends in a step of one micro batch: what is gathered, and gradients, scattered.
+
+    All is gathered in forward and in backward, embeddings too; but the output layer stays in between.
+    """
+    gathered = sum(unit.gathered * (1 if stay or unit.kind == "output" else 2) for unit in shares.units)
+    return (gathered + shares.trained) * (shares.gpus - 1) // shares.gpus
+
+
+def sent_replicated(shares: Shares) -> int:
+    """Bytes that a rank sends in a step: gradients, added up on their way round, and the sums once more."""
+    return 2 * shares.trained * (shares.gpus - 1) // shares.gpus
 
 
 def _sharded(plan: Plan, shares: Shares, settings: Settings, stay: bool) -> RankPlan:
@@ -206,7 +221,7 @@ def _sharded(plan: Plan, shares: Shares, settings: Settings, stay: bool) -> Rank
     bytes_ = optimizer_bytes(settings.optimizer, shares.shapes, on_gpu=on_gpu)
     adapters = 4 * sum(torch.Size(shape).numel() for shape in shares.shapes)
     gradients = adapters
-    rest, end, layer = (shares.bytes_of(kind) for kind in ("rest", "end", "layer"))
+    rest, layer, end = shares.bytes_of("rest"), shares.bytes_of("layer"), shares.bytes_of("input", "output")
     layers = sum(unit.gathered for unit in shares.units if unit.kind == "layer")
     trained = max((unit.trained for unit in shares.units), default=0)
     computing = layers if stay else layer
@@ -219,10 +234,6 @@ def _sharded(plan: Plan, shares: Shares, settings: Settings, stay: bool) -> Rank
         moments["loss"] = (rest + computing + 2 * end, held + found.kept + found.loss)
         moments["backward"] = (rest + computing + layer + 3 * trained, gradients + found.backward)
     gathered, _ = max(moments.values(), key=sum)
-    frozen = sum(unit.frozen for unit in shares.units if unit.kind != "end")
-    of_ends = sum(unit.frozen for unit in shares.units if unit.kind == "end")
-    times = 1 if stay else 2
-    travels = times * (frozen + shares.trained) + of_ends + shares.trained  # and gradients, scattered
     return RankPlan(
         way="FSDP2, layers stay" if stay else "FSDP2",
         gpus=shares.gpus,
@@ -233,7 +244,7 @@ def _sharded(plan: Plan, shares: Shares, settings: Settings, stay: bool) -> Rank
         gathered=gathered,
         resident=resident,
         peak=resident + max(map(sum, moments.values())),
-        sent=travels * (shares.gpus - 1) // shares.gpus,
+        sent=sent_sharded(shares, stay),
     )
 
 
@@ -249,5 +260,5 @@ def _replicated(plan: Plan, shares: Shares) -> RankPlan:
         gathered=gradients,
         resident=plan.resident + gradients,
         peak=plan.peak + gradients,
-        sent=2 * gradients * (shares.gpus - 1) // shares.gpus,
+        sent=sent_replicated(shares),
     )
