@@ -32,6 +32,10 @@ def test_a_model_loaded_in_shards_is_taken(job: Path) -> None:
     sharded_models.equal(ranks.outcome(job, "loaded_in_shards"))
 
 
+def test_training_after_an_evaluation(job: Path) -> None:
+    sharded_models.equal(ranks.outcome(job, "evaluated_first"))
+
+
 def test_bf16_leaves_packed_experts_alone(job: Path) -> None:
     for found in ranks.outcome(job, "mixed_precision"):
         assert all(3 < loss < 7 for loss in found["losses"])

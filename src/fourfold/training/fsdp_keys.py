@@ -106,6 +106,12 @@ def sharding(config: TrainConfig) -> Sharding | None:
     return _read(given)[0] if given else None
 
 
+def recomputes(config: TrainConfig) -> bool:
+    """Whether layers are computed again in backward, by whichever key."""
+    wanted = sharding(config)
+    return bool(config.gradient_checkpointing) or (wanted is not None and wanted.activation_checkpointing)
+
+
 def _given(config: TrainConfig) -> dict[str, Any]:
     return asked_of_fsdp(
         {
