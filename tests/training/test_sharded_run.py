@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -205,3 +208,28 @@ def test_accelerates_file_alone_is_not_enough(settings: Settings, monkeypatch: p
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigurationError, match="Write fsdp_version: 2"):
         run(TrainConfig(**settings()), quiet())
+
+
+@pytest.mark.slow
+def test_accelerates_file_beside_the_keys(
+    settings: Settings, write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    """`accelerate launch` with a file that shards, of a run whose keys do."""
+    launch = tmp_path / "launch.yaml"
+    launch.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 1\nnum_processes: 2\n"
+        "mixed_precision: 'no'\nfsdp_config:\n  fsdp_version: 2\n"
+    )
+    config = write_config(settings(**FSDP, max_steps=3))
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(launch), "-m", "fourfold"]
+    done = subprocess.run(
+        [sys.executable, *command, "train", str(config), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["steps"] == 3
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
