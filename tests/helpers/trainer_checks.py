@@ -47,6 +47,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 CHECKS = (
     *(f"trainer:{case}" for case in CASES),
     *("sft", "loaded_in_shards", "mixed_precision", "resumed:FULL_STATE_DICT", "resumed:SHARDED_STATE_DICT"),
+    "evaluated_first",
     "refusals",
 )
 
@@ -232,6 +233,19 @@ def resumed(job: Job, state: str) -> dict[str, float]:
         "adapter": checks.far(checks.trained(whole.model), checks.trained(again.model)),
         "moved": 1.0,
     }
+
+
+def evaluated_first(job: Job) -> dict[str, float]:
+    """What a forward without gradients has gathered is not what training goes on with."""
+    folder = checks.checkpoint(job, "qwen3_moe")
+    alone, model = (checks.adapted(checks.load(folder, checks.NF4, job.device)) for _ in range(2))
+    begun = checks.trained(alone)
+    wanted = checks.train(alone, job, alone=True, steps=4)
+    shard(model, reshard_after_forward=False)
+    with torch.no_grad():
+        model(input_ids=checks.batches(1)[0])
+    losses = checks.train(model, job, alone=False, steps=4)
+    return checks.compared(alone, model, wanted, losses, begun)
 
 
 def refusals(job: Job) -> dict[str, str]:

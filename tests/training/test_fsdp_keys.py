@@ -86,6 +86,7 @@ def test_what_changes_no_number_is_said(tmp_path: Path) -> None:
             "a int is none of its values",
         ),
         ("fsdp: [hybrid_shard]", "fsdp", "hybrid_shard is not done. Give full_shard"),
+        ("fsdp_final_state_dict_type: FULL_STATE_DICT", "fsdp_final_state_dict_type", "has no effect on a"),
         ("fsdp_final_state_dict_type: WHOLE", "fsdp_final_state_dict_type", "WHOLE is none of its values"),
         (
             "fsdp_version: 2\nexperts_offload: cpu",

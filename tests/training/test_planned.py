@@ -10,10 +10,18 @@ import torch
 
 from fourfold.errors import ConfigurationError, TrainingError
 from fourfold.planning.fit import CONTEXT_BYTES
+from fourfold.planning.ranks import plan_ranks
 from fourfold.planning.simulate import measuring
 from fourfold.planning.standins import Target
 from fourfold.training import run as run_module
-from fourfold.training.planned import EVERYTHING_ELSE, advice_below, planner_of, remark_on
+from fourfold.training.fsdp_keys import Sharding
+from fourfold.training.planned import (
+    EVERYTHING_ELSE,
+    advice_below,
+    planner_of,
+    remark_on,
+    remark_on_share,
+)
 from fourfold.training.schema import TrainConfig
 from tiny_chat import Settings, quiet
 
@@ -114,3 +122,25 @@ def test_modules_trained_as_a_whole_are_counted(settings: Settings) -> None:
     plans = [planner.plan(planned) for planner, planned in (without, with_head)]
     assert plans[1].trained - plans[0].trained == 32 * 64
     assert plans[1].optimizer - plans[0].optimizer == 8 * 32 * 64
+
+
+def test_what_is_said_of_a_share(settings: Settings) -> None:
+    """A card that two shares fit on, and the whole model does not; and smaller ones."""
+    config = TrainConfig(**settings(fsdp_version=2, lora_r=64, optimizer="adamw_torch"))
+    planner, planned = planner_of(config, CPU)
+    plan = planner.plan(planned)
+    (share, staying) = plan_ranks(planner, planned, plan, 2)[:2]
+    enough = CONTEXT_BYTES + plan.resident - 1
+    with pytest.raises(ConfigurationError, match="base_model: weights"):
+        remark_on(planner, planned, enough)
+    said = remark_on_share(planner, planned, enough, 2, Sharding())
+    assert said is None or said.startswith("planned peak of a GPU's share")
+    with pytest.raises(ConfigurationError, match="fsdp_config: a GPU's share"):
+        remark_on_share(planner, planned, CONTEXT_BYTES + share.resident - 1, 2, Sharding())
+    assert remark_on_share(planner, planned, 1, 2, Sharding(offload=True)) is None
+    assert remark_on_share(planner, planned, 100 * CONTEXT_BYTES, 2, Sharding()) is None
+    tight = remark_on_share(
+        planner, planned, CONTEXT_BYTES + staying.resident, 2, Sharding(reshard_after_forward=False)
+    )
+    assert tight is not None
+    assert "it may not suffice" in tight

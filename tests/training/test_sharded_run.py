@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fourfold.errors import ConfigurationError
+from fourfold.training.resume import check_unchanged, commit, run_settings
 from fourfold.training.run import run
 from fourfold.training.schema import TrainConfig
 from launching import torchrun
@@ -81,25 +85,77 @@ def test_shards_are_one_process_with_twice_the_batch(
     assert not (checkpoint / "optimizer.pt").exists()
 
 
+@pytest.mark.parametrize(
+    ("processes", "overrides"),
+    [
+        pytest.param(2, ()),
+        pytest.param(4, ("gradient_accumulation_steps=1",), marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_on_as_many_processes_and_on_others(
-    settings: Settings, write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+    settings: Settings,
+    write_config: Callable[[dict[str, Any]], Path],
+    tmp_path: Path,
+    processes: int,
+    overrides: tuple[str, ...],
 ) -> None:
-    changes = {"save_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2, **FSDP}
-    config = write_config(settings(**changes))
+    changes = {"save_steps": 3, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6}
+    config = write_config(settings(**changes, **FSDP))
     whole = train(config)
-    wanted = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    start = f"resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-6'}"
-    for name, more, count in (("two", (), 2), ("four", ("gradient_accumulation_steps=1",), 4)):
-        out = tmp_path / name
-        result = train(config, start, f"output_dir={out}", *more, processes=count)
-        losses, others = dict(result["loss_curve"]["train"]), dict(whole["loss_curve"]["train"])
-        assert losses == pytest.approx(others, rel=1e-5), name
-        for key, tensor in load_file(out / "adapter_model.safetensors").items():
-            assert (tensor - wanted[key]).abs().max() < 1e-4, (name, key)
-    done = torchrun("-m", "fourfold", "train", str(config), start, "micro_batch_size=1")
-    assert "micro_batch_size (2 there)" in done.stderr
-    alone = torchrun("-m", "fourfold", "train", str(config), start, "fsdp_version=null", "fsdp_config=null")
-    assert "fsdp_version (sharded) (True there)" in alone.stderr
+    out, again = tmp_path / "out", tmp_path / "again"
+    start = f"resume_from_checkpoint={out / 'checkpoint-3'}"
+    result = train(config, start, f"output_dir={again}", *overrides, processes=processes)
+    losses, others = dict(result["loss_curve"]["train"]), dict(whole["loss_curve"]["train"])
+    assert losses == pytest.approx(others, rel=1e-5)
+    wanted = load_file(out / "adapter_model.safetensors")
+    for key, tensor in load_file(again / "adapter_model.safetensors").items():
+        assert (tensor - wanted[key]).abs().max() < 1e-5, key
+
+
+def test_a_resumed_run_has_batches_as_large_and_shards_as_well(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def settings_of(processes: int, micro: int, accumulation: int, **changes: Any) -> dict[str, Any]:
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        sizes = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
+        return run_settings(TrainConfig(**settings(**sizes, **changes)), [], [], False, "")
+
+    commit(tmp_path, settings_of(2, 2, 2, **FSDP))
+    check_unchanged(str(tmp_path), settings_of(4, 2, 1, **FSDP))
+    check_unchanged(str(tmp_path), settings_of(1, 1, 8, **FSDP))
+    with pytest.raises(ConfigurationError, match=r"micro_batch_size \(2 there\)"):
+        check_unchanged(str(tmp_path), settings_of(2, 1, 2, **FSDP))
+    with pytest.raises(ConfigurationError, match=r"fsdp_version \(sharded\) \(True there\)"):
+        check_unchanged(str(tmp_path), settings_of(2, 2, 2))
+    commit(tmp_path, settings_of(2, 2, 2))
+    with pytest.raises(ConfigurationError, match=r"fsdp_version \(sharded\) \(False there\)"):
+        check_unchanged(str(tmp_path), settings_of(2, 2, 2, **FSDP))
+
+
+OTHER_WAYS = {
+    "int8": {"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True, "gradient_checkpointing": True},
+    "packed": {"sample_packing": True, "eval_sample_packing": True, "micro_batch_size": 1},
+    "whole modules": {"lora_modules_to_save": ["embed_tokens"], "loraplus_lr_ratio": 4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_other_settings_are_those_of_replicas(
+    settings: Settings, write_config: Callable[[dict[str, Any]], Path], tmp_path: Path, way: str
+) -> None:
+    """FSDP2 against DDP, both on two processes."""
+    config = write_config(settings(**OTHER_WAYS[way], max_steps=6, eval_steps=3))
+    wanted = train(config, f"output_dir={tmp_path / 'ddp'}")
+    result = train(config, "fsdp_config={reshard_after_forward: false}")
+    losses, others = dict(result["loss_curve"]["train"]), dict(wanted["loss_curve"]["train"])
+    assert losses == pytest.approx(others, rel=1e-5)
+    held_out, expected = result["held_out_loss"], wanted["held_out_loss"]
+    for when in ("before", "after"):
+        assert held_out[when]["per_answer"] == pytest.approx(expected[when]["per_answer"], rel=1e-4)
+    stored = load_file(tmp_path / "ddp" / "adapter_model.safetensors")
+    for name, tensor in load_file(tmp_path / "out" / "adapter_model.safetensors").items():
+        assert (tensor - stored[name]).abs().max() < 1e-4, name
 
 
 def test_one_process_is_told(settings: Settings) -> None:
@@ -152,3 +208,28 @@ def test_accelerates_file_alone_is_not_enough(settings: Settings, monkeypatch: p
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigurationError, match="Write fsdp_version: 2"):
         run(TrainConfig(**settings()), quiet())
+
+
+@pytest.mark.slow
+def test_accelerates_file_beside_the_keys(
+    settings: Settings, write_config: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    """`accelerate launch` with a file that shards, of a run whose keys do."""
+    launch = tmp_path / "launch.yaml"
+    launch.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 1\nnum_processes: 2\n"
+        "mixed_precision: 'no'\nfsdp_config:\n  fsdp_version: 2\n"
+    )
+    config = write_config(settings(**FSDP, max_steps=3))
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(launch), "-m", "fourfold"]
+    done = subprocess.run(
+        [sys.executable, *command, "train", str(config), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["steps"] == 3
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

@@ -177,6 +177,20 @@ def _fully_shard(root: nn.Module, layers: list[nn.Module], settings: dict[str, A
         last = end is root.get_output_embeddings() if hasattr(root, "get_output_embeddings") else False
         _shard_keeping_name(end, on_device | {"reshard_after_forward": False} if last else settings)
     _shard_keeping_name(root, on_device)  # (shared embeddings are here)
+    root.register_forward_hook(_let_go_without_backward)
+
+
+def _let_go_without_backward(root: nn.Module, *_: Any) -> None:
+    """After a forward without gradients, let go what stays until backward: there is none.
+
+    Layers that such a forward had gathered were used by every later one as they were, whatever the optimizer
+    did to their shards (``reshard_after_forward=False``, an evaluation before training, torch 2.13): the loss
+    stood still, and nothing said so.
+    """
+    if not torch.is_grad_enabled():
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _shard_keeping_name(module: nn.Module, settings: dict[str, Any]) -> None:

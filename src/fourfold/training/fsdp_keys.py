@@ -106,6 +106,12 @@ def sharding(config: TrainConfig) -> Sharding | None:
     return _read(given)[0] if given else None
 
 
+def recomputes(config: TrainConfig) -> bool:
+    """Whether layers are computed again in backward, by whichever key."""
+    wanted = sharding(config)
+    return bool(config.gradient_checkpointing) or (wanted is not None and wanted.activation_checkpointing)
+
+
 def _given(config: TrainConfig) -> dict[str, Any]:
     return asked_of_fsdp(
         {
@@ -253,6 +259,10 @@ def fsdp_contradictions(config: TrainConfig) -> Iterator[tuple[tuple[str, ...], 
     def found(key: str, what: str, remedy: str) -> tuple[tuple[str, ...], Problem]:
         return (key, *given), Problem(key, what, remedy)
 
+    if list(given) == ["fsdp_final_state_dict_type"]:
+        remedy = "Set fsdp_version: 2 to shard the model, or drop it."
+        yield found("fsdp_final_state_dict_type", "has no effect on a model that is not sharded", remedy)
+        return
     for problem in _read(given)[1]:  # (of a file they have been said already; it is read without them then)
         yield tuple(given), problem
     if not config.quantized:

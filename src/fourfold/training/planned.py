@@ -11,9 +11,11 @@ import torch
 from fourfold.errors import ConfigurationError
 from fourfold.planning.fit import CONTEXT_BYTES, Suggestion, room, suggest
 from fourfold.planning.plan import Plan, Planner, Settings, here
+from fourfold.planning.ranks import plan_ranks
 from fourfold.planning.standins import Target
 from fourfold.planning.units import format_bytes
 from fourfold.training import processes
+from fourfold.training.fsdp_keys import Sharding, recomputes, sharding
 from fourfold.training.schema import TrainConfig
 from fourfold.training.targets import resolve
 
@@ -60,7 +62,7 @@ def settings_of(
         length=config.sequence_len,
         accumulation=config.gradient_accumulation_steps,
         bf16=bf16,
-        checkpointing=bool(config.gradient_checkpointing),
+        checkpointing=recomputes(config),
         optimizer=config.optimizer,
         padded=config.micro_batch_size > 1 and not config.sample_packing,
         experts_offload=config.experts_offload,
@@ -129,6 +131,28 @@ def remark_on(planner: Planner, settings: Settings, card: int) -> str | None:
     )
 
 
+def remark_on_share(
+    planner: Planner, settings: Settings, card: int, gpus: int, wanted: Sharding
+) -> str | None:
+    """The same for a model sharded over so many GPUs; of shards in CPU memory nothing is said."""
+    if wanted.offload:
+        return None
+    ways = plan_ranks(planner, settings, planner.plan(settings), gpus)
+    share = ways[0] if wanted.reshard_after_forward else ways[1]
+    if share.resident > card - CONTEXT_BYTES:
+        raise ConfigurationError(
+            f"fsdp_config: a GPU's share of weights, adapters and optimizer is {format_bytes(share.resident)}"
+            f", and it has {format_bytes(card)}. Start more processes, on more GPUs, or set "
+            "offload_params: true."
+        )
+    if share.peak <= room(card):
+        return None
+    return (
+        f"planned peak of a GPU's share {format_bytes(share.peak)}, and it has {format_bytes(card)}: it may "
+        f"not suffice. {EVERYTHING_ELSE}"
+    )
+
+
 def advice(suggestions: list[Suggestion]) -> str:
     """Suggestions in a sentence."""
     if not suggestions:
@@ -157,6 +181,7 @@ class Memory:
             self.card = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         if self.card is None:
             return
+        self.sharding = sharding(config)
         self.planner = Planner(config.base_model)
         settings = settings_of(
             config,
@@ -174,7 +199,11 @@ class Memory:
         Raises:
             ConfigurationError: what stays there throughout is more than the card has.
         """
-        return None if self.card is None else remark_on(self.planner, self.settings, self.card)
+        if self.card is None:
+            return None
+        if self.sharding is not None:
+            return remark_on_share(self.planner, self.settings, self.card, processes.count(), self.sharding)
+        return remark_on(self.planner, self.settings, self.card)
 
     def besides_experts(self) -> int | None:
         """Bytes that the run is planned to need on top of the loaded model; None without a plan."""
@@ -184,7 +213,7 @@ class Memory:
 
     def advice(self) -> str:
         """What to change now that memory ran out."""
-        if self.card is None:
+        if self.card is None or self.sharding is not None:
             return EVERYTHING_ELSE
         try:
             return advice_below(self.planner, self.settings, room(self.card))

@@ -43,8 +43,8 @@ from fourfold.training.schema import TrainConfig
 from fourfold.training.sharding_checks import check_sharding
 from fourfold.training.targets import check_patterns, find_targets
 from fourfold.training.tokenizer import choose_template, load_tokenizer
-from fourfold.training.zero import check_start
 from fourfold.training.trackers import check_trackers
+from fourfold.training.zero import check_start
 
 MERGED = "merged"
 BNB_OPTIMIZERS = (

@@ -1,6 +1,7 @@
 """The processes of a run: one for each card, started by ``torchrun`` or ``accelerate launch``.
 
-Each holds the whole packed model; torch's DDP averages the adapters' gradients. What is written and shown is
+Each holds the whole packed model, and torch's DDP averages the adapters' gradients; or each holds a share of
+model, adapters and optimizer, by FSDP2 (`fsdp_keys`). What is written and shown is
 the first one's business. What they tell each other: `collective`. Nothing here knows torch.
 """
 

@@ -32,7 +32,7 @@ from fourfold.training.callbacks import (
     Progressing,
 )
 from fourfold.training.evaluate import AnswerLosses, Improvement, answer, evaluate_answers
-from fourfold.training.fsdp_keys import sharding
+from fourfold.training.fsdp_keys import recomputes, sharding
 from fourfold.training.isolation import refuse_leaks
 from fourfold.training.journal import Journal, figures_left, write_reports
 from fourfold.training.offload_watch import OffloadWatch
@@ -275,11 +275,9 @@ def load(config: TrainConfig, checked: Checked) -> tuple[Any, Report]:
 
 def with_adapters(model: Any, config: TrainConfig, checked: Checked) -> Any:
     """The model made ready for training, with fp32 LoRA factors on the checked targets."""
-    wanted = sharding(config)
-    recomputed = wanted is not None and wanted.activation_checkpointing
     model = fourfold.prepare(
         model,
-        gradient_checkpointing=bool(config.gradient_checkpointing) or recomputed,
+        gradient_checkpointing=recomputes(config),
         use_reentrant=config.gradient_checkpointing_kwargs.use_reentrant,
     )
     set_seed(config.seed)  # the factors' initial values depend on the seed alone, not on what ran before

@@ -26,7 +26,7 @@ from fourfold.adapters.peft_lora import loraplus_optimizer
 from fourfold.errors import TrainingError
 from fourfold.training import collective, processes
 from fourfold.training.encode import IGNORED
-from fourfold.training.fsdp_keys import sharding
+from fourfold.training.fsdp_keys import recomputes, sharding
 from fourfold.training.packing import lies_within
 from fourfold.training.resume import RUN_FILE, Settings, commit, first_line, keep_newest
 from fourfold.training.sampler import LengthGroupedSampler, reach_sampler
@@ -229,10 +229,7 @@ def trainer_arguments(config: TrainConfig, *, bf16: bool, use_cpu: bool, example
     """
     known = {f.name for f in dataclasses.fields(SFTConfig)}
     # transformers renamed the switch on the way to version 6, where the old name ends.
-    wanted = sharding(config)
-    recompute = bool(config.gradient_checkpointing) or (
-        wanted is not None and wanted.activation_checkpointing
-    )
+    recompute = recomputes(config)
     checkpointing = "gradient_checkpointing"
     if "activation_checkpointing" in known:
         checkpointing = "activation_checkpointing"
