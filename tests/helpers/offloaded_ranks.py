@@ -13,7 +13,7 @@ from fourfold.distributed.sharding import shard
 from fourfold.errors import ConfigurationError
 from fourfold.experts import PackedExperts
 from ranks import Job
-from sharded_checks import CASES, adapted, checkpoint, compared, load, train, trained
+from sharded_models import CASES, adapted, checkpoint, compared, load, train, trained
 
 CASE = next(iter(CASES))
 

@@ -39,8 +39,8 @@ def _settings(**changes: Any) -> Settings:
         ("24G", 24 * 2**30),
         ("24Gi", 24 * 2**30),
         ("80GB", 80 * 10**9),
-        ("0.5MiB", 2**19),
-        ("123456", 123456),
+        ("0.5GiB", 2**29),
+        ("12345678901", 12345678901),
     ],
 )
 def test_sizes(text: str, size: int) -> None:

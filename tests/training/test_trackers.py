@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,25 @@ def test_both_are_told_the_losses_and_whose_run_it_is(
     assert len(tracked(calls, "mlflow.end_run")) == 1  # (the last held-out loss came before it)
 
 
-def test_trackers_that_refuse_are_asked_before_the_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def standins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Importable in the test, and gone after it: a library asks whether wandb is there at any time."""
+
+    def imported() -> dict[str, Any]:
+        return {k: v for k, v in sys.modules.items() if k.partition(".")[0] in ("wandb", "mlflow")}
+
+    before = imported()
+    for name in before:
+        del sys.modules[name]
     monkeypatch.syspath_prepend(str(write_packages(tmp_path)))
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("wandb", "mlflow")]:
-        monkeypatch.delitem(sys.modules, name)
+    yield
+    for name in imported():
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.mark.usefixtures("standins")
+def test_trackers_that_refuse_are_asked_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
 
