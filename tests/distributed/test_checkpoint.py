@@ -209,6 +209,21 @@ def test_other_dtypes_would_round_and_are_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path, nn.Linear(4, 4, dtype=torch.bfloat16))
 
 
+def test_a_folder_that_the_ranks_do_not_share_is_told_when_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = storage.PlainWriter.finish
+
+    def elsewhere(self: Any, *arguments: Any, **named: Any) -> None:
+        next(tmp_path.glob("*.safetensors")).unlink()
+        finish(self, *arguments, **named)
+
+    monkeypatch.setattr(storage.PlainWriter, "finish", elsewhere)
+    with pytest.raises(CheckpointError, match=r"safetensors was written by another rank and is not here"):
+        save_checkpoint(tmp_path, nn.Linear(4, 4))
+    assert not (tmp_path / storage.INDEX).exists()
+
+
 def test_saving_over_a_checkpoint_leaves_one_or_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,53 @@ def test_a_file_that_changes_is_found_before_it_is_read(how: str, way: str, tmp_
     assert check_files(model) == 2
 
 
+def test_a_file_that_changed_is_not_brought_back_saved_or_sent_on(way: str, tmp_path: Path) -> None:
+    model = offloading.packed_model("qwen3_moe")
+    expected = tiny.logits(model)
+    on_disk(model, tmp_path / "files")
+    file = sorted((tmp_path / "files").iterdir())[1]
+    stored = file.read_bytes()
+    file.write_bytes(stored[: len(stored) // 2] + bytes(len(stored) - len(stored) // 2))
+    for use in (
+        fourfold.onload,
+        fourfold.offload,
+        lambda model: fourfold.offload(model, budget="1GiB", device="disk"),
+        lambda model: model.save_pretrained(tmp_path / "saved"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{file.name} was changed"):
+            use(model)
+    assert not (tmp_path / "saved").exists()
+    file.write_bytes(stored)
+    fourfold.onload(model)
+    assert torch.equal(tiny.logits(model), expected)
+
+
+def test_buffers_that_go_while_a_thread_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for the disk gets what it waits for, or an error; never a buffer that nothing filled."""
+    buffered(monkeypatch, late=False)
+    model = offloading.packed_model("qwen3_moe", layers=4)
+    expected = tiny.logits(model)
+    (made,) = on_disk(model, tmp_path).streamers
+    found, over = [], threading.Event()
+
+    def compute() -> None:
+        try:
+            found.extend(torch.equal(tiny.logits(model), expected) for _ in range(10))
+        finally:
+            over.set()
+
+    thread = threading.Thread(target=compute, daemon=True)
+    thread.start()
+    closed = 0
+    while not over.wait(0.001):
+        made.close()
+        closed += 1
+        assert closed < 50_000, "it hangs"
+    thread.join()
+    assert closed > 1
+    assert found == [True] * 10
+
+
 def test_what_was_read_of_another_file_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written over while the thread reads, after the file was looked at, and put back."""
     buffered(monkeypatch)

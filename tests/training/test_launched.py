@@ -82,6 +82,9 @@ def test_what_accelerates_file_says_otherwise_is_an_error(
     assert "told mixed_precision: bf16, and this run computes in fp32" in done.stderr
 
 
+QLORA = {"adapter": "qlora", "load_in_4bit": True}
+
+
 @pytest.mark.parametrize(
     ("changes", "bf16", "environment", "said"),
     [
@@ -91,6 +94,13 @@ def test_what_accelerates_file_says_otherwise_is_an_error(
         ({}, True, {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "NO"}, None),
         ({}, True, {"ACCELERATE_MIXED_PRECISION": "no"}, None),
         ({"torch_compile": True}, True, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, None),
+        ({"torch_compile": "auto"}, True, {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, None),
+        (
+            {**QLORA, "torch_compile": "auto", "fsdp_version": 2, "fsdp_config": {"offload_params": False}},
+            True,
+            {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+            "dynamo_backend: inductor",
+        ),
         ({}, False, {}, None),
     ],
 )

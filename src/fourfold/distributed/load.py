@@ -33,6 +33,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
 from fourfold.distributed.blocks import is_whole_on_every_rank, linear_settings, with_settings
 from fourfold.distributed.cut import CutSlice, as_part
+from fourfold.distributed.local_shards import from_shard
 from fourfold.distributed.sharding import device_mesh, shards_of
 from fourfold.distributed.together import together
 from fourfold.errors import CheckpointError, ConfigurationError
@@ -403,9 +404,7 @@ class _ShardedStream(Stream):
             start, stop = self.part.of(shape[0])
             data = data[start:stop].clone()
         stride = torch.empty(shape, device="meta").stride()
-        tensor = DTensor.from_local(
-            data.contiguous(), self.mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        tensor = from_shard(data.contiguous(), self.mesh, [Shard(0)], torch.Size(shape), stride)
         made = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
         made._is_hf_initialized = True
         module._parameters[leaf] = with_settings(made, settings)

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from fourfold.distributed.alike import check_frozen_alike, make_trained_alike
 from fourfold.distributed.blocks import bare, blocks, ends, flatten_linears_, left_whole
+from fourfold.distributed.local_shards import from_shard
 from fourfold.distributed.together import together
 from fourfold.errors import ConfigurationError
 from fourfold.experts.part import refuse_spread
@@ -297,14 +298,8 @@ def _put_back(places: list[_Place], offloaded: set[int], device_type: str) -> No
         made: Any = module._parameters[leaf]
         if place.local.shape != made.to_local().shape:
             raise AssertionError(f"{leaf}: {place.local.shape} read, {made.to_local().shape} wanted")
-        tensor = DTensor.from_local(
-            place.local.to("cpu" if id(made) in offloaded else device_type),
-            made.device_mesh,
-            made.placements,
-            run_check=False,
-            shape=made.shape,
-            stride=made.stride(),
-        )
+        local = place.local.to("cpu" if id(made) in offloaded else device_type)
+        tensor = from_shard(local, made.device_mesh, made.placements, made.shape, made.stride())
         parameter = nn.Parameter(tensor, requires_grad=made.requires_grad)
         for holder, name in place.holders:
             holder._parameters[name] = parameter

@@ -164,6 +164,13 @@ class PlainWriter(StorageWriter):
                     for c, at in parts
                 ],
             }
+        used = {at.file for at in stored.values() if isinstance(at, _Stored)}
+        missing = sorted(file for file in used if not (self.folder / file).is_file())
+        if missing:
+            raise CheckpointError(
+                f"{self.folder / missing[0]} was written by another rank and is not here: checkpoints must "
+                "lie in a folder that the machines of all ranks share. Name one"
+            )
         plain = {index.fqn: json.loads(text) for index, text in stored.items() if isinstance(text, str)}
         index = {"format": FORMAT, "version": VERSION, "tensors": tensors, "values": plain}
         part = self.folder / f".{INDEX}.part"
@@ -172,7 +179,6 @@ class PlainWriter(StorageWriter):
             handle.flush()
             os.fsync(handle.fileno())
         part.replace(self.folder / INDEX)
-        used = {at.file for at in stored.values() if isinstance(at, _Stored)}
         for file in self.folder.glob(f"*{_SUFFIX}"):  # of the checkpoint that was there
             if _OWN.fullmatch(file.name) and file.name not in used:
                 file.unlink(missing_ok=True)

@@ -24,6 +24,8 @@ from fourfold.offloading.disk import (
     DiskStreamer,
     OnDisk,
     brought_to,
+    check_files,
+    check_mapped,
     clean_parameters,
     files_of_checkpoint,
     keep_from_saving_over,
@@ -286,6 +288,7 @@ def _carry_out(
         streamed += [m for unit in away_units for m in unit]
         if away_units:
             units.append((device, away_units, buffers))
+    check_mapped(m for _, group, *_ in plans for unit in group for m in unit)
     memory = memory or HostMemory(pin)
     mapped = [] if files is None else map_tensors(streamed, files)
     stays = {id(t) for m in streamed for t in _packed(m) if files is not None and region_of(t.data)}
@@ -371,8 +374,10 @@ def onload(model: nn.Module) -> None:
     Raises:
         NoExpertsError: no module has packed experts.
         ConfigurationError: a device has no room for them, with the figures.
+        CheckpointError: a file that they are mapped from was changed.
     """
     groups = _groups(model)
+    check_files(model)
     for device, group in groups.items():
         modules = [m for unit in group for m in unit if m.fourfold_host is not None]
         check_device_room(device, _bytes(modules), _buffer_bytes(group), "the packed experts in host memory")

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import os
 import types
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,17 +156,23 @@ class DiskStreamer(Streamer):
 
     def _read_ahead(self, unit: int) -> None:
         """What comes after that which the buffers hold, or are being filled with."""
-        schedule = self.schedule()
-        if not any(s.content == unit and s.part_of is None and s.users == 1 for s in schedule.slots):
-            return  # (within another use, or in decoding, where nobody knows what the next module needs)
-        held = {slot.content for slot in schedule.slots}
-        following = [u for u in schedule.order.upcoming(len(schedule.slots) + STAGES) if u not in held]
-        self.engine.ahead([[s for s in self._sources(u) if isinstance(s, Region)] for u in following])
+        with self._lock:
+            schedule = self._schedule
+            if schedule is None:
+                return  # (closed by another thread meanwhile)
+            if not any(s.content == unit and s.part_of is None and s.users == 1 for s in schedule.slots):
+                return  # (within another use, or in decoding, where nobody knows what the next module needs)
+            held = {slot.content for slot in schedule.slots}
+            following = [u for u in schedule.order.upcoming(len(schedule.slots) + STAGES) if u not in held]
+            self.engine.ahead([[s for s in self._sources(u) if isinstance(s, Region)] for u in following])
 
     def close(self) -> None:
-        if isinstance(self._engine, ReadingEngine):
-            self._engine.close()
-        super().close()
+        with self._lock:  # (who waits for what is being read has it: no use is left without its weights)
+            if self._schedule is not None:
+                self._schedule.close()  # (nothing is asked of the engine any more)
+            if isinstance(self._engine, ReadingEngine):
+                self._engine.close()
+            super().close()
 
 
 def _is_clean(tensor: Any, verified: Collection[int]) -> bool:
@@ -315,7 +321,14 @@ def check_files(model: torch.nn.Module) -> int:
     Raises:
         CheckpointError: one was changed.
     """
-    files = mapped_files(model)
+    return check_mapped(m for m in model.modules() if isinstance(m, PackedExperts))
+
+
+def check_mapped(modules: Iterable[PackedExperts]) -> int:
+    """`check_files` of some modules, before what is mapped is copied from."""
+    files = files_of(
+        p.data for m in modules for name in m.packed_names() if (p := m._parameters[name]) is not None
+    )
     for file in files:
         file.check(thorough=True)
     return len(files)
@@ -344,6 +357,7 @@ def keep_from_saving_over(model: torch.nn.Module) -> None:
         return
 
     def save_pretrained(self: Any, save_directory: Any, *arguments: Any, **named: Any) -> Any:
+        check_files(self)
         for file in mapped_files(self):
             if os.path.realpath(file.path.parent) == os.path.realpath(save_directory):
                 raise ConfigurationError(

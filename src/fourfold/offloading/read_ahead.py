@@ -150,7 +150,7 @@ class _Reader:
             event = self.inner.fill(copies, [*self._owed, *job.after])
             self._owed = []
             if stage is not None:
-                stage.copied.append(event)
+                stage.copied = [event]  # (of one stream: the last one is the end of all)
         except BaseException as error:
             self._owed += job.after
             job.done.set_exception(error)
@@ -211,7 +211,7 @@ class _Reader:
         with self.changed:
             self.stopped = True
             while self.jobs:
-                self.jobs.popleft().done.cancel()
+                self.jobs.popleft().done.set_exception(CancelledError())  # (`cancel` wakes nobody)
             self.changed.notify_all()
 
 

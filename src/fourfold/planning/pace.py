@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,13 +83,22 @@ def rates_for(
 
     products = assumed(*PRODUCTS[hopper])
     if here and step_seconds is None:
-        products = Rate(measure_products(device), "measured here")
+        products = measured(partial(measure_products, device), products)
     linked = assumed(*LINKS[hopper])
     if link is not None:
         linked = Rate(link, "given")
     elif here:
-        linked = Rate(measure_link(device), "measured here")
+        linked = measured(partial(measure_link, device), linked)
     return Rates(linked, assumed(*DISK) if disk is None else Rate(disk, "given"), products, step_seconds)
+
+
+def measured(measure: Callable[[], float], otherwise: Rate) -> Rate:
+    """A rate as measured; where the card has no room for that (another job runs on it), the assumed one."""
+    try:
+        return Rate(measure(), "measured here")
+    except RuntimeError as error:  # (out of memory is one)
+        reason = str(error).strip().partition("\n")[0][:80]
+        return Rate(otherwise.value, f"{otherwise.source}; it could not be measured here ({reason})")
 
 
 def measure_products(device: torch.device, size: int = 8192, repeats: int = 5) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fourfold.errors import ConfigurationError
+from fourfold.training.fsdp_keys import sharding
 from fourfold.training.schema import TrainConfig
 
 FORMAT, COMPILER = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"
@@ -34,8 +35,10 @@ def check_launched(config: TrainConfig, bf16: bool, environment: Mapping[str, st
             f"{'fp32' if ours == 'no' else ours}. Set it to 'no' there; bf16 and fp16 say it here."
         )
     compiler = environment.get(COMPILER, "").lower()
-    if compiler not in OFF and config.torch_compile is False:
+    # (`auto` does not compile a model in shards)
+    compiled = config.torch_compile is True or (config.torch_compile == "auto" and sharding(config) is None)
+    if compiler not in OFF and not compiled:
         raise ConfigurationError(
-            f"`accelerate launch` was told dynamo_backend: {compiler}, and torch_compile is false here. Set "
+            f"`accelerate launch` was told dynamo_backend: {compiler}, and this run is not compiled. Set "
             "it to 'no' there; torch_compile and torch_compile_backend say it here."
         )
