@@ -156,8 +156,9 @@ def offload(
         reserve: what ``"auto"`` leaves for everything else, in bytes; None is 4 GiB.
         device: ``"cpu"`` is host memory. ``"disk"`` maps them from the files of their packed checkpoint, and
             reads each module's ahead of its use: for experts that host memory does not hold.
-        checkpoint: with ``device="disk"``, the folder of the packed checkpoint; None is where the model was
-            loaded from. Its numbers are compared with the model's.
+        checkpoint: with ``device="disk"``, the folder of the packed checkpoint; None is the folder the model
+            was loaded from (of a model of the hub: name the folder of its snapshot). Its numbers are compared
+            with the model's.
 
     Returns:
         What lies where.
