@@ -17,11 +17,12 @@ import needs
 import offloading
 import own_forward
 import tiny
+from fourfold.errors import ConfigurationError
 from fourfold.formats import PackFormat
 from fourfold.offloading import mapped, read_ahead, streamer
 from fourfold.offloading.disk import DiskStreamer
 from fourfold.offloading.mapped import region_of
-from offloading import assert_equal, buffered, is_mapped, on_disk, packed_modules, steps
+from offloading import Driver, assert_equal, buffered, is_mapped, on_disk, packed_modules, steps
 
 needs.triton()
 FORMATS = [PackFormat("nf4"), PackFormat("nf4", 64, True), PackFormat("fp4", 32), PackFormat("int8")]
@@ -271,3 +272,23 @@ def test_dequantized_from_its_files(way: str, tmp_path: Path) -> None:
     assert not packed_modules(model)
     assert torch.equal(tiny.logits(model), tiny.logits(resident))
     model.save_pretrained(tmp_path / "packed")  # (nothing is mapped from there any more)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a driver")
+def test_buffers_that_cannot_be_pinned_are_known_before_anything_moves(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread makes them at the first use, after the report."""
+    buffered(monkeypatch, late=False)
+    model = offloading.packed_model("qwen3_moe")
+    expected = tiny.logits(model)
+    driver.limit = 0
+    offloading.write_experts(model, tmp_path)
+    with pytest.raises(ConfigurationError, match=r"pin=True: .* could not be pinned"):
+        fourfold.offload(model, device="disk", checkpoint=tmp_path, pin=True)
+    assert not any(m.fourfold_host for m in offloading.packed_modules(model))
+    report = fourfold.offload(model, device="disk", checkpoint=tmp_path)
+    assert not report.pinned
+    assert "cudaHostRegister" in str(report.unpinned)
+    assert torch.equal(tiny.logits(model), expected)
+    assert not driver.pages

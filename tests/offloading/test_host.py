@@ -70,6 +70,15 @@ def test_where_pinning_fails_pageable_memory_is_taken_and_said_so(driver: Driver
 
 
 @without_cuda
+def test_pageable_experts_need_no_room_a_second_time(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = offloading.packed_model("qwen3_moe")
+    driver.limit = 0
+    report = offload(model)
+    monkeypatch.setattr(host, "available_bytes", lambda: report.host_bytes // 2)
+    assert offload(model).host_bytes == report.host_bytes
+
+
+@without_cuda
 def test_pinned_memory_or_none(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     model = offloading.packed_model("qwen3_moe")
     expected = tiny.logits(model)

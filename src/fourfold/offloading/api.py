@@ -35,6 +35,7 @@ from fourfold.offloading.disk import (
 )
 from fourfold.offloading.host import HostMemory, check_room
 from fourfold.offloading.mapped import MappedFile, region_of
+from fourfold.offloading.read_ahead import STAGES
 from fourfold.offloading.schedule import Counts
 from fourfold.offloading.sizes import parse_bytes
 from fourfold.offloading.streamer import HostExperts, Streamer, Unit
@@ -295,12 +296,18 @@ def _carry_out(
     stays = {id(t) for m in streamed for t in _packed(m) if files is not None and region_of(t.data)}
     stays |= {id(parameter) for parameter, _ in mapped}
     moved = [t for m in streamed for t in _packed(m) if id(t) not in stays]
+    pageable = [t.nbytes for t in moved if t.device.type == "cpu" and not memory.has(t.data)]
+    if pageable and pin is None:  # (they stay where they are if nothing can be pinned, which shows by trying)
+        memory.empty((max(pageable),), torch.uint8)
     copied = {t.data_ptr(): t.nbytes for t in moved if not memory.has(t.data)}
     back = {t.data_ptr(): t.nbytes for m, d in resident for t in _packed(m) if reads_in(t, d)}
     ahead = 0 if files is None else sum(read_ahead_bytes(device, unit) for device, unit, _ in units)
     check_room(sum((copied | back).values()) + ahead, "the packed experts that are to be copied there")
     for device, group, chosen, buffers in plans:
         _check_device(device, group, chosen, buffers)
+    if ahead:  # (pinned now and given back: whether that can be had is known before anything moves)
+        stages = [memory.empty((ahead // STAGES,), torch.uint8) for _ in range(STAGES)]
+        del stages
     # Copies first, all of them: what fails here leaves the model as it was.
     copies = {id(t): (t, memory.take(t.data)) for t in moved} | {id(t): (t, data) for t, data in mapped}
     verified = clean_parameters(streamed) | {id(parameter) for parameter, _ in mapped}
