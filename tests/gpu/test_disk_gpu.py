@@ -23,8 +23,8 @@ from fourfold.errors import CheckpointError
 from fourfold.formats import PackFormat
 from fourfold.offloading import disk, read_ahead
 from fourfold.offloading.disk import DiskStreamer
-from fourfold.offloading.engine import CudaEngine
 from offloading import assert_equal, is_mapped, on_disk
+from spoiling import Spoiling
 
 pytestmark = pytest.mark.gpu
 FORMATS = [PackFormat("nf4", 64, True), PackFormat("nf4"), PackFormat("int8")]
@@ -36,20 +36,6 @@ def _one_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(read_ahead, "PIECE_BYTES", 1000)
     with sdpa_kernel(SDPBackend.MATH):
         yield
-
-
-class Spoiling(CudaEngine):
-    """Spoils a buffer as soon as it may be filled again, and fills it late."""
-
-    def fill(self, copies: Any, after: list[torch.cuda.Event]) -> torch.cuda.Event:
-        copies = list(copies)
-        with torch.no_grad(), torch.cuda.stream(self.stream):
-            for event in after:
-                self.stream.wait_event(event)
-            for place, _ in copies:
-                place.view(torch.uint8).fill_(offloading.POISON)
-            torch.cuda._sleep(3_000_000)
-        return super().fill(copies, [])
 
 
 @pytest.fixture(params=["plain", "spoiling"])

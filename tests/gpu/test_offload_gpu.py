@@ -6,7 +6,6 @@ import copy
 import gc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,9 +23,10 @@ from fourfold.formats import PackedStack, PackFormat, StackShape
 from fourfold.offloading import streamer
 from fourfold.offloading.api import OffloadReport, offload, onload
 from fourfold.offloading.budget import free_bytes
-from fourfold.offloading.engine import CudaEngine
 from fourfold.training.run import run
 from fourfold.training.schema import TrainConfig
+from offloading import assert_equal
+from spoiling import Spoiling
 from tiny_chat import Settings, quiet
 
 pytestmark = pytest.mark.gpu
@@ -39,20 +39,6 @@ def _one_attention() -> Iterator[None]:
     """Whose gradients are the same each time."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
-
-
-class Spoiling(CudaEngine):
-    """Spoils a buffer as soon as it may be filled again, and fills it late."""
-
-    def fill(self, copies: Any, after: list[torch.cuda.Event]) -> torch.cuda.Event:
-        copies = list(copies)
-        with torch.no_grad(), torch.cuda.stream(self.stream):
-            for event in after:
-                self.stream.wait_event(event)
-            for place, _ in copies:
-                place.view(torch.uint8).fill_(offloading.POISON)
-            torch.cuda._sleep(3_000_000)  # (about 2 ms: longer than anything that is computed here)
-        return super().fill(copies, [])
 
 
 @pytest.fixture(params=["plain", "spoiling"])
@@ -76,12 +62,6 @@ def steps(model: nn.Module, number: int = 3) -> list[torch.Tensor]:
         optimizer.zero_grad()
         found += [p.detach().clone() for p in factors]
     return found
-
-
-def assert_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
-    assert len(ours) == len(theirs) > 3
-    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        assert torch.equal(a, b), number
 
 
 def lora(model: nn.Module, checkpointing: str | None) -> nn.Module:

@@ -166,6 +166,14 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     return max((one[name].float() - other[name].float()).abs().max().item() for name in one)
 
 
+def assert_same_files(found: Path, wanted: Path) -> None:
+    """Two folders hold the same files, byte for byte."""
+    names = sorted(file.name for file in wanted.iterdir())
+    assert sorted(file.name for file in found.iterdir()) == names
+    for name in names:
+        assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
+
+
 def compared(
     alone: Any, model: Any, wanted: list[float], losses: list[float], begun: dict[str, torch.Tensor]
 ) -> dict[str, float]:

@@ -22,6 +22,7 @@ from sharded_models import (
     NF4,
     adam,
     adapted,
+    assert_same_files,
     checkpoint,
     compute,
     far,
@@ -47,10 +48,7 @@ def saved_adapter(job: Job) -> dict[str, Any]:
         alone.save_pretrained(job.shared("adapter"))
     job.wait()
     found, wanted = job.shared("sharded-adapter"), job.shared("adapter")
-    names = sorted(file.name for file in wanted.iterdir())
-    assert sorted(file.name for file in found.iterdir()) == names
-    for name in names:
-        assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
+    assert_same_files(found, wanted)
     tensors = load_file(found / "adapter_model.safetensors")
     return {n: int(t.abs().sum(1).count_nonzero()) - len(t) for n, t in tensors.items() if "lora_B" in n}
 
